@@ -1,0 +1,36 @@
+# Everything a person types. `make help` lists it; docs/ explains it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab lab-down lint test test-unit test-lab test-long bench
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## the controller's environment in .venv (a no-op when nothing changed)
+	@$(PYTHON) scripts/setup.py
+
+lab: setup ## boot three lab hosts, provision them with site.yml, verify them, ask the model a question
+	@$(BIN)/python scripts/make_lab.py
+
+lab-down: ## remove every host, mount, interface and nftables table the lab made
+	@$(PYTHON) -m lab down
+
+lint: setup ## ruff, mypy, yamllint, ansible-lint, shellcheck
+	@$(BIN)/python tests/run.py lint
+
+test: setup ## the gate: lint, unit tests, a lab of its own, deploy tests
+	@$(BIN)/python tests/run.py gate
+
+test-unit: setup ## unit tests: no root, no network
+	@$(BIN)/python tests/run.py unit
+
+test-lab: setup ## the lab part of the gate
+	@$(BIN)/python tests/run.py lab
+
+test-long: setup ## what takes longer than the gate may; FROM=case resumes
+	@$(BIN)/python tests/run.py long $(if $(FROM),--from $(FROM))
+
+bench: setup ## benchmarks against the running lab, written to docs/benchmarks
+	@$(BIN)/python scripts/bench.py

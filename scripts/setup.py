@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Make the controller's environment: `.venv` with requirements.txt and the apps, installed editable.
+
+A no-op when nothing changed: the stamp in `.venv` is the hash of the interpreter, requirements.txt and the apps'
+pyproject files, and it is written last. Standard library only; run by `make setup`.
+Exit codes: 0 done, 1 a step failed, 2 this machine cannot run it (the line says what to do).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "setup.sha256"
+REQUIREMENTS = ROOT / "requirements.txt"
+PIP_TIMEOUT_S = 1200
+
+
+def apps() -> list[Path]:
+    """Folders of the Python packages of this repository."""
+    return sorted(path.parent for path in (ROOT / "apps").glob("*/pyproject.toml"))
+
+
+def fingerprint() -> str:
+    """Hash of everything that decides what `.venv` holds."""
+    digest = hashlib.sha256(f"{sys.executable} {sys.version} {ROOT}".encode())
+    for path in [REQUIREMENTS, *(app / "pyproject.toml" for app in apps())]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def pip(*arguments: str) -> None:
+    """Run the venv's pip. Raises subprocess.CalledProcessError when it fails."""
+    subprocess.run(
+        [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", *arguments],
+        check=True,
+        timeout=PIP_TIMEOUT_S,
+    )
+
+
+def ensure_venv_module() -> None:
+    """Install python3-venv where Debian leaves it out of the interpreter."""
+    if importlib.util.find_spec("ensurepip") is None:
+        sys.path.insert(0, str(ROOT))
+        from lab.packages import ensure_packages
+
+        ensure_packages(["python3-venv"])
+
+
+def main() -> int:
+    """Make or refresh the environment."""
+    if sys.version_info < (3, 11):
+        print(f"setup: {sys.executable} is Python {sys.version.split()[0]}; 3.11 or newer is needed: "
+              "make setup PYTHON=python3.12", file=sys.stderr)
+        return 2
+    wanted = fingerprint()
+    if STAMP.is_file() and STAMP.read_text().strip() == wanted:
+        return 0
+    ensure_venv_module()
+    print(f"setup: making {VENV.name} with Python {sys.version.split()[0]} (a few minutes the first time)", flush=True)
+    STAMP.unlink(missing_ok=True)
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True, timeout=PIP_TIMEOUT_S)
+        pip("install", "--quiet", "--requirement", str(REQUIREMENTS))
+        editable = [argument for app in apps() for argument in ("--editable", str(app))]
+        pip("install", "--quiet", "--no-build-isolation", "--no-deps", *editable)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"setup: {error}; the lines above say why; run `make setup` again", file=sys.stderr)
+        return 1
+    STAMP.write_text(wanted + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
