@@ -1,0 +1,1 @@
+"""Tests: unit (no root, no network), lab (real hosts), deploy (also against production)."""
