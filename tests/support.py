@@ -30,7 +30,7 @@ def lab_name() -> str:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of programs under test: this venv first on PATH, the repository's settings, no colour."""
+    """Environment of programs under test: this venv first on PATH, the repository's settings, no colour."""
     inherited = {name: value for name, value in os.environ.items() if name != "ANSIBLE_FORCE_COLOR"}
     return {
         **inherited,
@@ -126,12 +126,22 @@ def on_host(host: str, command: str, *, timeout: float = 60, stdin: str = "") ->
 
 
 def _run(
-    words: tuple[str, ...], timeout: float, env: Mapping[str, str] | None, stdin: str, cwd: Path,
+    words: tuple[str, ...],
+    timeout: float,
+    env: Mapping[str, str] | None,
+    stdin: str,
+    cwd: Path,
 ) -> tuple[int, str, str, float]:
     started = time.monotonic()
     with subprocess.Popen(
-        words, cwd=cwd, env=environment(**(env or {})), text=True, start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        words,
+        cwd=cwd,
+        env=environment(**(env or {})),
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         try:
             stdout, stderr = process.communicate(stdin, timeout=timeout)
