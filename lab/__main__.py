@@ -1,0 +1,174 @@
+"""`python3 -m lab`: boot, use and remove the lab hosts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from lab import hosts, network, packages, root, sources, supervisor
+from lab.config import REPO_ROOT, SUDO_USER, SUITES, Lab, from_environment
+from lab.inventory import inventory
+from lab.shell import LabError, in_parallel, say
+from lab.state import Claims, only_command
+
+
+def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
+    """Bring the lab up, or what of it is not up yet; hosts named in `fresh` are made anew."""
+    wanted = [lab.host(name) for name in only] or list(lab.hosts)
+    anew = [lab.host(name) for name in fresh]
+    packages.ensure(lab)
+    keeper = supervisor.choose()
+    claims = Claims(lab.state / "claims.json")
+    if claims.suite not in (None, lab.suite):
+        raise LabError(
+            f"lab {lab.name!r} runs {claims.suite}, not {lab.suite}; fix: `python3 -m lab down`, or another LAB_NAME",
+            2,
+        )
+    claims.suite = lab.suite
+    claims.save()
+    if anew:
+        hosts.close_connections(lab)
+        in_parallel({host.name: partial(hosts.remove_host, lab, host, keeper) for host in anew})
+    tars: list[Path] = []
+    in_parallel(
+        {
+            "root file system": lambda: tars.append(root.archive(lab)),
+            "sources": lambda: sources.prepare(lab.cache / "sources", REPO_ROOT),
+        }
+    )
+    network.up(lab, claims)
+    hosts.make_keys(lab)
+    hosts.start_servers(lab, claims, keeper)
+    for host in wanted:
+        unit = hosts.unit_of(lab, host.short)
+        claims.claim("unit", unit, exists=keeper.exists(unit))
+    in_parallel({host.name: partial(hosts.boot, lab, host, tars[0], keeper) for host in wanted})
+    say(f"lab {lab.name!r} is up ({lab.suite}): {', '.join(host.name for host in wanted)}")
+
+
+def down(lab: Lab) -> None:
+    """Remove everything this lab made; what is gone already is fine."""
+    packages.put_units_to_rest(lab)
+    claims = Claims(lab.state / "claims.json")
+    if lab.state.exists():
+        keeper = supervisor.choose()
+        hosts.close_connections(lab)
+        in_parallel({host.name: partial(hosts.remove_host, lab, host, keeper) for host in lab.hosts})
+        for unit in claims.of("unit"):
+            keeper.stop(unit)
+            claims.release("unit", unit)
+    network.down(lab, claims)
+    shutil.rmtree(lab.state, ignore_errors=True)
+    say(f"lab {lab.name!r} is removed; caches are kept in {lab.cache}")
+
+
+def status(lab: Lab) -> int:
+    """Print one line per host and server; return 0 when the whole lab runs, else 1."""
+    keeper = supervisor.choose()
+    claims = Claims(lab.state / "claims.json")
+    print(f"lab {lab.name} ({claims.suite or 'not up'})  {lab.subnet}  {lab.source_git}  {lab.source_http}")
+    parts = {host.short: f"{host.name:<11} {host.address:<15}" for host in lab.hosts}
+    parts |= {part: f"{part + ' server':<11} {lab.gateway:<15}" for part in ("git", "http")}
+    running = {part: keeper.alive(hosts.unit_of(lab, part)) for part in parts}
+    for part, text in parts.items():
+        print(f"  {text} {'running' if running[part] else 'stopped'}")
+    return 0 if all(running.values()) else 1
+
+
+def ssh(lab: Lab, name: str, command: list[str]) -> None:
+    """Become an ssh session on a host."""
+    host = lab.host(name)
+    if not lab.ssh_key.exists():
+        raise LabError(f"lab {lab.name!r} is not up; fix: `python3 -m lab up`", 2)
+    argv = ["ssh", *lab.ssh_options(), "-i", str(lab.ssh_key), f"{SUDO_USER}@{host.address}", *command]
+    os.execvp("ssh", argv)  # noqa: S606 - a list, no shell
+
+
+def start(lab: Lab, name: str) -> None:
+    """Start a host that was powered off."""
+    host = lab.host(name)
+    if not (lab.host_dir(host) / "root").exists():
+        raise LabError(f"{host.name} was never made; fix: `python3 -m lab up`", 2)
+    up(lab, [name])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one lab command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python3 -m lab", description="Boot, use and remove the lab hosts.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    up_parser = verbs.add_parser(
+        "up", help="boot the hosts and the source server; a repeat does only what is missing"
+    )
+    up_parser.add_argument(
+        "--suite", choices=SUITES, help="Debian release of the hosts (default: LAB_SUITE, bookworm)"
+    )
+    up_parser.add_argument(
+        "--only", action="append", default=[], metavar="HOST", help="only this host (repeatable)"
+    )
+    up_parser.add_argument(
+        "--fresh", action="append", default=[], metavar="HOST", help="make this host anew (repeatable)"
+    )
+    verbs.add_parser("down", help="remove everything the lab made on this machine")
+    verbs.add_parser("status", help="show what runs")
+    verbs.add_parser("inventory", help="print the Ansible inventory (JSON)")
+    ssh_parser = verbs.add_parser("ssh", help="log in to a host or run a command there")
+    ssh_parser.add_argument("host")
+    ssh_parser.add_argument("command", nargs=argparse.REMAINDER)
+    for verb, text in (
+        ("reboot", "reboot a host"),
+        ("poweroff", "power a host off"),
+        ("start", "start it again"),
+    ):
+        verbs.add_parser(verb, help=f"{text} and wait for it").add_argument("host")
+    options = parser.parse_args(arguments)
+
+    try:
+        lab = from_environment(suite=getattr(options, "suite", None))
+        if options.verb == "inventory":
+            print(json.dumps(inventory(lab), indent=1))
+            return 0
+        if os.geteuid() != 0:
+            raise LabError(
+                f"`lab {options.verb}` needs root; fix: sudo {sys.executable} -m lab {options.verb}", 2
+            )
+        os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+        if options.verb == "status":
+            return status(lab)
+        if options.verb == "ssh":
+            ssh(lab, options.host, options.command)
+        actions: dict[str, Callable[[], None]] = {
+            "up": lambda: up(lab, options.only, options.fresh),
+            "down": lambda: down(lab),
+            "reboot": lambda: hosts.reboot(lab, lab.host(options.host)),
+            "poweroff": lambda: hosts.poweroff(lab, lab.host(options.host), supervisor.choose()),
+            "start": lambda: start(lab, options.host),
+        }
+        signal.signal(signal.SIGTERM, _interrupt)
+        with only_command(lab, options.verb):
+            actions[options.verb]()
+    except LabError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print(
+            "lab: interrupted; `python3 -m lab up` goes on, `python3 -m lab down` removes everything",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Booting, reaching and removing the lab hosts and the lab's servers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from lab import root, source_server
+from lab.config import HTTP_PORT, REPO_ROOT, SUDO_USER, Host, Lab
+from lab.shell import LabError, last_line, run, say
+from lab.state import Claims, write_atomically
+from lab.supervisor import Supervisor
+
+BOOT_SECONDS = 120  # how long a host may take to answer over ssh; a loaded 2-core machine needs about 15
+
+
+def unit_of(lab: Lab, part: str) -> str:
+    """Name of the control group or transient unit of a host or server."""
+    return f"llmbox-{lab.name}-{part}"
+
+
+def make_keys(lab: Lab) -> None:
+    """Make the lab's ssh key and every host's key, and pin the host keys; what exists is kept."""
+    folder = lab.state / "ssh"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    lab.control_dir.mkdir(exist_ok=True)
+    places = [lab.ssh_key, *(folder / host.name / "ssh_host_ed25519_key" for host in lab.hosts)]
+    for place in places:
+        if place.with_name(place.name + ".pub").exists():
+            continue
+        place.parent.mkdir(exist_ok=True)
+        half = place.with_name("new_key")
+        for leftover in (half, half.with_name("new_key.pub")):
+            leftover.unlink(missing_ok=True)
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"lab-{lab.name}", "-f", half])
+        half.replace(place)
+        half.with_name("new_key.pub").replace(place.with_name(place.name + ".pub"))
+    pins = "".join(
+        f"{host.address} " + " ".join(place.with_name(place.name + ".pub").read_text().split()[:2]) + "\n"
+        for host, place in zip(lab.hosts, places[1:], strict=True)
+    )
+    write_atomically(lab.known_hosts, pins, 0o600)
+
+
+def start_servers(lab: Lab, claims: Claims, supervisor: Supervisor) -> None:
+    """Start the git and HTTP servers of the lab, or leave those that answer."""
+    sources = lab.cache / "sources"
+    commands: dict[str, list[str | Path]] = {
+        "git": [
+            *(
+                "git",
+                "daemon",
+                "--export-all",
+                "--reuseaddr",
+                "--informative-errors",
+                f"--listen={lab.gateway}",
+            ),
+            *(f"--base-path={sources}", sources / "upstream.git", sources / "tq3.git"),
+        ],
+        "http": [
+            *(sys.executable, "-m", "lab.source_server", "--listen", f"{lab.gateway}:{HTTP_PORT}"),
+            *("--models", sources / "models", "--packages", lab.cache / "apt" / lab.suite),
+        ],
+    }
+    env = {"PYTHONPATH": str(REPO_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {name: os.environ[name] for name in ("http_proxy", "no_proxy") if name in os.environ}
+    for part, command in commands.items():
+        unit = unit_of(lab, part)
+        if supervisor.alive(unit) and (part != "http" or _http_version(lab) == source_server.version()):
+            continue
+        claims.claim("unit", unit, exists=supervisor.exists(unit))
+        supervisor.stop(unit)
+        supervisor.start(unit, command, env, lab.state / f"{part}.log")
+    deadline = time.monotonic() + 20
+    while not (_answers(lab.gateway, 9418) and _http_version(lab) == source_server.version()):
+        if time.monotonic() > deadline:
+            raise LabError(
+                f"the lab's source server does not answer: {_tail(lab.state / 'git.log', lab.state / 'http.log')}"
+            )
+        time.sleep(0.1)
+
+
+def boot(lab: Lab, host: Host, tar: Path, supervisor: Supervisor) -> None:
+    """Make sure the host runs and answers over ssh."""
+    unit = unit_of(lab, host.short)
+    log = lab.host_dir(host) / "console.log"
+    if not supervisor.alive(unit):
+        begun = time.monotonic()
+        supervisor.stop(unit)
+        root.unpack(tar, lab, host)
+        root.refresh_resolver(lab.host_dir(host) / "root")
+        say(f"{host.name}: root file system unpacked, {time.monotonic() - begun:.1f} s")
+        log.unlink(missing_ok=True)
+        supervisor.start(unit, nspawn_command(lab, host), {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}, log)
+    begun = time.monotonic()
+    wait_for_ssh(lab, host, lambda: supervisor.alive(unit))
+    say(f"{host.name}: answers at {host.address}, {time.monotonic() - begun:.1f} s")
+
+
+def wait_for_ssh(lab: Lab, host: Host, alive: Callable[[], bool] = lambda: True, unlike: str = "") -> str:
+    """Wait until a host lets the sudo user in with a boot id other than `unlike`, and return its boot id.
+
+    Raises LabError when it does not within BOOT_SECONDS, or is not `alive` any more.
+    """
+    deadline = time.monotonic() + BOOT_SECONDS
+    console = lab.host_dir(host) / "console.log"
+    while True:
+        reason = "port 22 does not answer"
+        if _answers(host.address, 22):
+            done = ssh(lab, host, ["cat", "/proc/sys/kernel/random/boot_id"])
+            if done.returncode == 0 and done.stdout.strip() != unlike:
+                return done.stdout.strip()
+            reason = last_line(done.stderr) if done.returncode else "it has not rebooted"
+        if not alive():
+            raise LabError(f"{host.name} does not boot: {_tail(console)}")
+        if time.monotonic() > deadline:
+            raise LabError(
+                f"{host.name} is not reachable after {BOOT_SECONDS} s ({reason}); console: {console}"
+            )
+        time.sleep(0.2)
+
+
+def reboot(lab: Lab, host: Host) -> None:
+    """Reboot a host in order, from inside, and wait until it answers again."""
+    before = wait_for_ssh(lab, host)
+    begun = time.monotonic()
+    ssh(lab, host, ["sudo", "systemctl", "reboot"])
+    wait_for_ssh(lab, host, unlike=before)
+    say(f"{host.name}: rebooted, {time.monotonic() - begun:.1f} s")
+
+
+def poweroff(lab: Lab, host: Host, supervisor: Supervisor) -> None:
+    """Power a host off in order and wait for its end."""
+    unit = unit_of(lab, host.short)
+    supervisor.poweroff(unit)
+    deadline = time.monotonic() + BOOT_SECONDS
+    while supervisor.alive(unit):
+        if time.monotonic() > deadline:
+            raise LabError(f"{host.name} does not power off within {BOOT_SECONDS} s")
+        time.sleep(0.1)
+    say(f"{host.name}: powered off")
+
+
+def nspawn_command(lab: Lab, host: Host) -> list[str | Path]:
+    """The command that boots a host; the shared caches are mounted where the roles expect them."""
+    binds = []
+    if host.builds:
+        ccache = lab.cache / "ccache" / lab.suite
+        ccache.mkdir(parents=True, exist_ok=True)
+        binds.append(f"--bind={ccache}:/var/cache/llama.cpp")
+    return [
+        *("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--settings=no"),
+        *(
+            f"--machine={lab.machine(host)}",
+            f"--hostname={host.name}",
+            f"--directory={lab.host_dir(host)}/root",
+        ),
+        *(f"--network-bridge={lab.bridge}", "--resolv-conf=off", "--timezone=off", "--link-journal=no"),
+        *("--console=pipe", *binds),
+    ]
+
+
+def ssh(lab: Lab, host: Host, command: list[str], timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    """Run a command on a host as the sudo user, without a shared connection."""
+    argv = ["ssh", *lab.ssh_options(), "-oControlPath=none", "-oBatchMode=yes", "-i", str(lab.ssh_key)]
+    return run([*argv, f"{SUDO_USER}@{host.address}", *command], check=False, timeout=timeout)
+
+
+def close_connections(lab: Lab) -> None:
+    """End the ssh masters that wait on this lab's control sockets."""
+    for place in lab.control_dir.glob("*"):
+        run(["ssh", "-F", "/dev/null", f"-oControlPath={place}", "-O", "exit", "lab"], check=False)
+        place.unlink(missing_ok=True)
+
+
+def remove_host(lab: Lab, host: Host, supervisor: Supervisor) -> None:
+    """End a host at once and delete its files."""
+    supervisor.stop(unit_of(lab, host.short))
+    for folder in Path("/run/systemd/nspawn").glob(f"*/{lab.machine(host)}"):
+        run(["umount", "--lazy", folder], check=False)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    folder = lab.host_dir(host)
+    if folder.exists():
+        # systemd makes some directories immutable to accidents (chattr +i), rm needs them plain
+        run(["chattr", "-R", "-f", "-i", folder], check=False)
+        shutil.rmtree(folder)
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        with socket.create_connection((address, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def _http_version(lab: Lab) -> str | None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(lab.source_http + source_server.HEALTH_PATH, timeout=2) as answer:
+            return str(json.load(answer)["version"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _tail(*logs: Path) -> str:
+    text = "".join(log.read_text(errors="replace") for log in logs if log.exists())
+    return last_line(text)

@@ -1,0 +1,34 @@
+"""The lab as an Ansible inventory."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from lab.config import SUDO_USER, Lab
+
+
+def inventory(lab: Lab) -> dict[str, Any]:
+    """Return what an Ansible inventory script prints for `--list`."""
+    common = shlex.join(lab.ssh_options())
+    hostvars = {
+        host.name: {
+            "ansible_host": host.address,
+            "ansible_user": SUDO_USER,
+            "ansible_ssh_private_key_file": str(lab.ssh_key),
+            "ansible_ssh_common_args": common,
+        }
+        for host in lab.hosts
+    }
+    return {
+        "_meta": {"hostvars": hostvars},
+        "all": {
+            "children": ["lab"],
+            "vars": {"lab_source_git": lab.source_git, "lab_source_http": lab.source_http},
+        },
+        "lab": {"children": ["llama_hosts", "clients"]},
+        "llama_hosts": {"children": ["llm_servers", "ocr_servers"]},
+        "llm_servers": {"hosts": ["lab-llm"]},
+        "ocr_servers": {"hosts": ["lab-ocr"]},
+        "clients": {"hosts": ["lab-client"]},
+    }
