@@ -1,0 +1,150 @@
+"""What is up on this box: the preset, its state, and the build that really runs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from llmbox.presets import BoxPreset, PresetsFile
+from llmbox.systemd import UnitState
+
+_RELEASE = re.compile(r"/releases/([0-9a-f]{40})-[^/]+/")
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a llama-server said of itself: see llmbox.server.LlamaServer."""
+
+    health: str = "silent"
+    context: int | None = None
+    in_flight: int = 0
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of the box. `preset`, `context` and `detail` are for people, the rest is for --json."""
+
+    active: str | None
+    state: str
+    since: str = ""
+    build: str = ""
+    commit: str = ""
+    in_flight: int = 0
+    queued: int = 0
+    preset: BoxPreset | None = None
+    context: int | None = None
+    detail: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """Exactly the keys that tools rely on; queued is 0 until a gateway stands in front."""
+        return {
+            "active": self.active,
+            "state": self.state,
+            "since": self.since,
+            "build": self.build,
+            "commit": self.commit,
+            "in_flight": self.in_flight,
+            "queued": self.queued,
+        }
+
+
+def preset_state(unit: UnitState, health: str) -> str:
+    """One word for a preset: stopped, loading, ready, draining or failed."""
+    if unit.failed:
+        return "failed"
+    if unit.active in {"active", "reloading"}:
+        return {"ok": "ready", "loading": "loading"}.get(health, "failed")
+    return {"activating": "loading", "deactivating": "draining"}.get(unit.active, "stopped")
+
+
+def collect(
+    presets: PresetsFile,
+    states: Mapping[str, UnitState],
+    probe: Callable[[str], Probe],
+    executable: Callable[[int], str],
+) -> Status:
+    """The status of the box from systemd's states, the server's own answers and the running executable."""
+    rank = {"active": 0, "reloading": 0, "activating": 1, "deactivating": 2, "failed": 3}
+    shown = [
+        preset for preset in presets.exclusive if states[preset.unit].occupied or states[preset.unit].failed
+    ]
+    if not shown:
+        return Status(None, "stopped")
+    preset = min(shown, key=lambda one: 3 if states[one.unit].failed else rank[states[one.unit].active])
+    unit = states[preset.unit]
+    asked = probe(preset.listen) if unit.active == "active" else Probe()
+    state = preset_state(unit, asked.health)
+    detail = unit.ending if unit.failed else ""
+    if state == "failed" and unit.active == "active":
+        detail = f"the unit runs but nothing answers on {preset.listen}; look with: lmswitch logs"
+    elif state == "failed":
+        detail = f"{detail or 'it failed'}; look with: lmswitch logs {preset.name}"
+    return Status(
+        active=preset.name,
+        state=state,
+        since=iso(unit.since_s),
+        build=preset.build,
+        commit=release_commit(executable(unit.main_pid) if unit.main_pid else "", preset.command[0]),
+        in_flight=asked.in_flight,
+        preset=preset,
+        context=asked.context,
+        detail=detail,
+    )
+
+
+def release_commit(running: str, installed: str) -> str:
+    """The llama.cpp commit in a release's path: of the running executable, otherwise of the installed one."""
+    for path in (running, str(Path(installed).resolve())):
+        found = _RELEASE.search(path)
+        if found:
+            return found.group(1)
+    return ""
+
+
+def iso(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601 in UTC, "" for 0."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if seconds else ""
+
+
+def ago(since: str, now: datetime) -> str:
+    """How long ago an ISO time was, in the largest two units that say something."""
+    if not since:
+        return ""
+    seconds = max(0, int((now - datetime.fromisoformat(since)).total_seconds()))
+    for unit, size, lesser, small in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            return f"{seconds // size} {unit} {seconds % size // small} {lesser}"
+    return f"{seconds} s"
+
+
+def screen(status: Status, now: datetime, models_disk: Path | None = None) -> str:
+    """The status for a person: one screen, every number with its unit."""
+    preset = status.preset
+    if preset is None:
+        lines = ["no preset is active: the card is free; see what there is with: lmswitch list"]
+    else:
+        since = f"since {status.since} ({ago(status.since, now)})" if status.since else ""
+        context = f"{preset.context} tokens"
+        if status.context is not None and status.context != preset.context:
+            context = f"{status.context} tokens (the preset asks for {preset.context})"
+        rows = [
+            ("state", f"{status.state} {since}".strip()),
+            ("preset", preset.description),
+            ("build", f"{status.build} at {status.commit[:12] or 'an unknown commit'}"),
+            ("model", preset.model),
+            ("context", context),
+            ("listens", preset.listen),
+            ("in flight", f"{status.in_flight} requests, {status.queued} queued"),
+        ]
+        lines = [status.active or "", *(f"  {key:<10}{value}" for key, value in rows)]
+        if status.detail:
+            lines.append(f"  {'why':<10}{status.detail}")
+    if models_disk is not None and models_disk.is_dir():
+        disk = shutil.disk_usage(models_disk)
+        lines.append(f"  {'disk':<10}{disk.free / GIB:.1f} GiB free of {disk.total / GIB:.1f} GiB for models")
+    return "\n".join(lines)

@@ -1,0 +1,233 @@
+"""Control of the user's service manager: `systemctl --user` and `journalctl` as subprocesses, timed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmbox.errors import LlmboxError, UsageError
+
+COMMAND_TIMEOUT_S = 30
+TICK_S = 0.1
+JOURNAL_SETTLE_S = 0.4
+PROPERTIES = (
+    "Id,LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ActiveEnterTimestamp,StateChangeTimestamp,"
+    "ExecMainCode,ExecMainStatus"
+)
+_SIGNALED = {"2", "3"}  # CLD_KILLED, CLD_DUMPED
+
+
+@dataclass(frozen=True)
+class UnitState:
+    """What systemd says about one unit. `since_s` is seconds since the epoch, 0.0 when it never ran."""
+
+    unit: str
+    active: str = "inactive"
+    sub: str = "dead"
+    load: str = "loaded"
+    result: str = "success"
+    main_pid: int = 0
+    invocation: str = ""
+    since_s: float = 0.0
+    ending: str = ""
+
+    @property
+    def occupied(self) -> bool:
+        """True while the unit holds, gets or gives back the card (not while it waits to be restarted)."""
+        return (
+            self.active in {"active", "activating", "reloading", "deactivating"}
+            and self.sub != "auto-restart"
+        )
+
+    @property
+    def failed(self) -> bool:
+        """True when its last run failed, be it that systemd will try again."""
+        return self.active == "failed" or self.sub == "auto-restart"
+
+
+def runtime_dir() -> Path:
+    """This user's runtime directory, found without a login shell. Raises UsageError when there is none."""
+    path = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
+    if not (path / "systemd/private").exists():
+        raise UsageError(
+            f"no service manager runs for this user ({path}/systemd is missing); start it "
+            f"once and for all with: sudo loginctl enable-linger {os.environ.get('USER') or os.getuid()}"
+        )
+    return path
+
+
+class Systemd:
+    """The service manager of the user whose runtime directory is given."""
+
+    def __init__(self, runtime: Path) -> None:
+        self.environment = {
+            **os.environ,
+            "XDG_RUNTIME_DIR": str(runtime),
+            "DBUS_SESSION_BUS_ADDRESS": f"unix:path={runtime}/bus",
+            "LC_ALL": "C.UTF-8",
+        }
+
+    def show(self, units: Iterable[str], *, system: bool = False) -> dict[str, UnitState]:
+        """State of each unit, known to systemd or not. Raises LlmboxError when systemd does not answer."""
+        names = list(units)
+        if not names:
+            return {}
+        scope = "--system" if system else "--user"
+        done = self._run(["systemctl", scope, "show", "--timestamp=unix", f"--property={PROPERTIES}", *names])
+        if done.returncode != 0:
+            raise LlmboxError(f"systemctl {scope} show failed: {_one_line(done.stderr)}")
+        blocks = done.stdout.strip("\n").split("\n\n")
+        return {name: parse_show(name, block) for name, block in zip(names, blocks, strict=True)}
+
+    def reset_failed(self, unit: str) -> None:
+        """Clear the unit's start limit: a start that a person wants is never refused for being the sixth."""
+        self._run(["systemctl", "--user", "reset-failed", unit])
+
+    def start(
+        self,
+        unit: str,
+        *,
+        timeout_s: float,
+        restart: bool = False,
+        on_tick: Callable[[], None] = lambda: None,
+    ) -> str:
+        """Start (or restart) the unit and wait until it is ready. Returns "", or what systemctl said.
+
+        Raises whatever `on_tick` or a signal handler raises; the job itself then goes on inside systemd.
+        """
+        verb = "restart" if restart else "start"
+        # A session of its own: Ctrl-C is for lmswitch, which decides what becomes of the job.
+        with subprocess.Popen(
+            ["systemctl", "--user", verb, unit],
+            env=self.environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as client:
+            try:
+                deadline = time.monotonic() + timeout_s
+                while True:
+                    try:
+                        _, said = client.communicate(timeout=TICK_S)
+                    except subprocess.TimeoutExpired:
+                        if time.monotonic() > deadline:
+                            return f"systemctl {verb} {unit} did not return in {timeout_s:.0f} s"
+                        on_tick()
+                    else:
+                        return (
+                            "" if client.returncode == 0 else _one_line(said) or f"exit {client.returncode}"
+                        )
+            finally:
+                if client.poll() is None:
+                    client.kill()
+
+    def start_soon(self, unit: str) -> None:
+        """Submit the start job without waiting for it: from here on systemd sees it through."""
+        self._run(["systemctl", "--user", "start", "--no-block", unit])
+
+    def stop(self, unit: str, *, timeout_s: float) -> str:
+        """Stop the unit, and with it a pending automatic restart. Returns "", or what systemctl said."""
+        done = self._run(["systemctl", "--user", "stop", unit], timeout_s=timeout_s)
+        return "" if done.returncode == 0 else _one_line(done.stderr) or f"exit {done.returncode}"
+
+    def last_lines(self, state: UnitState, count: int) -> list[str]:
+        """The last lines that one run of the unit wrote, once the journal has settled."""
+        if not state.invocation:
+            return []
+        command = [
+            "journalctl",
+            "--no-pager",
+            "--quiet",
+            "--output=cat",
+            f"--lines={count}",
+            f"_SYSTEMD_INVOCATION_ID={state.invocation}",
+        ]
+        deadline = time.monotonic() + JOURNAL_SETTLE_S
+        lines: list[str] = []
+        while True:
+            before = lines
+            lines = [line.rstrip() for line in self._run(command).stdout.splitlines() if line.strip()]
+            if (lines and lines == before) or time.monotonic() > deadline:
+                return lines
+            time.sleep(TICK_S)
+
+    def suspend(self) -> str:
+        """Suspend the machine through the one sudo rule. Returns "", or why it was not done."""
+        done = self._run(["sudo", "-n", "/usr/bin/systemctl", "suspend"])
+        return "" if done.returncode == 0 else _one_line(done.stderr) or f"exit {done.returncode}"
+
+    def _run(
+        self, command: list[str], timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout_s,
+                check=False,
+                start_new_session=True,
+            )
+        except FileNotFoundError:
+            raise LlmboxError(f"{command[0]} is not on this machine; lmswitch needs systemd") from None
+        except subprocess.TimeoutExpired:
+            raise LlmboxError(f"{' '.join(command)} did not return in {timeout_s:.0f} s") from None
+
+
+def journal_command(unit: str, *, lines: int, follow: bool, as_json: bool, system: bool) -> list[str]:
+    """The journalctl command that shows what a unit and systemd said about it."""
+    return [
+        "journalctl",
+        "--no-pager",
+        "--quiet",
+        f"--output={'json' if as_json else 'short-iso'}",
+        f"--lines={lines}",
+        *(["--follow"] if follow else []),
+        f"--unit={unit}" if system else f"--user-unit={unit}",
+    ]
+
+
+def parse_show(unit: str, block: str) -> UnitState:
+    """One unit's block of `systemctl show --timestamp=unix` as a UnitState."""
+    values = dict(line.partition("=")[::2] for line in block.splitlines() if "=" in line)
+    active = values.get("ActiveState", "inactive")
+    stamp = values.get("ActiveEnterTimestamp" if active == "active" else "StateChangeTimestamp", "")
+    return UnitState(
+        unit=unit,
+        active=active,
+        sub=values.get("SubState", "dead"),
+        load=values.get("LoadState", "loaded"),
+        result=values.get("Result", "success"),
+        main_pid=int(values.get("MainPID") or 0),
+        invocation=values.get("InvocationID", ""),
+        since_s=float(stamp[1:]) if stamp.startswith("@") else 0.0,
+        ending=_ending(values),
+    )
+
+
+def _ending(values: dict[str, str]) -> str:
+    result = values.get("Result", "success")
+    if result == "success":
+        return ""
+    status = values.get("ExecMainStatus", "0")
+    if result == "timeout":
+        return "it did not become ready, or did not stop, in time"
+    if result == "oom-kill":
+        return "the kernel killed it for lack of memory"
+    if values.get("ExecMainCode") in _SIGNALED:
+        return f"it was ended by signal {status}"
+    return f"it exited with status {status}"
+
+
+def _one_line(text: str) -> str:
+    """The first line that says something; systemctl adds hints below it."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
