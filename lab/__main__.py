@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from types import FrameType
 from lab import hosts, network, packages, root, sources, supervisor
 from lab.config import REPO_ROOT, SUDO_USER, SUITES, Lab, from_environment
 from lab.inventory import inventory
-from lab.shell import LabError, in_parallel, say
+from lab.shell import LabError, in_parallel, remove_tree, say
 from lab.state import Claims, only_command
 
 
@@ -58,7 +57,8 @@ def down(lab: Lab) -> None:
     """Remove everything this lab made; what is gone already is fine."""
     packages.put_units_to_rest(lab)
     claims = Claims(lab.state / "claims.json")
-    if lab.state.exists():
+    existed = lab.state.exists()
+    if existed:
         keeper = supervisor.choose()
         hosts.close_connections(lab)
         in_parallel({host.name: partial(hosts.remove_host, lab, host, keeper) for host in lab.hosts})
@@ -66,8 +66,8 @@ def down(lab: Lab) -> None:
             keeper.stop(unit)
             claims.release("unit", unit)
     network.down(lab, claims)
-    shutil.rmtree(lab.state, ignore_errors=True)
-    say(f"lab {lab.name!r} is removed; caches are kept in {lab.cache}")
+    remove_tree(lab.state)
+    say(f"lab {lab.name!r} is removed" if existed else f"lab {lab.name!r} was not there")
 
 
 def status(lab: Lab) -> int:

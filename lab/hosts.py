@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,10 +15,11 @@ from pathlib import Path
 
 from lab import root, source_server
 from lab.config import HTTP_PORT, REPO_ROOT, SUDO_USER, Host, Lab
-from lab.shell import LabError, last_line, run, say
+from lab.shell import LabError, last_line, remove_tree, run, say
 from lab.state import Claims, write_atomically
 from lab.supervisor import Supervisor
 
+_NSPAWN_DIR = Path("/run/systemd/nspawn")
 BOOT_SECONDS = 120  # how long a host may take to answer over ssh; a loaded 2-core machine needs about 15
 
 
@@ -184,17 +184,17 @@ def close_connections(lab: Lab) -> None:
 
 
 def remove_host(lab: Lab, host: Host, supervisor: Supervisor) -> None:
-    """End a host at once and delete its files."""
+    """End a host at once and delete its files and what systemd-nspawn keeps about it."""
     supervisor.stop(unit_of(lab, host.short))
-    for folder in Path("/run/systemd/nspawn").glob(f"*/{lab.machine(host)}"):
-        run(["umount", "--lazy", folder], check=False)
+    for leftover in _NSPAWN_DIR.glob(f"*/{lab.machine(host)}"):
+        run(["umount", "--lazy", leftover], check=False)
         with contextlib.suppress(OSError):
-            folder.rmdir()
+            leftover.rmdir()
     folder = lab.host_dir(host)
-    if folder.exists():
-        # systemd makes some directories immutable to accidents (chattr +i), rm needs them plain
-        run(["chattr", "-R", "-f", "-i", folder], check=False)
-        shutil.rmtree(folder)
+    with contextlib.suppress(FileNotFoundError):
+        identity = (folder / "root").stat()
+        (_NSPAWN_DIR / f"locks/inode-{identity.st_dev}:{identity.st_ino}").unlink()
+    remove_tree(folder)
 
 
 def _answers(address: str, port: int) -> bool:

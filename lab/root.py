@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 from lab.config import HTTP_PORT, SUDO_USER, Host, Lab
-from lab.shell import LabError, run, say
+from lab.shell import LabError, remove_tree, run, say
 from lab.state import shared_cache, write_atomically
 
 # Nothing that a role has to install: a bare host must stay bare.
@@ -82,7 +81,7 @@ def archive(lab: Lab) -> Path:
         say(f"making the {lab.suite} root file system (once)")
         begun = time.monotonic()
         work = folder / f"{lab.suite}.tmp"
-        shutil.rmtree(work, ignore_errors=True)
+        remove_tree(work)
         work.mkdir()
         try:
             # Namespaces of its own: killed at any moment, it leaves no mount and no process behind.
@@ -92,7 +91,7 @@ def archive(lab: Lab) -> Path:
                 env={**environment, "TMPDIR": str(work)},
             )
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            remove_tree(work)
         note.unlink(missing_ok=True)
         half.replace(tar)
         seconds = round(time.monotonic() - begun)
@@ -152,7 +151,7 @@ def unpack(tar: Path, lab: Lab, host: Host) -> None:
     if target.exists():
         return
     half = lab.host_dir(host) / "root.partial"
-    shutil.rmtree(half, ignore_errors=True)
+    remove_tree(half)
     half.mkdir(parents=True)
     run(
         [

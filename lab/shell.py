@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -67,6 +68,16 @@ def run(
             f"`{' '.join(words[:6])}` failed ({done.returncode}): {last_line(done.stderr or done.stdout)}"
         )
     return done
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder, even while the last helper of a killed command still writes into it."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+    raise LabError(f"cannot delete {folder}: something still writes there or is mounted there")
 
 
 def last_line(text: str) -> str:

@@ -45,23 +45,29 @@ def choose() -> Supervisor:
     """Return the supervisor that fits this machine's init."""
     if Path("/run/systemd/system").is_dir():
         return SystemdSupervisor()
-    return CgroupSupervisor(unified_hierarchy(Path("/proc/self/mounts").read_text()))
+    return CgroupSupervisor(*hierarchies(Path("/proc/self/mounts").read_text()))
 
 
-def unified_hierarchy(mounts: str) -> Path:
-    """Return where the cgroup v2 hierarchy is mounted, from the text of /proc/self/mounts."""
+def hierarchies(mounts: str) -> tuple[Path, list[Path]]:
+    """Return where cgroup v2 is mounted, and the v1 hierarchies beside it, from the text of /proc/self/mounts.
+
+    Raises LabError when there is no cgroup v2.
+    """
+    found: dict[str, list[Path]] = {"cgroup2": [], "cgroup": []}
     for line in mounts.splitlines():
         _, place, kind, *_ = line.split(" ")
-        if kind == "cgroup2":
-            return Path(place)
-    raise LabError("no cgroup v2 hierarchy is mounted; fix: mount -t cgroup2 none /sys/fs/cgroup", 2)
+        found.get(kind, []).append(Path(place))
+    if not found["cgroup2"]:
+        raise LabError("no cgroup v2 hierarchy is mounted; fix: mount -t cgroup2 none /sys/fs/cgroup", 2)
+    return found["cgroup2"][0], found["cgroup"]
 
 
 class CgroupSupervisor:
     """Control groups as directories, for machines whose init is not systemd."""
 
-    def __init__(self, hierarchy: Path) -> None:
+    def __init__(self, hierarchy: Path, older: Sequence[Path] = ()) -> None:
         self._hierarchy = hierarchy
+        self._older = older  # on a hybrid machine systemd-nspawn makes empty groups there too
 
     def _group(self, unit: str) -> Path:
         return self._hierarchy / unit
@@ -99,22 +105,16 @@ class CgroupSupervisor:
 
     def stop(self, unit: str) -> None:
         group = self._group(unit)
-        if not group.exists():
-            return
-        (group / "cgroup.kill").write_text("1")
         deadline = time.monotonic() + 30
+        if group.exists():
+            (group / "cgroup.kill").write_text("1")
         while self.alive(unit):
             if time.monotonic() > deadline:
                 raise LabError(f"processes in {group} do not end within 30 s: `cat {group}/cgroup.events`")
             time.sleep(0.02)
-        for folder, _, _ in os.walk(group, topdown=False):
-            while Path(folder).exists():
-                try:
-                    Path(folder).rmdir()
-                except OSError as exc:
-                    if time.monotonic() > deadline:
-                        raise LabError(f"cannot remove control group {folder}: {exc.strerror}") from exc
-                    time.sleep(0.02)
+        for hierarchy in (self._hierarchy, *self._older):
+            for folder, _, _ in os.walk(hierarchy / unit, topdown=False):
+                _remove_group(Path(folder), deadline)
 
 
 class SystemdSupervisor:
@@ -154,3 +154,18 @@ class SystemdSupervisor:
         run(["systemctl", "kill", "--signal=KILL", f"{unit}.service"], check=False)
         run(["systemctl", "stop", f"{unit}.service"], check=False)
         run(["systemctl", "reset-failed", f"{unit}.service"], check=False)
+
+
+def _remove_group(group: Path, deadline: float) -> None:
+    """Remove an emptied control group; the kernel needs a moment after the last process is gone."""
+    while True:
+        try:
+            group.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            if time.monotonic() > deadline:
+                raise LabError(f"cannot remove control group {group}: {exc.strerror}") from exc
+            time.sleep(0.02)
+        else:
+            return
