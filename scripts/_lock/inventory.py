@@ -1,0 +1,178 @@
+"""What an inventory asks of its lock: builds with a `ref`, models with `hf`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_common.fields import GitRef, HubFile, HubRepo, RepoUrl
+from pydantic import TypeAdapter, ValidationError
+
+from . import CannotRunError, RefusedError, last_line, refuse, run, without_token
+
+GROUP = "llama_hosts"
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """A build that follows a tag or a branch."""
+
+    name: str
+    repo: str
+    ref: str
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """A model on the hub; `files` in the inventory's order: the first is what gets loaded."""
+
+    name: str
+    repo: str
+    revision: str
+    files: tuple[str, ...]
+
+
+@dataclass
+class Requests:
+    """Everything that the lock must answer, by name."""
+
+    builds: dict[str, BuildRequest] = field(default_factory=dict)
+    models: dict[str, ModelRequest] = field(default_factory=dict)
+
+
+def _text(key: str, value: object, form: Any) -> str:
+    """`value` if it has the form that the data model asks for. Raises RefusedError."""
+    if isinstance(value, str) and "{{" in value:
+        refuse(
+            key, value, "a template, and the lock holds the question word for word", "write the value itself"
+        )
+    try:
+        return str(TypeAdapter(form).validate_python(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        refuse(key, value, first["msg"], str(first.get("ctx", {}).get("fix", "correct it")))
+
+
+def _mapping(key: str, value: object) -> Mapping[str, Any]:
+    if isinstance(value, str) and "{{" in value:
+        refuse(key, value, "a template, which the lock cannot see through", "write the entries out")
+    if not isinstance(value, Mapping):
+        refuse(key, value, "not a mapping of names to values", "correct it")
+    return value
+
+
+def build_request(name: str, entry: object) -> BuildRequest | None:
+    """What an entry of llama_cpp_builds asks: nothing when it names a commit itself. Raises RefusedError."""
+    key = f"llama_cpp_builds.{name}"
+    data = _mapping(key, entry)
+    if data.get("commit") is not None:
+        return None
+    return BuildRequest(
+        name,
+        _text(f"{key}.repo", data.get("repo"), RepoUrl),
+        _text(f"{key}.ref", data.get("ref"), GitRef),
+    )
+
+
+def model_request(name: str, entry: object) -> ModelRequest | None:
+    """What an entry of gguf_models asks: nothing when it is not on the hub. Raises RefusedError."""
+    key = f"gguf_models.{name}"
+    data = _mapping(key, entry)
+    if data.get("hf") is None:
+        return None
+    hf = _mapping(f"{key}.hf", data["hf"])
+    listed = hf.get("file")
+    names = listed if isinstance(listed, list) else [listed]
+    if not names or len(names) != len({str(one) for one in names}):
+        refuse(
+            f"{key}.hf.file",
+            listed,
+            "no file, or one twice",
+            "name the file, or its parts in order, once each",
+        )
+    return ModelRequest(
+        name,
+        _text(f"{key}.hf.repo", hf.get("repo"), HubRepo),
+        _text(f"{key}.hf.revision", hf.get("revision", "main"), GitRef),
+        tuple(_text(f"{key}.hf.file", one, HubFile) for one in names),
+    )
+
+
+def requests_of(hostvars: Mapping[str, Mapping[str, Any]], hosts: Iterable[str]) -> Requests:
+    """What the variables of `hosts` ask together.
+
+    Raises RefusedError, also where two hosts mean different things by one name: a lock has one entry a name.
+    """
+    found = Requests()
+    origin: dict[tuple[str, str], str] = {}
+
+    def add(variable: str, host: str, into: dict[str, Any], request: Any) -> None:
+        if request is None:
+            return
+        known = into.setdefault(request.name, request)
+        first = origin.setdefault((variable, request.name), host)
+        if known != request:
+            problem = (
+                f"{first} and {host} mean different things by this name, and the lock has one entry a name"
+            )
+            refuse(variable, request.name, problem, "give one of them another name")
+
+    for host in sorted(hosts):
+        variables = hostvars.get(host, {})
+        for name, entry in _mapping("llama_cpp_builds", variables.get("llama_cpp_builds") or {}).items():
+            add("llama_cpp_builds", host, found.builds, build_request(name, entry))
+        for name, entry in _mapping("gguf_models", variables.get("gguf_models") or {}).items():
+            add("gguf_models", host, found.models, model_request(name, entry))
+    return found
+
+
+def group_hosts(listing: Mapping[str, Any], group: str) -> set[str]:
+    """Hosts of a group and of its children, in what `ansible-inventory --list` prints."""
+    entry = listing.get(group, {})
+    return set(entry.get("hosts", [])).union(
+        *(group_hosts(listing, child) for child in entry.get("children", []))
+    )
+
+
+def read(inventory: Path) -> Requests:
+    """Ask ansible-inventory, which honours group_vars and inventory programs; no host is contacted.
+
+    Raises CannotRunError when the inventory cannot be read, RefusedError when what it asks cannot be locked.
+    """
+    where = f"--inventory {inventory}"
+    if not inventory.exists():
+        raise CannotRunError(f"{where}: no such file or directory; fix: name the inventory's folder")
+    beside = Path(sys.executable).parent / "ansible-inventory"
+    program = str(beside) if beside.exists() else shutil.which("ansible-inventory")
+    if program is None:
+        raise CannotRunError("ansible-inventory is not installed; fix: make setup")
+    environment = {
+        **without_token(),
+        "ANSIBLE_CONFIG": "ansible.cfg",
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED": "1",
+    }
+    code, output, errors = run(
+        [program, "--inventory", str(inventory.resolve()), "--list"], TIMEOUT_S, environment
+    )
+    if code != 0:
+        said = [line for line in errors.splitlines() if "ERROR" in line] or [errors]
+        raise CannotRunError(
+            f"{where}: {last_line(said[0])}; fix: ansible-inventory -i {inventory} --list says more"
+        )
+    listing = json.loads(output)
+    hosts = group_hosts(listing, GROUP)
+    if not hosts:
+        raise CannotRunError(
+            f"{where}: no host in the group {GROUP}; fix: put the boxes into {GROUP} or its children"
+        )
+    try:
+        return requests_of(listing["_meta"]["hostvars"], hosts)
+    except RefusedError as error:
+        raise RefusedError(f"{inventory}: {error}") from None
