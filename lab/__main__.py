@@ -28,7 +28,7 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
     claims = Claims(lab.state / "claims.json")
     if claims.suite not in (None, lab.suite):
         raise LabError(
-            f"lab {lab.name!r} runs {claims.suite}, not {lab.suite}; fix: `python3 -m lab down`, or another LAB_NAME",
+            f"lab {lab.name!r} runs {claims.suite}; fix: `python3 -m lab down`, or another LAB_NAME",
             2,
         )
     claims.suite = lab.suite
@@ -131,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     try:
+        if sys.version_info < (3, 11):  # noqa: UP036 - the machine's own Python may be older
+            raise LabError(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}", 2)
         lab = from_environment(suite=getattr(options, "suite", None))
         if options.verb == "inventory":
             print(json.dumps(inventory(lab), indent=1))

@@ -106,7 +106,7 @@ class Lab:
         raise LabError(f"no lab host {name!r}; there are {known}", 2)
 
     def ssh_options(self) -> list[str]:
-        """Options that make ssh use this lab's key, pinned host keys and control sockets, and nothing else."""
+        """Options that make ssh use this lab's key, pinned host keys and control sockets, nothing else."""
         return [
             "-F",
             "/dev/null",

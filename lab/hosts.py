@@ -73,7 +73,7 @@ def start_servers(lab: Lab, claims: Claims, supervisor: Supervisor) -> None:
         ],
     }
     env = {"PYTHONPATH": str(REPO_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    env |= {name: os.environ[name] for name in ("http_proxy", "no_proxy") if name in os.environ}
+    env |= {name: os.environ[name] for name in ("HOME", "http_proxy", "no_proxy") if name in os.environ}
     for part, command in commands.items():
         unit = unit_of(lab, part)
         if supervisor.alive(unit) and (part != "http" or _http_version(lab) == source_server.version()):
@@ -84,9 +84,8 @@ def start_servers(lab: Lab, claims: Claims, supervisor: Supervisor) -> None:
     deadline = time.monotonic() + 20
     while not (_answers(lab.gateway, 9418) and _http_version(lab) == source_server.version()):
         if time.monotonic() > deadline:
-            raise LabError(
-                f"the lab's source server does not answer: {_tail(lab.state / 'git.log', lab.state / 'http.log')}"
-            )
+            said = _tail(lab.state / "git.log", lab.state / "http.log")
+            raise LabError(f"the lab's source server does not answer: {said}")
         time.sleep(0.1)
 
 

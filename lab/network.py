@@ -15,7 +15,7 @@ _IPV4 = Path("/proc/sys/net/ipv4")
 
 
 def table_text(lab: Lab) -> str:
-    """The lab's nftables table: lets the lab out, answers back in, and hides it behind the machine's address."""
+    """The lab's nftables table: lets the lab out and answers in, hides it behind the machine's address."""
     return f"""table ip {lab.table} {{
   chain forward {{
     type filter hook forward priority filter; policy accept;
@@ -33,7 +33,10 @@ def table_text(lab: Lab) -> str:
 
 
 def forward_block(ruleset: dict[str, Any], lab: Lab) -> str | None:
-    """Name the other table that drops forwarded packets, with the fix, or None; input is `nft -j list ruleset`."""
+    """Name the other table that drops forwarded packets, with the fix, or None.
+
+    `ruleset` is what `nft -j list ruleset` prints.
+    """
     chains = [item["chain"] for item in ruleset["nftables"] if "chain" in item]
     for chain in chains:
         ours = chain["table"] == lab.table
@@ -62,7 +65,7 @@ def forward_block(ruleset: dict[str, Any], lab: Lab) -> str | None:
                 " ; ".join(f"iptables -I FORWARD {way} {lab.bridge} -j ACCEPT" for way in ("-i", "-o")),
             )
         return (
-            f"{owner} drops forwarded packets (chain {chain['name']} of table {chain['family']} {chain['table']}), "
+            f"{owner} drops forwarded packets (chain {chain['family']} {chain['table']} {chain['name']}): "
             f"the lab hosts would reach nothing; fix: {fix}"
         )
     return None
@@ -71,7 +74,7 @@ def forward_block(ruleset: dict[str, Any], lab: Lab) -> str | None:
 def overlapping(routes: list[dict[str, Any]], lab: Lab) -> str | None:
     """Name what already uses the lab's subnet, or None; input is `ip -j -4 route show table all`.
 
-    A wide route (shorter than /16, a company's 10.0.0.0/8) is no clash: the lab's /24 is the more specific one.
+    A wide route (a company's 10.0.0.0/8, say) is no clash: the lab's /24 is the more specific one.
     """
     subnet = ipaddress.ip_network(lab.subnet)
     for route in routes:

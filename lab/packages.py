@@ -1,4 +1,4 @@
-"""Debian packages the lab needs on this machine: named before they are installed, their units put to rest afterwards."""
+"""Debian packages the lab needs on this machine: named before, their units put to rest afterwards."""
 
 from __future__ import annotations
 

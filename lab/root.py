@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lab.config import HTTP_PORT, SUDO_USER, Host, Lab
-from lab.shell import LabError, remove_tree, run, say
+from lab.shell import LabError, remove_tree, run, say, ticking
 from lab.state import shared_cache, write_atomically
 
 # Nothing that a role has to install: a bare host must stay bare.
@@ -32,10 +32,10 @@ _CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def archive_lines(sources: str, codename: str, suite: str) -> list[str]:
-    """Turn the machine's own Debian archive lines into lines for `suite`; none when it has no plain Debian archive.
+    """Turn the machine's own Debian archive lines into lines for `suite`; none when it has no plain archive.
 
-    `sources` is deb822 text or one-line text. Only the archive's own suites (plain, -updates, -security) signed by
-    the Debian keyring count, so that no third party's repository gets into a lab host.
+    `sources` is deb822 text or one-line text. Only the archive's own suites (plain, -updates, -security) that
+    the Debian keyring signs count, so that no third party's repository gets into a lab host.
     """
     wanted = {codename, f"{codename}-updates", f"{codename}-security"}
     lines: list[str] = []
@@ -85,11 +85,12 @@ def archive(lab: Lab) -> Path:
         work.mkdir()
         try:
             # Namespaces of its own: killed at any moment, it leaves no mount and no process behind.
-            run(
-                ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *command],
-                timeout=1200,
-                env={**environment, "TMPDIR": str(work)},
-            )
+            with ticking("mmdebstrap"):
+                run(
+                    ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *command],
+                    timeout=1200,
+                    env={**environment, "TMPDIR": str(work)},
+                )
         finally:
             remove_tree(work)
         note.unlink(missing_ok=True)
@@ -113,7 +114,8 @@ def _build_command(lab: Lab, target: Path) -> tuple[list[str], dict[str, str]]:
     )
     hooks = [
         # Every host gets keys and an identity of its own.
-        'rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/machine-id "$1"/var/lib/dbus/machine-id; : > "$1"/etc/machine-id',
+        'rm -f "$1"/etc/ssh/ssh_host_* "$1"/var/lib/dbus/machine-id',
+        ': > "$1"/etc/machine-id',
         f'chroot "$1" useradd --create-home --shell /bin/bash {SUDO_USER}',
         f"""echo '{SUDO_USER} ALL=(ALL) NOPASSWD: ALL' > "$1"/etc/sudoers.d/{SUDO_USER}""",
         f'chmod 0440 "$1"/etc/sudoers.d/{SUDO_USER}',
@@ -124,9 +126,7 @@ def _build_command(lab: Lab, target: Path) -> tuple[list[str], dict[str, str]]:
         'echo \'Acquire::Languages "none";\' > "$1"/etc/apt/apt.conf.d/10lab',
     ]
     if _local_cas():
-        hooks.append(
-            f'cp {_LOCAL_CAS}/*.crt "$1"/usr/local/share/ca-certificates/ && chroot "$1" update-ca-certificates'
-        )
+        hooks.append(f'cp {_LOCAL_CAS}/*.crt "$1"{_LOCAL_CAS}/ && chroot "$1" update-ca-certificates')
     command = [
         *(
             "mmdebstrap",
@@ -224,13 +224,13 @@ def resolv_conf(machine: Path) -> str:
                 f"{line}\n" for line in search
             )
     raise LabError(
-        "/etc/resolv.conf names only loopback resolvers, which lab hosts cannot reach; fix: add an upstream one",
+        "/etc/resolv.conf names only loopback resolvers, out of a host's reach; fix: add an upstream one",
         2,
     )
 
 
 def apt_network(dump: str, package_cache: str) -> str:
-    """Return apt settings of a host: those of the machine that concern its archive, and the lab's package cache.
+    """Return apt settings of a host: the machine's that concern its archive, and the lab's package cache.
 
     A proxy of the machine is used by the package cache, not by the hosts.
     """
@@ -241,7 +241,7 @@ def apt_network(dump: str, package_cache: str) -> str:
 
 
 def environment_lines(environ: Mapping[str, str], *, with_cas: bool) -> str:
-    """Return /etc/environment lines: the machine's proxies, and the CA bundle for programs that carry their own."""
+    """Return /etc/environment lines: the machine's proxies, its CAs for programs that bring their own."""
     found = {name: environ[name] for name in _PROXY_VARIABLES if environ.get(name)}
     if with_cas:
         found |= dict.fromkeys(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 _START = time.monotonic()
@@ -31,6 +32,22 @@ def say(message: str) -> None:
         print(f"[{time.monotonic() - _START:4.0f} s] {message}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def ticking(what: str, seconds: float = 10) -> Iterator[None]:
+    """Say every so many seconds that something is still at work."""
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(seconds):
+            say(f"{what} is at work")
+
+    threading.Thread(target=tick, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 def run(
     argv: Sequence[str | Path],
     *,
@@ -42,7 +59,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end and return what it wrote; it dies with this process.
 
-    Raises LabError with the program's last line when it fails (and `check`), is missing, or exceeds `timeout` seconds.
+    Raises LabError, with the program's last line, when it fails (and `check`), is missing, or takes more than
+    `timeout` seconds.
     """
     words = [str(word) for word in argv]
     full_env = None if env is None else {**os.environ, **env}
@@ -87,7 +105,7 @@ def last_line(text: str) -> str:
 
 
 def in_parallel(jobs: Mapping[str, Callable[[], None]]) -> None:
-    """Run the jobs at the same time, wait for all of them, raise the first error with the job's name in front."""
+    """Run the jobs at the same time, wait for all, raise the first error with the job's name in front."""
     errors: list[tuple[str, BaseException]] = []
 
     def guarded(name: str, job: Callable[[], None]) -> None:

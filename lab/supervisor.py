@@ -1,7 +1,7 @@
 """Processes that outlive the command that starts them, each in a control group of its own.
 
-The control group is the identity: whatever runs in it was started by this lab, nothing else did, and it can be ended as
-a whole. Where the machine's init is systemd the groups are transient units; elsewhere they are plain directories.
+The control group is the identity: what runs in it was started by this lab, and it can be ended as a whole.
+Where the machine's init is systemd the groups are transient units; elsewhere they are plain directories.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol
 from lab.shell import LabError, run
 
 REBOOT_STATUS = 133  # what systemd-nspawn exits with when the host inside asked for a reboot
-# Joins its group, then runs the program in the group's `box` again and again while the program asks for a reboot.
+# Joins its group, then runs the program in the group's `box`, again while the program asks for a reboot.
 _LOOP = f"""
 echo $$ > "$0/watch/cgroup.procs" || exit 1
 while :; do
@@ -49,7 +49,7 @@ def choose() -> Supervisor:
 
 
 def hierarchies(mounts: str) -> tuple[Path, list[Path]]:
-    """Return where cgroup v2 is mounted, and the v1 hierarchies beside it, from the text of /proc/self/mounts.
+    """Return where cgroup v2 is mounted and the v1 hierarchies beside it, from the text of /proc/self/mounts.
 
     Raises LabError when there is no cgroup v2.
     """
