@@ -1,0 +1,124 @@
+"""The one place where a llama-server command line is composed."""
+
+from __future__ import annotations
+
+from llama_common.dialect import Dialect
+from llama_common.fields import Address
+from llama_common.flags import is_flag, normalize
+from llama_common.presets import Preset
+from llama_common.problems import InventoryError, Problem
+
+SOCKET_PORT = 8080
+"""--port is given with a socket too: the default has changed before, and binding asks for a number other than 0."""
+
+
+def command_line(
+    name: str,
+    preset: Preset,
+    *,
+    binary: str,
+    model_path: str,
+    draft_path: str | None,
+    listen: str,
+    dialect: Dialect | None = None,
+) -> list[str]:
+    """The argument vector for one preset.
+
+    Raises InventoryError when the preset needs something that this binary does not have.
+    """
+    dialect = dialect or Dialect.from_help(None)
+    address = Address.parse(listen)
+    command = [
+        binary,
+        "--model", model_path,
+        "--alias", name,
+        "--host", address.host,
+        "--port", str(address.port or SOCKET_PORT),
+        "--ctx-size", str(preset.context),
+        "--parallel", str(preset.parallel),
+        "--n-gpu-layers", str(preset.n_gpu_layers),
+        "--cache-type-k", preset.kv_cache_type,
+        "--cache-type-v", preset.kv_cache_type,
+    ]  # fmt: skip
+    if preset.threads is not None:
+        command += ["--threads", str(preset.threads)]
+    if preset.n_cpu_moe:
+        _need(dialect, "--n-cpu-moe", name, preset, "n_cpu_moe", "use a newer build, or write n_cpu_moe: 0")
+        command += ["--n-cpu-moe", str(preset.n_cpu_moe)]
+    command += _flash_attention(preset, dialect)
+    # Left on, it would shrink the context to what fits and let the server start with less than the preset promises.
+    if dialect.knows("--fit"):
+        command += ["--fit", "off"]
+    jinja = "--jinja" if preset.jinja else "--no-jinja"
+    if dialect.knows(jinja):
+        command.append(jinja)
+    command += [flag for flag in ("--metrics", "--slots") if dialect.knows(flag)]
+    web_page = dialect.first_known("--no-ui", "--no-webui")
+    if web_page:
+        command.append(web_page)
+    # The default reflects any origin: every web page a person opens could then talk to the model.
+    if dialect.knows("--cors-origins"):
+        command += ["--cors-origins", "localhost"]
+    if draft_path is not None:
+        command += _draft(draft_path, name, preset, dialect)
+    _check_extra_args(name, preset, dialect)
+    return [*command, *preset.extra_args]
+
+
+def _flash_attention(preset: Preset, dialect: Dialect) -> list[str]:
+    """Older binaries have a switch, newer ones a value."""
+    if dialect.values("--flash-attn"):
+        return ["--flash-attn", "on" if preset.flash_attention else "off"]
+    return ["--flash-attn"] if preset.flash_attention else []
+
+
+def _draft(path: str, name: str, preset: Preset, dialect: Dialect) -> list[str]:
+    """The draft model as this dialect names it."""
+    model = dialect.first_known("--spec-draft-model", "--model-draft")
+    if model is None:
+        raise _unsupported("--spec-draft-model", name, "draft", preset.draft, "use a newer build, or write draft: none")
+    layers = dialect.first_known("--spec-draft-ngl", "--n-gpu-layers-draft", "--gpu-layers-draft")
+    command = [model, path]
+    if layers:
+        command += [layers, str(preset.n_gpu_layers)]
+    if dialect.knows("--spec-type") and not any(normalize(item) == "--spec-type" for item in preset.extra_args):
+        command += ["--spec-type", "draft-simple"]
+    return command
+
+
+def _check_extra_args(name: str, preset: Preset, dialect: Dialect) -> None:
+    """Refuse what this very binary would refuse or misread."""
+    if not dialect.complete:
+        return
+    problems = []
+    items = list(preset.extra_args)
+    index = 0
+    while index < len(items):
+        item = items[index]
+        path = ("llama_presets", name, "extra_args", str(index))
+        flag = normalize(item)
+        values = dialect.values(flag)
+        index += 1 + values
+        if not is_flag(item):
+            problems.append(Problem(path, item, "is a value without a flag before it", "remove it, or write its flag before it"))
+        elif flag in dialect.removed:
+            problems.append(Problem(path, item, f"llama-server of {preset.build}: {dialect.removed[flag]}", "write what it says"))
+        elif not dialect.knows(flag):
+            guess = dialect.closest(flag)
+            fix = f"did you mean {guess}?" if guess else "remove it, or use another build"
+            problems.append(Problem(path, item, f"llama-server of the build {preset.build} does not know {flag}", fix))
+        elif len(items) < index or any(is_flag(value) and dialect.knows(normalize(value)) for value in items[index - values : index]):
+            problems.append(Problem(path, item, f"{flag} needs {values} value(s): {dialect.hints[flag]}", "write the value as the next item"))
+    if problems:
+        raise InventoryError(problems)
+
+
+def _need(dialect: Dialect, flag: str, name: str, preset: Preset, key: str, fix: str) -> None:
+    if not dialect.knows(flag):
+        raise _unsupported(flag, name, key, getattr(preset, key), fix, preset.build)
+
+
+def _unsupported(flag: str, name: str, key: str, value: object, fix: str, build: str = "") -> InventoryError:
+    return InventoryError(
+        [Problem(("llama_presets", name, key), value, f"llama-server of the build {build} does not know {flag}".replace("  ", " "), fix)]
+    )

@@ -1,0 +1,92 @@
+"""Everything that roles, units, tables and tools need, derived from the data of one host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llama_common.command import command_line
+from llama_common.dialect import Dialect
+from llama_common.fields import Address
+from llama_common.presets import HostConfig
+
+DEFAULT_RELEASES_ROOT = "/opt/llama.cpp"
+
+
+def unit_name(preset: str) -> str:
+    """The systemd unit of a preset."""
+    return f"llama-{preset}.service"
+
+
+def builds_plan(config: HostConfig) -> dict[str, dict[str, Any]]:
+    """What to build: `{name: {"repo", "commit", "cmake_options": {NAME: text}}}`; true and false are ON and OFF."""
+    return {
+        name: {
+            "repo": build.repo,
+            "commit": config.commit(name),
+            "cmake_options": {option: _cmake_text(value) for option, value in sorted(build.cmake_options.items())},
+        }
+        for name, build in config.llama_cpp_builds.items()
+    }
+
+
+def models_plan(config: HostConfig) -> list[dict[str, Any]]:
+    """What to install: `[{"name", "used_by": [presets], "files": [{"file", "url", "path", "sha256", "size"}]}]`, sizes in bytes."""
+    used_by: dict[str, list[str]] = {name: [] for name in config.gguf_models}
+    for preset in config.llama_presets:
+        for model in config.models_of(preset):
+            used_by[model].append(preset)
+    return [
+        {"name": name, "used_by": used_by[name], "files": [file.model_dump() for file in config.files(name)]}
+        for name in config.gguf_models
+    ]
+
+
+def presets_plan(
+    config: HostConfig,
+    *,
+    models_dir: str,
+    releases_root: str = DEFAULT_RELEASES_ROOT,
+    listen: str | None = None,
+    dialects: Mapping[str, str | None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Everything about every preset: its keys and unit, command, listen, health_url, model_path, draft_path, conflicts, after.
+
+    `listen` is where user presets without a place of their own listen; `dialects` holds the --help text of each build's
+    llama-server, where it is known. Raises InventoryError when a binary lacks what its preset needs.
+    """
+    users = sorted(name for name, preset in config.llama_presets.items() if preset.scope == "user")
+    foreign = list(config.llama_presets_foreign_units)
+    plan = {}
+    for name, preset in config.llama_presets.items():
+        place = preset.listen or listen or config.llama_presets_listen
+        paths = [f"{models_dir}/{config.files(model)[0].file}" for model in config.models_of(name)]
+        exclusive = preset.scope == "user"
+        plan[name] = {
+            **preset.model_dump(mode="json"),
+            "context_per_slot": preset.context_per_slot,
+            "commit": config.commit(preset.build),
+            "unit": unit_name(name),
+            "command": command_line(
+                name,
+                preset,
+                binary=f"{releases_root}/{preset.build}/current/bin/llama-server",
+                model_path=paths[0],
+                draft_path=paths[1] if len(paths) > 1 else None,
+                listen=place,
+                dialect=Dialect.from_help((dialects or {}).get(preset.build)),
+            ),
+            "listen": place,
+            "health_url": Address.parse(place).base_url,
+            "model_path": paths[0],
+            "draft_path": paths[1] if len(paths) > 1 else None,
+            "conflicts": [*(unit_name(other) for other in users if other != name), *foreign] if exclusive else [],
+            "after": [*(unit_name(other) for other in users if other < name), *foreign] if exclusive else [],
+        }
+    return plan
+
+
+def _cmake_text(value: bool | int | str) -> str:
+    if isinstance(value, bool):
+        return "ON" if value else "OFF"
+    return str(value)

@@ -1,0 +1,291 @@
+"""The one model of the inventory's data: builds, GGUF models, presets and the lock, for one host.
+
+`HostConfig.load` is the only way in. It refuses data with `InventoryError`, whose problems name key, value, limit and fix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llama_common import rules
+from llama_common.fields import (
+    KV_CACHE_TYPES,
+    Address,
+    Alias,
+    BuildName,
+    CmakeName,
+    CmakeValue,
+    Commit,
+    Description,
+    DownloadUrl,
+    Endpoint,
+    ExtraArgument,
+    FileName,
+    ForeignUnit,
+    GitRef,
+    HubFile,
+    HubRepo,
+    Listen,
+    LocalPath,
+    ModelName,
+    PresetName,
+    RepoUrl,
+    Sha256,
+    url_file_name,
+)
+from llama_common.problems import InventoryError
+from llama_common.translate import problems_of
+
+CONTEXT_STEP = 256
+"""llama.cpp rounds the context of a slot up to a multiple of this (src/llama-context.cpp)."""
+
+AGENT_CONTEXT_FLOOR = 32768
+"""Tokens a coding agent needs in one slot: its system prompt and tools alone fill 20-25 thousand."""
+
+MAX_CONTEXT = 1_048_576
+MAX_FILE_BYTES = 2**42
+DEFAULT_LISTEN = "0.0.0.0:1234"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Build(_Strict):
+    """One llama.cpp checkout with one CMake configuration."""
+
+    repo: RepoUrl = Field(description="URL of the git repository.")
+    commit: Commit | None = Field(None, description="The whole commit, 40 hexadecimal digits. Either this or `ref`.")
+    ref: GitRef | None = Field(
+        None, description="A tag or branch; its commit comes from the lock file that scripts/lock_models.py writes."
+    )
+    cmake_options: dict[CmakeName, CmakeValue] = Field(
+        default_factory=dict, description="CMake variables, for example GGML_CUDA: true; true and false become ON and OFF."
+    )
+
+
+class HubSource(_Strict):
+    """Files of a Hugging Face repository; checksums and sizes come from the lock."""
+
+    repo: HubRepo = Field(description="owner/name of the repository.")
+    file: HubFile | list[HubFile] = Field(
+        description="The file, or all parts of a split model in order: x-00001-of-00002.gguf, ..."
+    )
+    revision: GitRef = Field("main", description="Branch, tag or whole commit.")
+    endpoint: Endpoint = Field("https://huggingface.co", description="Address of the hub or of a mirror of it.")
+
+    @property
+    def files(self) -> list[str]:
+        """Every file, in order."""
+        return self.file if isinstance(self.file, list) else [self.file]
+
+
+class ModelPart(_Strict):
+    """One file of a split model."""
+
+    url: DownloadUrl | None = Field(None, description="Where it is downloaded from (http or https). Either this or `path`.")
+    path: LocalPath | None = Field(None, description="A file that is already on the host.")
+    file: FileName | None = Field(None, description="Name on disk; default: the last part of `url` or `path`.")
+    sha256: Sha256 = Field(description="SHA-256 of the file, 64 hexadecimal digits.")
+    size: int = Field(ge=1, le=MAX_FILE_BYTES, description="Size in bytes.")
+
+
+class GgufModel(_Strict):
+    """One model. Exactly one of url, path, hf and files says where it comes from."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": [source]} for source in ("url", "path", "hf", "files")]}
+    )
+
+    url: DownloadUrl | None = Field(None, description="Where it is downloaded from (http or https); needs sha256 and size.")
+    path: LocalPath | None = Field(None, description="A file that is already on the host; needs sha256 and size.")
+    hf: HubSource | None = Field(None, description="Files of a Hugging Face repository, pinned by the lock file.")
+    files: list[ModelPart] | None = Field(
+        None, min_length=2, max_length=99, description="The parts of a split model, in order: x-00001-of-00003.gguf, ..."
+    )
+    file: FileName | None = Field(None, description="Name on disk; default: the last part of the source.")
+    sha256: Sha256 | None = Field(None, description="SHA-256 of the file, 64 hexadecimal digits.")
+    size: int | None = Field(None, ge=1, le=MAX_FILE_BYTES, description="Size in bytes.")
+
+
+class Speed(_Strict):
+    """What a throughput should be and must not fall under, in tokens per second."""
+
+    target: float = Field(gt=0, le=1_000_000, description="Expected tokens per second.")
+    floor: float | None = Field(None, gt=0, le=1_000_000, description="Verification fails under this many tokens per second.")
+
+
+class Expect(_Strict):
+    """Throughput that the verification holds a preset to."""
+
+    generation_tok_s: Speed | None = Field(None, description="Generation speed, tokens per second.")
+    prefill_tok_s: Speed | None = Field(None, description="Prompt processing speed, tokens per second.")
+
+
+class Preset(_Strict):
+    """One way to run one model on one build: becomes one systemd unit."""
+
+    description: Description = Field(description="One line for people: units, lmswitch and tables show it.")
+    build: BuildName = Field(description="Key of llama_cpp_builds.")
+    model: ModelName = Field(description="Key of gguf_models.")
+    draft: ModelName = Field(
+        "none",
+        description="Draft model for speculative decoding: none, auto (none until a measured choice exists), or a key of gguf_models.",
+    )
+    aliases: list[Alias] = Field(default_factory=list, max_length=8, description="Short names for lmswitch, unique on the host.")
+    context: int = Field(
+        ge=CONTEXT_STEP,
+        le=MAX_CONTEXT,
+        multiple_of=CONTEXT_STEP,
+        description="Context in tokens over all slots, a multiple of 256; an agent's slot needs at least 32768.",
+    )
+    kv_cache_type: Literal[KV_CACHE_TYPES] = Field(  # type: ignore[valid-type]
+        description="Type of the KV cache, for K and V alike: different types fall back to a path many times slower."
+    )
+    n_gpu_layers: int = Field(99, ge=0, le=999, description="Layers on the GPU; 99 means all of today's models, 0 none.")
+    n_cpu_moe: int = Field(0, ge=0, le=999, description="Layers whose expert weights stay in main memory (MoE models).")
+    threads: int | None = Field(None, ge=1, le=512, description="CPU threads for generation; left out, llama-server chooses.")
+    flash_attention: bool = Field(True, description="Flash attention; a quantized KV cache needs it.")
+    parallel: int = Field(1, ge=1, le=64, description="Slots: requests answered at the same time; they share the context.")
+    agent: bool = Field(True, description="Whether coding agents use it: each slot then needs 32768 tokens of context and jinja.")
+    jinja: bool = Field(True, description="Use the model's own chat template; tool calls need it.")
+    extra_args: list[ExtraArgument] = Field(
+        default_factory=list, max_length=64, description="Further llama-server arguments, one per item; none that a key here sets."
+    )
+    scope: Literal["user", "system"] = Field(
+        "user", description="user: one of the exclusive presets of the LLM user. system: a service of its own."
+    )
+    listen: Listen | None = Field(
+        None, description="IP:PORT or the path of a socket ending in .sock; left out, a user preset listens at llama_presets_listen."
+    )
+    start_timeout: int = Field(180, ge=5, le=3600, description="Seconds from start to a healthy server.")
+    stop_timeout: int = Field(15, ge=1, le=300, description="Seconds from the stop signal to the kill.")
+    expect: Expect = Field(default_factory=Expect, description="Throughput that verification holds it to.")
+
+    @property
+    def context_per_slot(self) -> int:
+        """Tokens of context that one request can use."""
+        return self.context // self.parallel
+
+
+class LockedBuild(_Strict):
+    """The commit that a build's ref stood for."""
+
+    repo: RepoUrl = Field(description="URL of the repository that was asked.")
+    ref: GitRef = Field(description="The ref that was asked for.")
+    commit: Commit = Field(description="What it stood for.")
+
+
+class LockedFile(_Strict):
+    """One file of a hub repository."""
+
+    file: HubFile = Field(description="Path in the repository.")
+    sha256: Sha256 = Field(description="SHA-256 as the hub publishes it.")
+    size: int = Field(ge=1, le=MAX_FILE_BYTES, description="Size in bytes.")
+
+
+class LockedModel(_Strict):
+    """The commit that a model's revision stood for, and its files."""
+
+    repo: HubRepo = Field(description="owner/name of the repository that was asked.")
+    revision: GitRef = Field(description="The revision that was asked for.")
+    commit: Commit = Field(description="What it stood for.")
+    files: list[LockedFile] = Field(description="The files, in the order of the inventory.")
+
+
+class Lock(_Strict):
+    """What scripts/lock_models.py found out: never written by hand."""
+
+    builds: dict[BuildName, LockedBuild] = Field(default_factory=dict, description="One entry per build with a ref.")
+    models: dict[ModelName, LockedModel] = Field(default_factory=dict, description="One entry per model with hf.")
+
+
+class ModelFile(_Strict):
+    """One file that a host needs, with everything known about it."""
+
+    file: str
+    url: str | None
+    path: str | None
+    sha256: str
+    size: int
+
+
+class HostConfig(_Strict):
+    """All data of one host: builds, models and presets, with the lock merged in."""
+
+    llama_cpp_builds: dict[BuildName, Build] = Field(default_factory=dict, description="Builds of llama.cpp, by name.")
+    gguf_models: dict[ModelName, GgufModel] = Field(default_factory=dict, description="GGUF models, by name.")
+    llama_presets: dict[PresetName, Preset] = Field(default_factory=dict, description="Presets, by name.")
+    llama_lock: Lock = Field(default_factory=Lock, description="Written by scripts/lock_models.py; do not edit.")
+    llama_presets_listen: Listen = Field(
+        DEFAULT_LISTEN, description="Where the active user preset listens: IP:PORT or a socket path ending in .sock."
+    )
+    llama_presets_foreign_units: list[ForeignUnit] = Field(
+        default_factory=list, description="User units of other programs that must not run beside a preset, e.g. lmstudio.service."
+    )
+
+    @classmethod
+    def load(cls, variables: Mapping[str, Any]) -> HostConfig:
+        """Check `variables` (the six names above; those left out are empty) and merge the lock.
+
+        Raises InventoryError with every problem of the first stage that found any: shape first, then what keys say of
+        each other.
+        """
+        data = {name: value for name, value in variables.items() if not (name == "llama_lock" and value is None)}
+        try:
+            config = cls.model_validate(data)
+        except ValidationError as error:
+            raise InventoryError(problems_of(error, data, cls)) from None
+        problems = rules.check(config)
+        if problems:
+            raise InventoryError(problems)
+        return config
+
+    def commit(self, build: str) -> str:
+        """The commit of a build, from the data or from the lock."""
+        return self.llama_cpp_builds[build].commit or self.llama_lock.builds[build].commit
+
+    def files(self, model: str) -> list[ModelFile]:
+        """The files of a model in order; the first is what llama-server is given."""
+        entry = self.gguf_models[model]
+        if entry.hf is not None:
+            locked = self.llama_lock.models[model]
+            return [
+                ModelFile(
+                    file=entry.file or file.file.rpartition("/")[2],
+                    url=f"{entry.hf.endpoint}/{locked.repo}/resolve/{locked.commit}/{file.file}",
+                    path=None,
+                    sha256=file.sha256,
+                    size=file.size,
+                )
+                for file in locked.files
+            ]
+        return [
+            ModelFile(file=part_name(part), url=part.url, path=part.path, sha256=part.sha256 or "", size=part.size or 0)
+            for part in (entry.files or [entry])
+        ]
+
+    def models_of(self, preset: str) -> list[str]:
+        """The models that a preset needs: its own, then its draft."""
+        entry = self.llama_presets[preset]
+        draft = self.draft(preset)
+        return [entry.model, *([draft] if draft else [])]
+
+    def draft(self, preset: str) -> str | None:
+        """The draft model of a preset, None without one. `auto` is None until a measured choice exists."""
+        draft = self.llama_presets[preset].draft
+        return None if draft in ("none", "auto") else draft
+
+    def address(self, preset: str) -> Address:
+        """Where a preset listens."""
+        return Address.parse(self.llama_presets[preset].listen or self.llama_presets_listen)
+
+
+def part_name(part: ModelPart | GgufModel) -> str:
+    """The name on disk of a file with a URL or a path; empty when neither gives one."""
+    if part.file:
+        return part.file
+    return url_file_name(part.url) if part.url else (part.path or "").rpartition("/")[2]
