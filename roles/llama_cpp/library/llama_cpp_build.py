@@ -1,0 +1,839 @@
+#!/usr/bin/python
+"""One step of building llama.cpp on a host: probe, prepare, start, follow or activate.
+
+The action plugin of the same name calls it several times while a build runs and once on a host where nothing
+is to be done. The build itself is files/llama_build.py in a transient unit, so that it outlives the play.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pwd
+import re
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule  # type: ignore[import-untyped]
+
+DOCUMENTATION = r"""
+module: llama_cpp_build
+short_description: Build pinned llama.cpp trees into releases and make them current
+description:
+  - For each build, finds out on the host whether its release exists and is whole, builds it in a transient unit
+    where not, and points C(current) at it. Runs as one task for all builds of a host.
+  - With C(phase) the action plugin says which step the module does; a task leaves it out.
+options:
+  builds:
+    description: "Build name to C(repo), C(commit) (40 hex) and C(cmake_options) (strings)."
+    type: dict
+    required: true
+  root:
+    description: Directory of all builds.
+    type: path
+    default: /opt/llama.cpp
+  user:
+    description: The unprivileged system user that builds; it must exist before a build starts.
+    type: str
+    default: llama-build
+  base_options:
+    description: CMake options that a build may override.
+    type: dict
+    default: {}
+  owned_options:
+    description: CMake options that the releases rely on; a build that sets one of them is refused.
+    type: dict
+    default: {}
+  targets:
+    description: CMake targets; the first must exist in the tree, the others are built where it has them.
+    type: list
+    elements: str
+    default: [llama-server]
+  packages:
+    description: Debian packages that a build needs.
+    type: list
+    elements: str
+    default: []
+  option_packages:
+    description: Further packages, by the CMake option that needs them when it is ON.
+    type: dict
+    default: {}
+  keep_releases:
+    description: How many releases of a build stay, C(current) and C(previous) included.
+    type: int
+    default: 2
+  jobs:
+    description: Compilers at once; 0 means one for each CPU, as far as the memory reaches.
+    type: int
+    default: 0
+  nice:
+    description: Nice level of the build.
+    type: int
+    default: 10
+  memory_max:
+    description: MemoryMax= of the build's unit.
+    type: str
+    default: 80%
+  timeout:
+    description: Seconds after which a build is ended.
+    type: int
+    default: 14400
+  disk_min:
+    description: Free bytes that must be there before a build starts.
+    type: int
+    default: 0
+  memory_min:
+    description: Available bytes of memory that must be there before a build starts.
+    type: int
+    default: 0
+  follow_interval:
+    description: Seconds between two looks at a running build.
+    type: int
+    default: 3
+  phase:
+    description: The step; set by the action plugin.
+    type: str
+    choices: [probe, prepare, start, follow, activate]
+    default: probe
+  build:
+    description: The build that start, follow and activate are about; set by the action plugin.
+    type: str
+  tool:
+    description: Content of the build tool; set by the action plugin.
+    type: str
+author: [llmbox]
+"""
+
+STAMP = "release.json"
+RUN_DIR = Path("/run/llama-build")
+UNIT_PREFIX = "llama-build-"
+JOURNAL_TAIL = 25
+_PROGRESS = re.compile(r"^\[(?P<done>\d+)/(?P<total>\d+)\] ", re.MULTILINE)
+_PHASE = re.compile(r"^llama-build: phase (?P<phase>.+)$", re.MULTILINE)
+_ERROR = re.compile(r"^llama-build: error: (?P<error>.+)$", re.MULTILINE)
+_GIB = 1 << 30
+_ON = frozenset({"1", "ON", "TRUE", "YES", "Y"})
+
+
+class HostError(Exception):
+    """The host cannot do what the play asks; the message is one line with the fix."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One entry of llama_cpp_builds with the role's own CMake options merged in."""
+
+    name: str
+    repo: str
+    commit: str
+    cmake: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What decides, beside the data, which binary comes out."""
+
+    compiler: str
+    cuda: str | None
+    cpu_target: str | None
+
+    def identity(self) -> dict[str, str | None]:
+        return {"compiler": self.compiler, "cuda": self.cuda, "cpu_target": self.cpu_target}
+
+
+# -- pure logic
+
+
+def merge_options(
+    name: str, options: Mapping[str, str], base: Mapping[str, str], owned: Mapping[str, str]
+) -> dict[str, str]:
+    """The CMake options of one build: the role's defaults, then the data's, then what releases rely on.
+
+    Raises HostError when the data sets an option that the role owns.
+    """
+    for key in options:
+        if key in owned:
+            raise HostError(
+                f"llama_cpp_builds.{name}.cmake_options.{key} = {options[key]}: set by the role, because releases"
+                " rely on it; fix: remove that line"
+            )
+    merged = {**base, **options, **owned}
+    if is_on(merged.get("GGML_CUDA")):
+        merged["CMAKE_CUDA_COMPILER_LAUNCHER"] = merged.get("CMAKE_CXX_COMPILER_LAUNCHER", "ccache")
+    return merged
+
+
+def is_on(value: str | None) -> bool:
+    """Whether CMake takes this option for true."""
+    return (value or "").strip().upper() in _ON
+
+
+def release_name(commit: str, cmake: Mapping[str, str], toolchain: Toolchain) -> str:
+    """`<commit>-<config hash>`: 12 hex digits of a sha256 over everything that decides the binary."""
+    content = json.dumps([commit, sorted(cmake.items()), toolchain.identity()], sort_keys=True)
+    return f"{commit}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def needed_packages(
+    packages: Sequence[str],
+    option_packages: Mapping[str, Sequence[str]],
+    options: Sequence[Mapping[str, str]],
+) -> list[str]:
+    """The packages of the role and those of every option that some build switches on."""
+    extra = [
+        package
+        for option, wanted in option_packages.items()
+        if any(is_on(each.get(option)) for each in options)
+        for package in wanted
+    ]
+    return sorted({*packages, *extra})
+
+
+def progress(journal: str) -> dict[str, Any]:
+    """Where a build is, from its journal: phase, and of the compile phase the steps done and in all."""
+    phases = list(_PHASE.finditer(journal))
+    steps = list(_PROGRESS.finditer(journal))
+    found: dict[str, Any] = {"phase": phases[-1]["phase"] if phases else "start", "done": None, "total": None}
+    # journalctl may hand out a tail that begins after the phase line.
+    if steps and (not phases or phases[-1]["phase"] == "compile"):
+        found.update(phase="compile", done=int(steps[-1]["done"]), total=int(steps[-1]["total"]))
+    return found
+
+
+def failure(result: str, status: str, journal: str, memory_max: str, timeout_s: int) -> str:
+    """Why a unit failed, in one line, from systemd's Result= and the journal."""
+    errors = _ERROR.findall(journal)
+    if result == "oom-kill":
+        return (
+            f"out of memory at {memory_max} (llama_cpp_build_memory_max);"
+            " fix: lower llama_cpp_build_jobs, or raise the limit"
+        )
+    if result == "timeout":
+        return f"no end after {timeout_s} s (llama_cpp_build_timeout); fix: raise it, or see in the journal what hung"
+    if errors:
+        return str(errors[-1])
+    if result in ("signal", "core-dump"):
+        return f"it was killed by signal {status}; run the play again"
+    return f"it ended without a word ({result}, status {status}); run the play again"
+
+
+def releases_to_remove(ranked: Sequence[str], keep: int, protected: set[str]) -> list[str]:
+    """Which of the releases, newest first, go: all beyond `keep`; the protected ones take the first places."""
+    room = max(0, keep - len(protected))
+    spare = [name for name in ranked if name not in protected]
+    return spare[room:]
+
+
+def unit_properties(user: str, directory: Path, *, nice: int, memory_max: str, timeout_s: int) -> list[str]:
+    """Properties of a build's transient unit; tests/lab/test_build.py proves the effect of each sandbox line."""
+    return [
+        f"User={user}",
+        f"Nice={nice}",
+        "CPUWeight=20",
+        "IOWeight=20",
+        f"MemoryMax={memory_max}",
+        f"RuntimeMaxSec={timeout_s}",
+        "TimeoutStopSec=10",
+        "LogRateLimitIntervalSec=0",
+        "CacheDirectory=llama.cpp",
+        "ProtectSystem=strict",
+        f"ReadWritePaths={directory}/src {directory}/build {directory}/releases",
+        "ProtectHome=yes",
+        "PrivateTmp=yes",
+        "NoNewPrivileges=yes",
+        "RestrictSUIDSGID=yes",
+        "CapabilityBoundingSet=",
+    ]
+
+
+def wrong_file(release: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """None when every file of the manifest is there and whole, or else what is wrong with the first that is not.
+
+    A file with the size and time of the manifest is taken for unchanged; one with another time is read.
+    """
+    for name, wanted in files.items():
+        path = release / name
+        try:
+            info = path.lstat()
+        except OSError:
+            return f"{name} is missing"
+        if "link" in wanted:
+            if not stat.S_ISLNK(info.st_mode) or str(path.readlink()) != wanted["link"]:
+                return f"{name} is no link to {wanted['link']}"
+        elif not stat.S_ISREG(info.st_mode) or info.st_size != wanted["size"]:
+            return f"{name} has {info.st_size} bytes instead of {wanted['size']}"
+        elif info.st_mtime_ns != wanted["mtime_ns"] and _sha256(path) != wanted["sha256"]:
+            return f"{name} has another content than when it was built"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# -- the host
+
+
+def run(argv: Sequence[str], timeout_s: float = 60, check: bool = True) -> str:
+    """Run a program and return its two outputs. Raises HostError with its last line when it fails."""
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+        )
+    except subprocess.TimeoutExpired:
+        raise HostError(f"{argv[0]}: no end after {timeout_s} s") from None
+    except OSError as error:
+        raise HostError(f"{argv[0]}: {error.strerror}") from None
+    if check and done.returncode != 0:
+        last = (done.stdout.strip().splitlines() or ["it printed nothing"])[-1]
+        raise HostError(f"{' '.join(argv[:3])}: exit code {done.returncode}: {last}")
+    return done.stdout
+
+
+def missing_packages(packages: Sequence[str]) -> list[str]:
+    """Those of the packages that dpkg does not call installed."""
+    if not packages:
+        return []
+    listed = run(
+        ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *packages], check=False
+    )
+    installed = {line.split()[0] for line in listed.splitlines() if line.endswith(" installed")}
+    return [package for package in packages if package not in installed]
+
+
+def toolchain(name: str, cmake: Mapping[str, str]) -> Toolchain:
+    """Ask the compilers of one build who they are. Raises HostError naming the option of one that is missing."""
+    compilers = []
+    for option, default in (("CMAKE_C_COMPILER", "cc"), ("CMAKE_CXX_COMPILER", "c++")):
+        program = cmake.get(option, default)
+        try:
+            text = run([program, "--version"])
+            number = run([program, "-dumpfullversion", "-dumpversion"]).split()[0]
+        except (HostError, IndexError) as error:
+            raise HostError(
+                f"llama_cpp_builds.{name}: no working compiler {program} ({option}): {error}"
+            ) from None
+        compilers.append(f"{'Clang' if 'clang' in text else 'GNU'} {number}")
+    cuda = None
+    if is_on(cmake.get("GGML_CUDA")):
+        nvcc = cmake.get("CMAKE_CUDA_COMPILER", "nvcc")
+        try:
+            text = run([nvcc, "--version"])
+        except HostError as error:
+            raise HostError(
+                f"llama_cpp_builds.{name}.cmake_options.CMAKE_CUDA_COMPILER = {nvcc}: {error};"
+                " fix: install the CUDA toolkit, or name its nvcc"
+            ) from None
+        release = re.search(r"release [\d.]+, V([\d.]+)", text)
+        cuda = release[1] if release else text.strip().splitlines()[-1]
+    native = None
+    if is_on(cmake.get("GGML_NATIVE", "ON")):
+        native = cpu_target(cmake.get("CMAKE_C_COMPILER", "cc"))
+    return Toolchain(" / ".join(dict.fromkeys(compilers)), cuda, native)
+
+
+def cpu_target(compiler: str) -> str:
+    """What -march=native means on this host: the resolved name and a digest of the CPU's flags."""
+    text = run([compiler, "-march=native", "-E", "-v", "-x", "c", os.devnull])
+    march = re.search(r"-march=(?!native)(\S+)", text)
+    flags = re.search(
+        r"^(?:flags|Features)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    digest = (
+        hashlib.sha256(" ".join(sorted(flags[1].split())).encode()).hexdigest()[:12] if flags else "unknown"
+    )
+    return f"{march[1] if march else 'native'} flags {digest}"
+
+
+def damage(release: Path) -> str | None:
+    """None for a finished, whole release whose server starts; otherwise what is wrong.
+
+    `absent` means that there is no such release, or none that was ever finished.
+    """
+    try:
+        stamp = json.loads((release / STAMP).read_text(encoding="utf-8"))
+        files = dict(stamp["files"])
+        server = release / "bin" / stamp["targets"][0]
+    except FileNotFoundError:
+        return "absent"
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        return f"{STAMP} cannot be read: {error!r}"
+    wrong = wrong_file(release, files)
+    if wrong:
+        return wrong
+    try:
+        run([str(server), "--version"], timeout_s=60)
+    except HostError as error:
+        return f"llama-server does not start: {error}"
+    return None
+
+
+def unit_of(release: str) -> str:
+    return f"{UNIT_PREFIX}{release}.service"
+
+
+def unit_state(unit: str) -> dict[str, str]:
+    """What systemd knows about a unit; LoadState is not-found when it is gone."""
+    names = "LoadState,ActiveState,Result,ExecMainStatus,InvocationID,ExecMainStartTimestampMonotonic"
+    text = run(["systemctl", "show", "--property", names, "--", unit])
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def is_running(state: Mapping[str, str]) -> bool:
+    return state.get("ActiveState") in ("active", "activating", "deactivating", "reloading")
+
+
+def running_units() -> list[str]:
+    """Every build of llama.cpp that runs on this host."""
+    text = run(
+        ["systemctl", "list-units", "--plain", "--no-legend", "--all", f"{UNIT_PREFIX}*.service"], check=False
+    )
+    words = [line.split() for line in text.splitlines()]
+    return [
+        word[0] for word in words if len(word) > 2 and word[2] in ("active", "activating", "deactivating")
+    ]
+
+
+def journal_of(invocation: str, lines: int) -> str:
+    """The last lines that one run of a unit wrote."""
+    if not invocation:
+        return ""
+    return run(
+        [
+            "journalctl",
+            "--quiet",
+            "--no-pager",
+            "--output=cat",
+            f"--lines={lines}",
+            f"_SYSTEMD_INVOCATION_ID={invocation}",
+        ],
+        check=False,
+    )
+
+
+def link_target(link: Path) -> str | None:
+    """The release that `current` or `previous` points at."""
+    try:
+        return link.readlink().name
+    except OSError:
+        return None
+
+
+def point(link: Path, release: str) -> None:
+    """Point a link at a release with one rename: there is no moment without a link."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(Path("releases") / release)
+    fresh.replace(link)
+
+
+def in_use(releases: Path) -> set[str]:
+    """Releases of which some process runs a program."""
+    used = set()
+    for process in Path("/proc").glob("[0-9]*/exe"):
+        with contextlib.suppress(OSError, ValueError):
+            used.add(process.readlink().relative_to(releases).parts[0])
+    return used
+
+
+@contextlib.contextmanager
+def one_play() -> Iterator[None]:
+    """Keep two plays from starting, sweeping or activating at the same moment."""
+    RUN_DIR.mkdir(mode=0o755, exist_ok=True)
+    with (RUN_DIR / "play.lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+class Host:
+    """The builds of one host: what the task asks for, and what is there."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self.params = params
+        self.root = Path(params["root"])
+        self.tool = self.root / "libexec" / "llama-build"
+        self.builds = {
+            name: Build(
+                name,
+                entry["repo"],
+                entry["commit"],
+                merge_options(name, entry["cmake_options"], params["base_options"], params["owned_options"]),
+            )
+            for name, entry in sorted(params["builds"].items())
+        }
+        self._toolchains: dict[str, Toolchain] = {}
+
+    def toolchain(self, build: Build) -> Toolchain:
+        if build.name not in self._toolchains:
+            self._toolchains[build.name] = toolchain(build.name, build.cmake)
+        return self._toolchains[build.name]
+
+    def release(self, build: Build) -> str:
+        return release_name(build.commit, build.cmake, self.toolchain(build))
+
+    def directory(self, build: Build) -> Path:
+        return self.root / build.name
+
+    def packages(self) -> list[str]:
+        return missing_packages(
+            needed_packages(
+                self.params["packages"],
+                self.params["option_packages"],
+                [build.cmake for build in self.builds.values()],
+            )
+        )
+
+    # -- phases
+
+    def probe(self) -> dict[str, Any]:
+        """What is there and what is to do, without changing anything."""
+        packages = self.packages()
+        plan = [self._probe_build(build, bool(packages)) for build in self.builds.values()]
+        to_do = packages or self._tool_differs() or any(entry["action"] != "none" for entry in plan)
+        return {"changed": bool(to_do), "missing_packages": packages, "plan": plan}
+
+    def _probe_build(self, build: Build, packages_missing: bool) -> dict[str, Any]:
+        directory = self.directory(build)
+        current = link_target(directory / "current")
+        entry: dict[str, Any] = {"build": build.name, "commit": build.commit, "current": current}
+        try:
+            release = self.release(build)
+        except HostError as error:
+            if not packages_missing:
+                raise
+            return {**entry, "release": None, "action": "build", "reason": str(error)}
+        wrong = damage(directory / "releases" / release)
+        entry["release"] = release
+        if wrong:
+            return {**entry, "action": "build", "reason": wrong}
+        stale = self._stale(build, release)
+        if current != release:
+            return {**entry, "action": "activate", "reason": f"current is {current or 'not set'}"}
+        if (directory / "releases" / release).stat().st_uid != 0:
+            return {**entry, "action": "activate", "reason": "still owned by the build user"}
+        if stale:
+            return {**entry, "action": "activate", "reason": f"to be removed: {', '.join(stale)}"}
+        return {**entry, "action": "none", "reason": "built and current"}
+
+    def prepare(self) -> dict[str, Any]:
+        """The directories and the build tool."""
+        changed = _directory(self.root, 0, 0, 0o755) | _directory(self.tool.parent, 0, 0, 0o755)
+        content = self.params["tool"] or ""
+        if self._tool_differs():
+            fresh = self.tool.with_name(".llama-build.new")
+            fresh.write_text(content, encoding="utf-8")
+            fresh.chmod(0o755)
+            fresh.replace(self.tool)
+            changed = True
+        return {"changed": changed}
+
+    def _tool_differs(self) -> bool:
+        try:
+            info = self.tool.stat()
+            return (
+                self.tool.read_text(encoding="utf-8") != (self.params["tool"] or "")
+                or stat.S_IMODE(info.st_mode) != 0o755
+                or info.st_uid != 0
+            )
+        except OSError:
+            return True
+
+    def start(self, build: Build) -> dict[str, Any]:
+        """Start the unit of a build, unless it runs already or its release stands finished."""
+        release = self.release(build)
+        unit = unit_of(release)
+        directory = self.directory(build)
+        with one_play():
+            state = unit_state(unit)
+            if is_running(state):
+                return {"changed": False, "unit": unit, "release": release, "found_running": True}
+            stopped = self._stop_unwanted()
+            wrong = damage(directory / "releases" / release)
+            if wrong is None:
+                return {
+                    "changed": False,
+                    "unit": unit,
+                    "release": release,
+                    "found_running": False,
+                    "stopped": stopped,
+                }
+            self._check_room(build)
+            self._prepare_directories(build, release)
+            spec = self._write_spec(build, release)
+            run(["systemctl", "reset-failed", "--", unit], check=False)
+            properties = unit_properties(
+                self.params["user"],
+                directory,
+                nice=self.params["nice"],
+                memory_max=self.params["memory_max"],
+                timeout_s=self.params["timeout"],
+            )
+            run(
+                [
+                    "systemd-run",
+                    "--quiet",
+                    "--no-block",
+                    f"--unit={unit}",
+                    "--service-type=exec",
+                    f"--description=Build of llama.cpp {build.name} {build.commit[:12]}",
+                    *(f"--property={each}" for each in properties),
+                    "--",
+                    str(self.tool),
+                    str(spec),
+                ]
+            )
+        return {"changed": True, "unit": unit, "release": release, "found_running": False, "stopped": stopped}
+
+    def follow(self, build: Build) -> dict[str, Any]:
+        """How far the unit of a build is: running, ready or failed."""
+        release = self.release(build)
+        state = unit_state(unit_of(release))
+        invocation = state.get("InvocationID", "")
+        if is_running(state):
+            started_us = int(state.get("ExecMainStartTimestampMonotonic") or 0)
+            elapsed = time.clock_gettime(time.CLOCK_MONOTONIC) - started_us / 1e6 if started_us else 0.0
+            return {"state": "running", "elapsed": elapsed, **progress(journal_of(invocation, 400))}
+        wrong = damage(self.directory(build) / "releases" / release)
+        if wrong is None:
+            return {"state": "ready"}
+        run(["journalctl", "--sync"], check=False)
+        journal = journal_of(invocation, 400)
+        reason = failure(
+            state.get("Result", ""),
+            state.get("ExecMainStatus", ""),
+            journal,
+            self.params["memory_max"],
+            self.params["timeout"],
+        )
+        with one_play():
+            if not is_running(unit_state(unit_of(release))):
+                self._sweep(build)
+        return {"state": "failed", "reason": reason, "journal": journal.splitlines()[-JOURNAL_TAIL:]}
+
+    def activate(self, build: Build) -> dict[str, Any]:
+        """Make the finished release current, keep the former one as previous, remove what is too many."""
+        release = self.release(build)
+        directory = self.directory(build)
+        with one_play():
+            wrong = damage(directory / "releases" / release)
+            if wrong:
+                raise HostError(f"{directory}/releases/{release}: {wrong}; run the play again")
+            changed = _give_to_root(directory / "releases" / release)
+            former = link_target(directory / "current")
+            if former != release:
+                if former and (directory / "releases" / former / STAMP).is_file():
+                    point(directory / "previous", former)
+                point(directory / "current", release)
+                changed = True
+            stale = self._stale(build, release)
+            for name in stale:
+                shutil.rmtree(directory / "releases" / name)
+            self._sweep(build)
+        return {"changed": changed or bool(stale), "removed": stale, "former": former}
+
+    # -- parts of phases
+
+    def _stale(self, build: Build, release: str) -> list[str]:
+        """Releases that pruning would remove once `release` is current."""
+        releases = self.directory(build) / "releases"
+        current, previous = (link_target(self.directory(build) / name) for name in ("current", "previous"))
+        former = current if current != release else previous
+        protected = {name for name in (release, former) if name}
+        names = [path.name for path in releases.glob("*") if not path.name.startswith(".")]
+        ranked = sorted(names, key=lambda name: _built_at(releases / name), reverse=True)
+        # What a process still runs stays, without taking a place.
+        used = in_use(releases) if len(names) > len(protected) else set()
+        return [
+            name
+            for name in releases_to_remove(ranked, self.params["keep_releases"], protected)
+            if name not in used
+        ]
+
+    def _stop_unwanted(self) -> list[str]:
+        """Stop builds that this host's data no longer asks for: they would only be in the way."""
+        wanted = {unit_of(self.release(build)) for build in self.builds.values()}
+        unwanted = [unit for unit in running_units() if unit not in wanted]
+        for unit in unwanted:
+            run(["systemctl", "stop", "--", unit], check=False)
+        return unwanted
+
+    def _check_room(self, build: Build) -> None:
+        """Refuse a build that cannot end well."""
+        disk = os.statvfs(self.root)
+        free = disk.f_bavail * disk.f_frsize
+        if free < self.params["disk_min"]:
+            raise HostError(
+                f"build {build.name}: {self.root} has {free / _GIB:.1f} GiB free,"
+                f" llama_cpp_build_disk_min is {self.params['disk_min'] / _GIB:.1f} GiB;"
+                " fix: free space, or lower llama_cpp_keep_releases or that limit"
+            )
+        available = _available_memory()
+        if available < self.params["memory_min"]:
+            raise HostError(
+                f"build {build.name}: {available / _GIB:.1f} GiB of memory available,"
+                f" llama_cpp_build_memory_min is {self.params['memory_min'] / _GIB:.1f} GiB;"
+                " fix: stop what uses it (lmswitch off), or lower that limit"
+            )
+
+    def _prepare_directories(self, build: Build, release: str) -> None:
+        directory = self.directory(build)
+        try:
+            user = pwd.getpwnam(self.params["user"])
+        except KeyError:
+            raise HostError(f"no user {self.params['user']} on this host; fix: run the whole role") from None
+        _directory(directory, 0, 0, 0o755)
+        for name in ("src", "build"):
+            _directory(directory / name, user.pw_uid, user.pw_gid, 0o755)
+        # Sticky: the build user adds a release, but cannot touch those that were given to root.
+        _directory(directory / "releases", 0, user.pw_gid, 0o1775)
+        self._sweep(build)
+        final = directory / "releases" / release
+        if final.is_dir():
+            # No longer a release, but what still works of it stays until the new one takes its place.
+            (final / STAMP).unlink(missing_ok=True)
+            os.chown(final, user.pw_uid, user.pw_gid)
+        else:
+            final.unlink(missing_ok=True)
+
+    def _write_spec(self, build: Build, release: str) -> Path:
+        RUN_DIR.mkdir(mode=0o755, exist_ok=True)
+        lock = RUN_DIR / "build.lock"
+        lock.touch(mode=0o644)
+        path = RUN_DIR / f"{build.name}.json"
+        identity = {"cmake_options": build.cmake, **self.toolchain(build).identity()}
+        content = {
+            "build": build.name,
+            "release": release,
+            "repo": build.repo,
+            "commit": build.commit,
+            "directory": str(self.directory(build)),
+            "lock": str(lock),
+            "cmake": build.cmake,
+            "targets": self.params["targets"],
+            "jobs": self._jobs(build),
+            "identity": identity,
+        }
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        path.chmod(0o644)
+        return path
+
+    def _jobs(self, build: Build) -> int:
+        """As asked for, or one for each CPU with 1 GiB of memory for each, 2 GiB for nvcc."""
+        if self.params["jobs"] > 0:
+            return int(self.params["jobs"])
+        each = (2 if is_on(build.cmake.get("GGML_CUDA")) else 1) * _GIB
+        return max(1, min(len(os.sched_getaffinity(0)), _available_memory() // each))
+
+    def _sweep(self, build: Build) -> None:
+        """Remove what an ended build left half-done, unless a build of the same name runs."""
+        directory = self.directory(build)
+        running = {unit.removeprefix(UNIT_PREFIX).removesuffix(".service") for unit in running_units()}
+        for path in (directory / "releases").glob(".*"):
+            if not any(path.name.startswith(f".{release}.") for release in running):
+                shutil.rmtree(path)
+        if not running and (directory / "build").is_dir():
+            for path in (directory / "build").iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _available_memory() -> int:
+    """MemAvailable of the host in bytes."""
+    text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _built_at(release: Path) -> float:
+    """When a release was finished; 0 for what never was."""
+    try:
+        return (release / STAMP).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _directory(path: Path, uid: int, gid: int, mode: int) -> bool:
+    """Make a directory with that owner and mode; True when something changed."""
+    path.mkdir(parents=True, exist_ok=True)
+    info = path.stat()
+    if (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (uid, gid, mode):
+        return False
+    os.chown(path, uid, gid)
+    path.chmod(mode)
+    return True
+
+
+def _give_to_root(release: Path) -> bool:
+    """Make root the owner of a release, so that no later build can change it; True when it was not."""
+    if release.lstat().st_uid == 0:
+        return False
+    # The release itself comes last: when this is interrupted, it is done again.
+    for directory, names, files in os.walk(release, topdown=False):
+        for name in (*names, *files):
+            os.chown(f"{directory}/{name}", 0, 0, follow_symlinks=False)
+    os.chown(release, 0, 0)
+    return True
+
+
+def main() -> None:
+    """Run one phase."""
+    module = AnsibleModule(
+        argument_spec={
+            "builds": {"type": "dict", "required": True},
+            "root": {"type": "path", "default": "/opt/llama.cpp"},
+            "user": {"type": "str", "default": "llama-build"},
+            "base_options": {"type": "dict", "default": {}},
+            "owned_options": {"type": "dict", "default": {}},
+            "targets": {"type": "list", "elements": "str", "default": ["llama-server"]},
+            "packages": {"type": "list", "elements": "str", "default": []},
+            "option_packages": {"type": "dict", "default": {}},
+            "keep_releases": {"type": "int", "default": 2},
+            "jobs": {"type": "int", "default": 0},
+            "nice": {"type": "int", "default": 10},
+            "memory_max": {"type": "str", "default": "80%"},
+            "timeout": {"type": "int", "default": 14400},
+            "disk_min": {"type": "int", "default": 0},
+            "memory_min": {"type": "int", "default": 0},
+            "follow_interval": {"type": "int", "default": 3},
+            "phase": {
+                "type": "str",
+                "choices": ["probe", "prepare", "start", "follow", "activate"],
+                "default": "probe",
+            },
+            "build": {"type": "str"},
+            "tool": {"type": "str"},
+        },
+        supports_check_mode=True,
+    )
+    phase = module.params["phase"]
+    if module.check_mode and phase != "probe":
+        module.fail_json(msg=f"phase {phase} changes the host: not in check mode")
+    try:
+        host = Host(module.params)
+        if phase in ("probe", "prepare"):
+            result = getattr(host, phase)()
+        else:
+            result = getattr(host, phase)(host.builds[module.params["build"]])
+    except HostError as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
