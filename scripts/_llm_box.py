@@ -1,0 +1,81 @@
+"""What an LLM box must look like, worked out from its variables: the same data that the roles work with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llama_common.derive import unit_name
+from llama_common.fields import Address
+from llama_common.presets import HostConfig
+
+GROUP = "llm_servers"
+
+
+@dataclass(frozen=True)
+class LlmBox:
+    """One LLM box as its inventory wants it: the checked data, and where the roles put things."""
+
+    config: HostConfig
+    user: str
+    home: str
+    builds_root: str
+    models_dir: str
+    reserve_bytes: int
+    presets_json: str
+    install_all_models: bool = False
+
+    @classmethod
+    def of(cls, variables: Mapping[str, Any]) -> LlmBox:
+        """The box that templated variables describe. Raises InventoryError (one line)."""
+        names = HostConfig.model_fields.keys() & variables.keys()
+        return cls(
+            config=HostConfig.load({name: variables[name] for name in names}),
+            user=str(variables["llm_user_name"]),
+            home=str(variables["llm_user_home"]),
+            builds_root=str(variables["llama_cpp_root"]),
+            models_dir=str(variables["gguf_models_dir"]),
+            reserve_bytes=int(variables["gguf_models_reserve_bytes"]),
+            presets_json=f"{variables['llama_presets_dir']}/presets.json",
+            install_all_models=variables["gguf_models_install"] == "all",
+        )
+
+    def names(self, scope: str | None = None) -> list[str]:
+        """Presets (of one scope, `user` or `system`), in the inventory's order."""
+        return [name for name, preset in self.config.llama_presets.items() if scope in (None, preset.scope)]
+
+    def unit(self, preset: str) -> str:
+        """The systemd unit of a preset."""
+        return unit_name(preset)
+
+    def commits(self) -> dict[str, str]:
+        """The pinned commit of each build."""
+        return {name: self.config.commit(name) for name in self.config.llama_cpp_builds}
+
+    def model_sizes(self) -> dict[str, int]:
+        """Bytes of each model file that must be on the box."""
+        used = {model for preset in self.names() for model in self.config.models_of(preset)}
+        models = self.config.gguf_models if self.install_all_models else sorted(used)
+        return {file.file: file.size for model in models for file in self.config.files(model)}
+
+    def address(self, preset: str) -> Address:
+        """Where a preset listens."""
+        return self.config.address(preset)
+
+    def slot_context(self, preset: str) -> int:
+        """Tokens that one request of a preset may use: what llama-server's /props must say in n_ctx."""
+        return self.config.llama_presets[preset].context_per_slot
+
+    def request(self) -> dict[str, Any]:
+        """What the probe is to look at."""
+        return {
+            "user": self.user,
+            "presets_json": self.presets_json,
+            "user_units": [self.unit(name) for name in self.names("user")],
+            "system_units": [self.unit(name) for name in self.names("system")],
+            "builds_root": self.builds_root,
+            "builds": sorted(self.config.llama_cpp_builds),
+            "models_dir": self.models_dir,
+            "files": sorted(self.model_sizes()),
+        }

@@ -1,0 +1,225 @@
+"""What a host says about itself, gathered in one go: verify_health.py and fleet.py run this there over ssh.
+
+Standard library only, Python >= 3.9, nothing is changed. A part that cannot be read is None, never an
+exception: the reader decides what that means. As root it sees every process; otherwise its user's own.
+"""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+COMMAND_TIMEOUT_S = 20
+GPU_TIMEOUT_S = 5
+TCP_LISTEN = "0A"
+
+
+def command(argv: list[str], timeout: float = COMMAND_TIMEOUT_S) -> dict[str, Any] | None:
+    """Exit code and output of a program; None when it is missing, "timeout" as its error when it hangs."""
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+        )
+    except OSError:
+        return None
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()  # not waited for: a hung nvidia-smi cannot even be killed
+        return {"rc": None, "out": "", "err": f"timeout after {timeout:g} s"}
+    return {"rc": process.returncode, "out": out, "err": err}
+
+
+def as_user(user: str, argv: list[str]) -> dict[str, Any] | None:
+    """Run a program as the user of the model server, with its own systemd in reach."""
+    try:
+        uid = pwd.getpwnam(user).pw_uid
+    except KeyError:
+        return None
+    if os.geteuid() == uid:
+        return command(argv)
+    return command(["runuser", "-u", user, "--", "env", f"XDG_RUNTIME_DIR=/run/user/{uid}", *argv])
+
+
+def parsed(answer: dict[str, Any] | None) -> Any:
+    """The JSON that a program printed, or None."""
+    try:
+        return json.loads(answer["out"]) if answer else None
+    except ValueError:
+        return None
+
+
+def failed_units() -> list[str] | None:
+    """System units in the state failed; None where there is no systemd."""
+    answer = command(["systemctl", "list-units", "--failed", "--plain", "--no-legend", "--no-pager"])
+    if answer is None or answer["rc"] != 0:
+        return None
+    return [line.split()[0] for line in answer["out"].splitlines() if line.split()]
+
+
+def account(user: str) -> dict[str, Any] | None:
+    """Who the user is, and whether its systemd lives without a login."""
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        return None
+    groups = sorted(
+        {group.gr_name for group in grp.getgrall() if user in group.gr_mem}
+        | {group.gr_name for group in grp.getgrall() if group.gr_gid == entry.pw_gid}
+    )
+    return {
+        "uid": entry.pw_uid,
+        "home": entry.pw_dir,
+        "groups": groups,
+        "linger": Path("/var/lib/systemd/linger", user).exists(),
+    }
+
+
+def listeners(process: Path) -> list[str]:
+    """TCP addresses (host:port, IPv4) on which a process listens; `process` is its folder under /proc."""
+    try:
+        targets = [str(entry.readlink()) for entry in (process / "fd").iterdir()]
+        rows = [row.split() for row in (process / "net/tcp").read_text().splitlines()[1:]]
+    except OSError:
+        return []
+    inodes = {target[8:-1] for target in targets if target.startswith("socket:[")}
+    found = []
+    for row in rows:
+        if row[3] == TCP_LISTEN and row[9] in inodes:
+            address, port = row[1].split(":")
+            octets = [str(int(address[at : at + 2], 16)) for at in (6, 4, 2, 0)]
+            found.append(f"{'.'.join(octets)}:{int(port, 16)}")
+    return found
+
+
+def servers() -> list[dict[str, Any]]:
+    """Every llama-server process: pid, user, executable, listening addresses."""
+    found: list[dict[str, Any]] = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            exe = str((process / "exe").readlink())
+            if Path(exe.split(" (deleted)")[0]).name == "llama-server":
+                uid = process.stat().st_uid
+                found.append({"pid": int(process.name), "uid": uid, "exe": exe, "listen": listeners(process)})
+        except OSError:
+            continue
+    return found
+
+
+def units(names: list[str], user: str | None) -> dict[str, dict[str, str]] | None:
+    """The state of systemd units, of `user`'s manager or (None) of the system's."""
+    if not names:
+        return {}
+    wanted = "Id,LoadState,ActiveState,SubState,UnitFileState,NRestarts"
+    argv = ["systemctl", *(["--user"] if user else []), "show", "--no-pager", "--property", wanted, *names]
+    answer = as_user(user, argv) if user else command(argv)
+    if answer is None or answer["rc"] != 0:
+        return None
+    blocks = [
+        dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        for block in answer["out"].split("\n\n")
+    ]
+    return {block["Id"]: block for block in blocks if "Id" in block}
+
+
+def builds(root: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """For each build the release that `current` and `previous` point to, and the stamp of the current one."""
+    found = {}
+    for name in names:
+        links = {}
+        for link in ("current", "previous"):
+            path = Path(root, name, link)
+            links[link] = os.path.realpath(str(path)) if path.is_dir() else None
+        stamp = None
+        if links["current"]:
+            try:
+                stamp = json.loads(Path(links["current"], "release.json").read_text())
+            except (OSError, ValueError):
+                stamp = None
+        found[name] = {**links, "release": stamp}
+    return found
+
+
+def file_sizes(folder: str, names: list[str]) -> dict[str, int | None]:
+    """Bytes of each file; None where it is missing."""
+    files = {name: Path(folder, name) for name in names}
+    return {name: file.stat().st_size if file.is_file() else None for name, file in files.items()}
+
+
+def disk(path: str) -> dict[str, int] | None:
+    """Free and total bytes of the file system that holds `path` or its nearest existing parent."""
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        usage = shutil.disk_usage(str(place))
+    except OSError:
+        return None
+    return {"free": usage.free, "total": usage.total}
+
+
+def gpu() -> str | None:
+    """One line about the GPU; None without the driver's program, "hung" or "failed" as a line of its own."""
+    answer = command(
+        [
+            "nvidia-smi",
+            "--query-gpu=name,memory.used,memory.total,temperature.gpu",
+            "--format=csv,noheader,nounits",
+        ],
+        GPU_TIMEOUT_S,
+    )
+    if answer is None:
+        return None
+    if answer["rc"] is None:
+        return f"hung: {answer['err']}"
+    lines = str(answer["out"]).strip().splitlines()
+    return lines[0] if answer["rc"] == 0 and lines else "failed"
+
+
+def read_json(path: str) -> Any:
+    """A JSON file, or None."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def probe(request: dict[str, Any]) -> dict[str, Any]:
+    """Everything that `request` asks for. Without "llm" in it: only what any host can say."""
+    seen: dict[str, Any] = {
+        "time": time.time(),
+        "root": os.geteuid() == 0,
+        "failed_units": failed_units(),
+        "disk": disk("/"),
+    }
+    llm = request.get("llm")
+    if llm:
+        user = llm["user"]
+        seen["llm"] = {
+            "account": account(user),
+            "status": parsed(as_user(user, ["lmswitch", "status", "--json"])),
+            "list": parsed(as_user(user, ["lmswitch", "list", "--json"])),
+            "presets": read_json(llm["presets_json"]),
+            "servers": servers(),
+            "user_units": units(llm["user_units"], user),
+            "system_units": units(llm["system_units"], None),
+            "builds": builds(llm["builds_root"], llm["builds"]),
+            "files": file_sizes(llm["models_dir"], llm["files"]),
+            "disk": disk(llm["models_dir"]),
+        }
+    if request.get("gpu"):
+        seen["gpu"] = gpu()
+    return seen

@@ -1,0 +1,479 @@
+#!/usr/bin/env python3
+"""Check that every host is what its inventory says, and that the LLM box really answers.
+
+    scripts/verify_health.py --inventory DIR [--limit PATTERN] [--json FILE]
+
+Nothing is changed. All expected values come from the inventory and the roles' defaults. Progress goes to
+standard error, a table and one line for each check that fell short to standard output, JSON to FILE (`-`:
+standard output, instead of the table). Exit codes: 0 all well, 1 something fell short, 2 could not run or a
+host could not be reached, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llama_common.problems import InventoryError
+
+from scripts._ask_host import Unreachable, ask, reach
+from scripts._inventory import Host, InventoryUnreadable, load
+from scripts._llm_box import GROUP, LlmBox
+from scripts._screen import size, table
+
+HOSTS_AT_ONCE = 8
+HEALTH_TIMEOUT_S = 10.0
+CHAT_TIMEOUT_S = 120.0
+CLOCK_LIMIT_S = 5.0
+CHAT = {
+    "messages": [{"role": "user", "content": "Count from one to five in words."}],
+    "max_tokens": 24,
+    "temperature": 0.0,
+}
+
+Value = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: its value beside what was wanted. `detail` says what to do when it fell short."""
+
+    name: str
+    ok: bool
+    value: Value
+    unit: str
+    limit: Value
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class HostReport:
+    """All checks of a host; `error` when it could not be asked."""
+
+    host: str
+    checks: tuple[Check, ...] = ()
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was reached and nothing fell short."""
+        return self.error is None and all(check.ok for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        """The host's entry in the JSON report."""
+        return {
+            "host": self.host,
+            "ok": self.ok,
+            "error": self.error,
+            "checks": [asdict(one) for one in self.checks],
+        }
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the server said over HTTP; `failure` instead of what could not be had."""
+
+    health: int | None = None
+    props: Mapping[str, Any] | None = None
+    text: str = ""
+    failure: str = ""
+
+
+# --- pure: what was seen against what the inventory wants ---
+
+
+def equal(name: str, value: Value, wanted: Value, detail: str, unit: str = "") -> Check:
+    """A check that two values are the same."""
+    return Check(name, value == wanted, value, unit, wanted, "" if value == wanted else detail)
+
+
+def host_checks(seen: Mapping[str, Any], offset_s: float) -> list[Check]:
+    """What every host must fulfil."""
+    checks = []
+    failed = seen["failed_units"]
+    if failed is not None:
+        detail = f"{', '.join(failed)}; look with: systemctl status {failed[0]}" if failed else ""
+        checks.append(Check("failed_units", not failed, len(failed), "units", 0, detail))
+    offset = round(abs(offset_s), 1)
+    detail = (
+        ""
+        if offset <= CLOCK_LIMIT_S
+        else "its clock and this machine's differ; fix: timedatectl set-ntp true"
+    )
+    checks.append(Check("clock_offset", not detail, offset, "s", CLOCK_LIMIT_S, detail))
+    return checks
+
+
+def llm_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers | None) -> list[Check]:
+    """What an LLM box must fulfil besides."""
+    return [
+        *account_checks(seen),
+        *build_checks(box, seen),
+        *model_checks(box, seen),
+        *preset_checks(box, seen),
+        *serving_checks(box, seen),
+        *answer_checks(box, seen, answers),
+    ]
+
+
+def account_checks(seen: Mapping[str, Any]) -> list[Check]:
+    """The user of the model server, whose systemd lives without a login."""
+    linger = bool((seen["account"] or {}).get("linger"))
+    return [equal("lingering", linger, True, "without it nothing runs after a logout; fix: run site.yml")]
+
+
+def build_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
+    """Each build's current release is the pinned commit."""
+    checks = []
+    for name, commit in box.commits().items():
+        release = (seen["builds"].get(name) or {}).get("release") or {}
+        detail = f"{box.builds_root}/{name}/current is not the pinned commit; fix: run site.yml"
+        checks.append(
+            equal(f"build_{name}", str(release.get("commit", ""))[:12], commit[:12], detail, "commit")
+        )
+    return checks
+
+
+def model_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
+    """Each model file has the size of the inventory, and the disk its reserve."""
+    checks = []
+    for name, wanted in box.model_sizes().items():
+        found = seen["files"].get(name)
+        state = "is missing" if found is None else "has the wrong size"
+        checks.append(
+            equal(f"model_{name}", found, wanted, f"{box.models_dir}/{name} {state}; fix: run site.yml", "B")
+        )
+    free = (seen["disk"] or {}).get("free", 0)
+    detail = (
+        ""
+        if free >= box.reserve_bytes
+        else (
+            f"{size(free)} free in {box.models_dir}, {size(box.reserve_bytes)} wanted; "
+            "fix: remove models that no preset uses, or lower gguf_models_reserve_bytes"
+        )
+    )
+    checks.append(Check("disk_free", not detail, free, "B", box.reserve_bytes, detail))
+    return checks
+
+
+def preset_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
+    """presets.json, lmswitch and the units know the inventory's presets and nothing else."""
+    wanted = ",".join(sorted(box.names()))
+    written = (seen["presets"] or {}).get("presets") or {}
+    listed = [str(one["name"]) for one in (seen["list"] or {}).get("presets", [])]
+    differing = [
+        f"{name}.{key}"
+        for name, preset in box.config.llama_presets.items()
+        for key, value in preset.model_dump(mode="json").items()
+        if name in written and value is not None and written[name].get(key) != value
+    ]
+    checks = [
+        equal(
+            "presets_json",
+            ",".join(sorted(written)),
+            wanted,
+            f"{box.presets_json} is stale; fix: run site.yml",
+        ),
+        equal(
+            "presets_data",
+            ",".join(differing),
+            "",
+            f"{box.presets_json} differs from the inventory; fix: run site.yml",
+        ),
+        equal(
+            "lmswitch_list",
+            ",".join(sorted(listed)),
+            wanted,
+            "lmswitch knows other presets; fix: run site.yml",
+        ),
+    ]
+    for scope in ("user", "system"):
+        units = seen[f"{scope}_units"] or {}
+        names = [box.unit(name) for name in box.names(scope)]
+        missing = [name for name in names if units.get(name, {}).get("LoadState") != "loaded"]
+        if names:
+            checks.append(
+                Check(
+                    f"{scope}_units",
+                    not missing,
+                    len(names) - len(missing),
+                    "units",
+                    len(names),
+                    f"not loaded: {', '.join(missing)}; fix: run site.yml" if missing else "",
+                )
+            )
+        if scope == "user":
+            enabled = [name for name in names if units.get(name, {}).get("UnitFileState") == "enabled"]
+            checks.append(
+                Check(
+                    "units_enabled",
+                    not enabled,
+                    len(enabled),
+                    "units",
+                    0,
+                    f"they would start at boot; fix: systemctl --user disable {' '.join(enabled)}"
+                    if enabled
+                    else "",
+                )
+            )
+    return checks
+
+
+def serving_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
+    """One known preset is ready, and one llama-server of the pinned commit runs."""
+    status = seen["status"] or {}
+    active, state = status.get("active"), status.get("state")
+    choice = "|".join(box.names("user"))
+    if not seen["status"]:
+        unknown = "lmswitch status --json gave no answer; fix: run site.yml"
+    else:
+        unknown = f"no preset of the inventory serves; fix: lmswitch {choice}"
+    known = active in box.names()
+    checks = [
+        Check("active_preset", known, active, "", choice, "" if known else unknown),
+        equal("state", state, "ready", "look with: lmswitch logs"),
+    ]
+    user_servers = [one for one in seen["servers"] if one["uid"] == (seen["account"] or {}).get("uid")]
+    pids = ", ".join(str(one["pid"]) for one in user_servers)
+    checks.append(
+        equal(
+            "llama_servers",
+            len(user_servers),
+            1,
+            f"llama-server of {box.user}: {pids or 'none'}; fix: lmswitch off, then lmswitch {choice}",
+            "processes",
+        )
+    )
+    if active is not None and known:
+        wanted = box.config.commit(box.config.llama_presets[active].build)
+        checks.append(
+            equal(
+                "running_commit",
+                running_commit(user_servers)[:12],
+                wanted[:12],
+                f"an older release still runs; fix: lmswitch --restart {active}",
+                "commit",
+            )
+        )
+    return checks
+
+
+def running_commit(servers: Sequence[Mapping[str, Any]]) -> str:
+    """The commit in the running executable's path: …/releases/<commit>-<config hash>/bin/llama-server."""
+    for server in servers:
+        parts = Path(str(server["exe"])).parts
+        if "releases" in parts[:-1]:
+            return parts[parts.index("releases") + 1].partition("-")[0]
+    return ""
+
+
+def answer_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers | None) -> list[Check]:
+    """What came over HTTP, through the port that clients use."""
+    active = (seen["status"] or {}).get("active")
+    if answers is None or active not in box.names():
+        return []
+    address = box.address(active)
+    where = f"{address.host}:{address.port}" if address.port else address.host
+    props = answers.props or {}
+    context = (props.get("default_generation_settings") or {}).get("n_ctx")
+    hint = answers.failure or "look with: lmswitch logs"
+    return [
+        equal("health", answers.health, 200, f"GET /health on {where}: {hint}", "HTTP status"),
+        equal(
+            "n_ctx",
+            context,
+            box.slot_context(active),
+            "a request has another context than the preset says: the model was trained for less, or an older "
+            f"unit runs; fix: lmswitch --restart {active}"
+            if context
+            else f"GET /props on {where}: {hint}",
+            "tokens",
+        ),
+        Check(
+            "chat",
+            bool(answers.text.strip()),
+            answers.text.strip()[:40],
+            "",
+            "a non-empty answer",
+            "" if answers.text.strip() else f"POST /v1/chat/completions on {where}: {hint}",
+        ),
+    ]
+
+
+# --- asking the hosts ---
+
+
+def question(url: str) -> Answers:
+    """Health, properties and one real answer of the server at `url`. Never raises for a server's failure."""
+    health: int | None = None
+    props: Mapping[str, Any] | None = None
+    try:
+        with httpx.Client(base_url=url, timeout=HEALTH_TIMEOUT_S, trust_env=False) as client:
+            health = client.get("/health").status_code
+            props = client.get("/props").raise_for_status().json()
+            reply = (
+                client.post("/v1/chat/completions", json=CHAT, timeout=CHAT_TIMEOUT_S)
+                .raise_for_status()
+                .json()
+            )
+        message = reply["choices"][0]["message"]
+        return Answers(
+            health,
+            props,
+            str(message.get("content") or message.get("reasoning_content") or ""),
+            "the answer was empty",
+        )
+    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+        return Answers(health, props, "", f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def verify(host: Host) -> HostReport:
+    """Everything about one host. Never raises for what is wrong there."""
+    llm = GROUP in host.groups
+    try:
+        box = LlmBox.of(host.variables) if llm else None
+        before = time.time()
+        seen = ask(host, {"llm": box.request()} if box else {}, become=llm)
+        offset = max(before - seen["time"], seen["time"] - time.time(), 0.0)
+        checks = host_checks(seen, offset)
+        if box:
+            checks += llm_checks(box, seen["llm"], over_http(host, box, seen["llm"]))
+    except InventoryError as error:
+        return HostReport(host.name, error=str(error))
+    except Unreachable as error:
+        return HostReport(host.name, error=str(error))
+    return HostReport(host.name, tuple(checks))
+
+
+def over_http(host: Host, box: LlmBox, seen: Mapping[str, Any]) -> Answers | None:
+    """What the active preset says over HTTP; None when none of the inventory's presets is active."""
+    active = (seen["status"] or {}).get("active")
+    if active not in box.names():
+        return None
+    address = box.address(active)
+    try:
+        with reach(host, address.host, address.port) as url:
+            return question(url)
+    except Unreachable as error:
+        return Answers(failure=str(error))
+
+
+def verify_all(hosts: Sequence[Host], progress: Callable[[str], None]) -> list[HostReport]:
+    """All hosts, several at once, in the order given."""
+    reports: dict[str, HostReport] = {}
+    pool = ThreadPoolExecutor(min(HOSTS_AT_ONCE, len(hosts)))
+    try:
+        futures = {pool.submit(verify, host): host.name for host in hosts}
+        for number, future in enumerate(as_completed(futures), 1):
+            report = reports[futures[future]] = future.result()
+            short = sum(not check.ok for check in report.checks)
+            verdict = report.error or (
+                f"{short} of {len(report.checks)} checks fell short"
+                if short
+                else f"{len(report.checks)} checks, all well"
+            )
+            progress(f"[{number}/{len(hosts)}] {report.host}: {verdict}")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for hosts that hang
+    return [reports[host.name] for host in hosts]
+
+
+# --- showing ---
+
+
+def exit_code(reports: Sequence[HostReport]) -> int:
+    """0 all well, 1 something fell short, 2 a host could not be asked."""
+    if any(report.error is not None for report in reports):
+        return 2
+    return 0 if all(report.ok for report in reports) else 1
+
+
+def as_json(reports: Sequence[HostReport]) -> str:
+    """The report for programs."""
+    data = {"ok": all(report.ok for report in reports), "hosts": [report.as_json() for report in reports]}
+    return json.dumps(data, indent=2) + "\n"
+
+
+def screen(reports: Sequence[HostReport]) -> str:
+    """One row for each host, then one line for each check that fell short."""
+    rows = []
+    lines = []
+    for report in reports:
+        good = sum(check.ok for check in report.checks)
+        verdict = "unreachable" if report.error else "ok" if report.ok else "fell short"
+        rows.append([report.host, verdict, f"{good}/{len(report.checks)}" if report.checks else "-"])
+        if report.error:
+            lines.append(f"{report.host}: could not be asked: {report.error}")
+        lines += [f"{report.host}: {line(check)}" for check in report.checks if not check.ok]
+    return "\n".join([table(["host", "verdict", "checks"], rows), *([""] if lines else []), *lines])
+
+
+def line(check: Check) -> str:
+    """A check that fell short: name, value, limit, fix."""
+    unit = f" {check.unit}" if check.unit else ""
+    value = "none" if check.value in (None, "") else check.value
+    limit = "none" if check.limit in (None, "") else check.limit
+    return f"{check.name} = {value}{unit}, wanted {limit}{unit}: {check.detail}"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="exit codes: 0 all well, 1 something fell short, 2 could not run",
+    )
+    parser.add_argument("--inventory", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--limit", metavar="PATTERN", help="only these hosts (an Ansible pattern)")
+    parser.add_argument("--json", metavar="FILE", help="write the report there; - is standard output")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verification."""
+    args = parse(argv)
+
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    try:
+        progress(f"reading {args.inventory}")
+        hosts = load(args.inventory, limit=args.limit)
+        progress(f"asking {', '.join(host.name for host in hosts)}")
+        reports = verify_all(hosts, progress)
+        if args.json and args.json != "-":
+            Path(args.json).write_text(as_json(reports))
+    except (InventoryUnreadable, OSError) as error:
+        print(f"verify_health: {error}", file=sys.stderr)
+        return 2
+    print(
+        as_json(reports) if args.json == "-" else screen(reports),
+        end="" if args.json == "-" else "\n",
+        flush=True,
+    )
+    return exit_code(reports)
+
+
+def run() -> None:
+    """Entry point: end at once on Ctrl-C, without waiting for hosts that are still being asked."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,306 @@
+"""verify_health: what it makes of what a host and a server said, its exit codes and its JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pwd
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import _ask_host, _probe, verify_health
+from scripts._inventory import Host, InventoryUnreadable, load, parse_hosts
+from scripts._llm_box import LlmBox
+from scripts.verify_health import Answers, Check, HostReport
+
+COMMIT = "4ca1d6abe6fbc56a30072a4328cfbb554cbb5ecc"
+VARIABLES: dict[str, Any] = {
+    "llm_user_name": "llm",
+    "llm_user_home": "/home/llm",
+    "llama_cpp_root": "/opt/llama.cpp",
+    "gguf_models_dir": "/home/llm/models/gguf",
+    "gguf_models_reserve_bytes": 1000,
+    "gguf_models_install": "used",
+    "llama_presets_dir": "/etc/llmbox",
+    "llama_presets_listen": "0.0.0.0:1234",
+    "llama_cpp_builds": {"upstream": {"repo": "git://host/upstream.git", "commit": COMMIT}},
+    "gguf_models": {
+        "small": {"url": "http://host/small.gguf", "sha256": "0" * 64, "size": 77},
+        "unused": {"url": "http://host/unused.gguf", "sha256": "1" * 64, "size": 78},
+    },
+    "llama_presets": {
+        "one": {
+            "description": "the first", "build": "upstream", "model": "small", "context": 8192,
+            "kv_cache_type": "f16", "agent": False, "parallel": 2,
+        },
+        "two": {
+            "description": "the second", "build": "upstream", "model": "small", "context": 4096,
+            "kv_cache_type": "f16", "agent": False,
+        },
+    },
+}  # fmt: skip
+BOX = LlmBox.of(VARIABLES)
+
+
+def preset_data(name: str) -> dict[str, Any]:
+    return BOX.config.llama_presets[name].model_dump(mode="json")
+
+
+def seen() -> dict[str, Any]:
+    """What the probe says of a box that is as it should be."""
+    unit = {"LoadState": "loaded", "UnitFileState": "static"}
+    return {
+        "account": {"uid": 1500, "home": "/home/llm", "groups": ["llm"], "linger": True},
+        "status": {"active": "one", "state": "ready"},
+        "list": {"presets": [{"name": "one"}, {"name": "two"}]},
+        "presets": {"presets": {"one": preset_data("one"), "two": preset_data("two")}},
+        "servers": [{"pid": 7, "uid": 1500, "listen": ["0.0.0.0:1234"],
+                     "exe": f"/opt/llama.cpp/upstream/releases/{COMMIT}-0123abcd/bin/llama-server"}],
+        "user_units": {"llama-one.service": dict(unit), "llama-two.service": dict(unit)},
+        "system_units": {},
+        "builds": {"upstream": {"current": "/x", "previous": None, "release": {"commit": COMMIT}}},
+        "files": {"small.gguf": 77},
+        "disk": {"free": 5000, "total": 10000},
+    }  # fmt: skip
+
+
+GOOD = Answers(200, {"default_generation_settings": {"n_ctx": 4096}}, "one two three")
+
+
+def failing(data: dict[str, Any], answers: Answers | None = GOOD) -> dict[str, Check]:
+    return {check.name: check for check in verify_health.llm_checks(BOX, data, answers) if not check.ok}
+
+
+def test_a_box_as_its_inventory_wants_it_is_well() -> None:
+    checks = verify_health.llm_checks(BOX, seen(), GOOD)
+    assert [check.name for check in checks if not check.ok] == []
+    assert len(checks) >= 15
+    assert len({check.name for check in checks}) == len(checks)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "names"),
+    [
+        (("account", "linger"), False, {"lingering"}),
+        (("account",), None, {"lingering", "llama_servers", "running_commit"}),
+        (("status", "state"), "loading", {"state"}),
+        (("status", "active"), None, {"active_preset"}),
+        (("status",), None, {"active_preset", "state"}),
+        (("list", "presets"), [{"name": "one"}], {"lmswitch_list"}),
+        (("list",), None, {"lmswitch_list"}),
+        (("presets", "presets", "three"), {}, {"presets_json"}),
+        (("presets", "presets", "two", "context"), 8192, {"presets_data"}),
+        (("presets",), None, {"presets_json"}),
+        (("servers",), [], {"llama_servers", "running_commit"}),
+        (("user_units", "llama-two.service", "LoadState"), "not-found", {"user_units"}),
+        (("user_units", "llama-two.service", "UnitFileState"), "enabled", {"units_enabled"}),
+        (("user_units",), None, {"user_units"}),
+        (("builds", "upstream", "release", "commit"), "f" * 40, {"build_upstream"}),
+        (("builds", "upstream", "release"), None, {"build_upstream"}),
+        (("files", "small.gguf"), 76, {"model_small.gguf"}),
+        (("files", "small.gguf"), None, {"model_small.gguf"}),
+        (("disk", "free"), 999, {"disk_free"}),
+        (("disk",), None, {"disk_free"}),
+    ],
+)
+def test_each_fault_is_found_and_nothing_else(path: tuple[str, ...], value: object, names: set[str]) -> None:
+    data = copy.deepcopy(seen())
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    found = failing(data)
+    assert set(found) == names
+    assert all("fix" in check.detail or "look with" in check.detail for check in found.values())
+
+
+def test_two_servers_are_one_too_many_but_those_of_others_do_not_count() -> None:
+    data = seen()
+    data["servers"].append({**data["servers"][0], "pid": 8, "uid": 999})
+    assert failing(data) == {}
+    data["servers"].append({**data["servers"][0], "pid": 9})
+    assert "7, 9" in failing(data)["llama_servers"].detail
+
+
+def test_an_old_release_that_still_runs_is_found() -> None:
+    data = seen()
+    data["servers"][0]["exe"] = f"/opt/llama.cpp/upstream/releases/{'a' * 40}-1/bin/llama-server (deleted)"
+    assert set(failing(data)) == {"running_commit"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "names"),
+    [
+        (Answers(503, None, "", "HTTPStatusError: 503"), {"health", "n_ctx", "chat"}),
+        (Answers(failure="ConnectError"), {"health", "n_ctx", "chat"}),
+        (Answers(200, {"default_generation_settings": {"n_ctx": 8192}}, "hi"), {"n_ctx"}),
+        (Answers(200, {}, "hi"), {"n_ctx"}),
+        (Answers(200, GOOD.props, " \n"), {"chat"}),
+    ],
+)
+def test_answers_that_fall_short(answers: Answers, names: set[str]) -> None:
+    assert set(failing(seen(), answers)) == names
+
+
+def test_what_every_host_must_fulfil() -> None:
+    def bad(units: list[str] | None, offset: float) -> set[str]:
+        return {one.name for one in verify_health.host_checks({"failed_units": units}, offset) if not one.ok}
+
+    assert bad([], 0.2) == set()
+    assert bad(["x.service"], 0.2) == {"failed_units"}
+    assert bad([], -60) == {"clock_offset"}
+    assert bad(None, 0) == set()
+    assert len(verify_health.host_checks({"failed_units": None}, 0)) == 1
+
+
+def test_exit_codes_and_json() -> None:
+    well = HostReport("a", (Check("x", True, 1, "B", 1),))
+    short = HostReport("b", (Check("x", False, 1, "tokens", 2, "fix: y"),))
+    gone = HostReport("c", error="no route")
+    codes = [verify_health.exit_code(reports) for reports in ([well], [well, short], [short, gone])]
+    assert codes == [0, 1, 2]
+    data = json.loads(verify_health.as_json([short, gone]))
+    assert data == {
+        "ok": False,
+        "hosts": [
+            {"host": "b", "ok": False, "error": None, "checks": [
+                {"name": "x", "ok": False, "value": 1, "unit": "tokens", "limit": 2, "detail": "fix: y"}]},
+            {"host": "c", "ok": False, "error": "no route", "checks": []},
+        ],
+    }  # fmt: skip
+    assert json.loads(verify_health.as_json([well]))["ok"] is True
+    shown = verify_health.screen([well, short, gone]).splitlines()
+    assert shown[-2:] == ["b: x = 1 tokens, wanted 2 tokens: fix: y", "c: could not be asked: no route"]
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """As much of llama-server as the verification asks."""
+
+    answer = "hello"
+
+    def do_GET(self) -> None:
+        self.reply({"default_generation_settings": {"n_ctx": 4096}})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply({"choices": [{"message": {"content": "", "reasoning_content": self.answer}}]})
+
+    def reply(self, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_address[1]}"
+        http.shutdown()
+
+
+def test_a_server_is_asked_three_things(server: str) -> None:
+    answers = verify_health.question(server)
+    assert (answers.health, answers.text) == (200, "hello")
+    assert failing(seen(), answers) == {}
+
+
+def test_a_server_that_is_not_there_is_an_answer() -> None:
+    answers = verify_health.question("http://127.0.0.1:9")
+    assert answers.health is None
+    assert answers.failure.startswith("ConnectError")
+
+
+def local(**variables: Any) -> Host:
+    return Host("box", frozenset({"llm_servers"}), {**VARIABLES, "ansible_host": "192.0.2.1", **variables})
+
+
+def test_ssh_uses_the_inventorys_own_arguments() -> None:
+    host = local(
+        ansible_user="ops", ansible_port=2222, ansible_ssh_private_key_file="/k/id",
+        ansible_ssh_common_args="-F /dev/null -oUserKnownHostsFile=/k/known -o StrictHostKeyChecking=yes",
+    )  # fmt: skip
+    argv = host.ssh("true")
+    assert argv[-3:] == ["192.0.2.1", "--", "true"]
+    assert {"-p", "2222", "-l", "ops", "/k/id", "BatchMode=yes", "-oUserKnownHostsFile=/k/known"} <= set(argv)
+    assert host.ssh_option("UserKnownHostsFile") == "/k/known"
+    assert host.ssh_option("stricthostkeychecking") == "yes"
+    assert host.ssh_option("ProxyJump") is None
+
+
+def test_an_unreachable_host_is_an_entry_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ssh(self: Host, command: str) -> list[str]:
+        return ["sh", "-c", "echo 'ssh: connect to host 192.0.2.1 port 22: No route to host' >&2; exit 255"]
+
+    monkeypatch.setattr(Host, "ssh", ssh)
+    report = verify_health.verify(local())
+    assert report.error == "ssh: connect to host 192.0.2.1 port 22: No route to host; try: ssh 192.0.2.1"
+    assert verify_health.exit_code([report]) == 2
+
+
+def test_refused_data_is_an_entry_with_one_line() -> None:
+    report = verify_health.verify(local(llama_presets={"one": {"description": "x"}}))
+    assert report.error is not None
+    assert report.error.startswith("refused: ")
+    assert "\n" not in report.error
+
+
+def test_the_probe_runs_as_it_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What goes over ssh, run here: it answers every part, also on a machine that has none of it."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    host = local(ansible_python_interpreter="python3", llm_user_name=user, gguf_models_dir=str(tmp_path))
+    monkeypatch.setattr(Host, "ssh", lambda self, command: ["sh", "-c", command])
+    (tmp_path / "small.gguf").write_bytes(b"x" * 77)
+    request = LlmBox.of(host.variables).request()
+    answer = _ask_host.ask(host, {"llm": request, "gpu": True}, become=False)
+    assert answer["llm"].keys() == seen().keys()
+    assert answer["llm"]["files"] == {"small.gguf": 77}
+    assert answer["llm"]["builds"]["upstream"]["current"] is None
+    assert answer["llm"]["account"]["uid"] == os.getuid()
+    assert answer["llm"]["disk"]["free"] > 0
+
+
+def test_the_probe_never_waits_for_a_program_that_hangs() -> None:
+    answer = _probe.command(["sleep", "30"], timeout=0.2)
+    assert answer is not None and answer["rc"] is None
+    assert _probe.command(["no-such-program"]) is None
+
+
+def test_hosts_are_read_from_what_the_playbook_prints() -> None:
+    output = (
+        '\nok: [a] => {\n    "msg": {"groups": ["llm_servers"], "variables": {"ansible_host": "10.0.0.1"}}}\n'
+        'ok: [b] => {\n    "msg": {"groups": [], "variables": {}}\n}\n'
+    )
+    first, second = parse_hosts(output)
+    assert (first.name, first.address) == ("a", "10.0.0.1")
+    assert first.groups == {"llm_servers"}
+    assert (second.name, second.address) == ("b", "b")
+
+
+def test_an_inventory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_health.main(["--inventory", "inventory/nowhere"]) == 2
+    assert "inventory/nowhere: no such file" in capsys.readouterr().err
+
+
+def test_the_inventory_comes_templated_and_with_the_roles_defaults(root: Path) -> None:
+    host = next(one for one in load(root / "inventory" / "lab") if one.name == "lab-llm")
+    assert "llm_servers" in host.groups
+    assert not [name for name, value in host.variables.items() if "{{" in str(value)]
+    assert LlmBox.of(host.variables).names()
+    assert not [name for name in host.variables if "token" in name]
+
+
+def test_a_limit_that_matches_nothing_is_said(root: Path) -> None:
+    with pytest.raises(InventoryUnreadable, match="nowhere"):
+        load(root / "inventory" / "lab", limit="nowhere")
