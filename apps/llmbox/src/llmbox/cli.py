@@ -137,6 +137,8 @@ def run(options: argparse.Namespace) -> int:
                 f"{preset.name} is a system service, not one of the exclusive presets: "
                 f"sudo systemctl restart {preset.unit}"
             )
+    if verb == "switch":
+        presets_module.check_thoroughly(presets_module.presets_path())
     runtime = runtime_dir()
     systemd = Systemd(runtime)
     if verb == "status":

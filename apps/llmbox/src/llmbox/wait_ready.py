@@ -1,7 +1,7 @@
-"""`llmbox-wait-ready`: the ExecStartPost= of every preset unit; ends when llama-server's /health answers 200.
+"""`llmbox-wait-ready`: the ExecStartPost= of every preset unit; ends when /health answers 200.
 
-It makes a finished `systemctl start` mean "ready". It ends at once when the server's process is gone, so that a
-server which dies while it loads is reported in a moment and not after the whole timeout. Standard library and raw
+It makes a finished `systemctl start` mean "ready". It ends at once when the process of the server is gone:
+one that dies while it loads is reported in a moment, not after the whole timeout. Standard library and raw
 sockets: it runs at every start and must itself start in a few milliseconds.
 Exit codes: 0 ready, 1 not ready (one line on standard error says why), 2 bad usage.
 """

@@ -1,0 +1,244 @@
+#!/usr/bin/python3
+"""Ansible module: /opt/llmbox holds exactly the wanted wheels, unchanged, or is replaced at once."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+from base64 import urlsafe_b64encode
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+---
+module: llmbox_venv
+short_description: Keep a virtual environment equal to a wheelhouse
+description:
+  - Compares what is installed, file by file, with the digest of a wheelhouse, and checks the commands' links.
+  - When they differ and O(archive) is given, makes a new environment beside, checks it, and moves the
+    symbolic link O(path) to it in one step; a half-made environment is never active. The one before is kept.
+options:
+  path: {description: The symbolic link that names the active environment., type: path, required: true}
+  store: {description: The folder that holds the environments., type: path, required: true}
+  python: {description: Version of the interpreter, like 3.11., type: str, required: true}
+  interpreter: {description: The interpreter to make it with., type: path, default: /usr/bin/python3}
+  digest: {description: Digest that scripts/build_wheelhouse.py printed., type: str, required: true}
+  distributions: {description: Names and versions to expect., type: dict, required: true}
+  links: {description: Commands of the environment to link, by the path of the link., type: dict, default: {}}
+  archive: {description: The wheelhouse on this host; without it nothing is installed., type: path}
+author: [llmbox]
+"""
+
+EXAMPLES = r"""
+- name: Compare the environment with the wheelhouse
+  llmbox_venv:
+    path: /opt/llmbox
+    store: /opt/llmbox-venvs
+    python: "3.11"
+    digest: "{{ wheelhouse.digest }}"
+    distributions: "{{ wheelhouse.distributions }}"
+"""
+
+RETURN = r"""
+reason: {description: Why it is not the wanted one; or empty., type: str, returned: always}
+"""
+
+PIP_TIMEOUT_S = 300
+_RECORD_FIELDS = 3
+
+
+class Refused(Exception):
+    """The environment could not be made; the text is one line for the person."""
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file as RECORD writes it."""
+    return urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).decode().rstrip("=")
+
+
+def decides(path: str) -> bool:
+    """True for files that decide what runs; scripts/build_wheelhouse.py has the same rule."""
+    folder, _, name = path.partition("/")
+    if path.startswith("../") or path.endswith(".pyc"):
+        return False
+    return not folder.endswith(".dist-info") or name == "entry_points.txt"
+
+
+def installed_digest(venv: Path, python: str) -> tuple[str, dict[str, str]]:
+    """Digest of what really lies in an environment, and its distributions. Raises OSError."""
+    packages = venv / f"lib/python{python}/site-packages"
+    lines: list[str] = []
+    distributions: dict[str, str] = {}
+    for folder in packages.glob("*.dist-info"):
+        name, _, version = folder.name.removesuffix(".dist-info").partition("-")
+        distributions[re.sub(r"[-_.]+", "-", name).lower()] = version
+        with (folder / "RECORD").open(newline="") as record:
+            paths = [row[0] for row in csv.reader(record) if len(row) == _RECORD_FIELDS]
+        lines += [f"{path} {file_digest(packages / path)}" for path in paths if decides(path)]
+    lines += [f"{name}=={version}" for name, version in distributions.items()]
+    return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode()).hexdigest(), distributions
+
+
+def runs(venv: Path, python: str) -> bool:
+    """True when the environment's interpreter starts and is the wanted version."""
+    try:
+        done = subprocess.run(
+            [str(venv / "bin/python"), "-I", "-S", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except OSError:
+        return False
+    return done.stdout.strip() == python
+
+
+def difference(venv: Path, wanted: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Why the environment is not the wanted one ("" when it is), and what is installed."""
+    if not venv.is_dir():
+        return f"{venv} does not exist", {}
+    if not runs(venv, wanted["python"]):
+        return f"{venv}/bin/python is not Python {wanted['python']}", {}
+    try:
+        digest, distributions = installed_digest(venv, wanted["python"])
+    except OSError as error:
+        return f"{error.filename} is missing", {}
+    if distributions != wanted["distributions"]:
+        return "other versions are installed", distributions
+    if digest != wanted["digest"]:
+        return "installed files differ from the wheelhouse", distributions
+    for link, command in wanted["links"].items():
+        target = f"{wanted['path']}/{command}"
+        if (
+            not Path(link).is_symlink()
+            or str(Path(link).readlink()) != target
+            or not (venv / command).exists()
+        ):
+            return f"{link} does not lead to {target}", distributions
+    return "", distributions
+
+
+def install(venv: Path, archive: Path, interpreter: str) -> None:
+    """Make the environment from the wheelhouse. Raises Refused with pip's error in one line."""
+    shutil.rmtree(venv, ignore_errors=True)
+    venv.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    wheels = venv.parent / f".wheels-{venv.name}"
+    shutil.rmtree(wheels, ignore_errors=True)
+    wheels.mkdir(mode=0o700)
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar.getmembers():
+                if not re.fullmatch(r"[A-Za-z0-9_.+-]+\.whl", member.name) or not member.isfile():
+                    raise Refused(f"{archive} holds {member.name!r}, which is not a wheel")
+            tar.extractall(wheels)  # noqa: S202  (each name was checked to be a plain file name)
+        every = sorted(str(wheel) for wheel in wheels.glob("*.whl"))
+        installer = next((wheel for wheel in every if Path(wheel).name.startswith("pip-")), None)
+        if installer is None:
+            raise Refused(f"{archive} holds no pip")
+        # --without-pip: Debian's python3-venv would only be needed for its copy of pip.
+        command([interpreter, "-I", "-m", "venv", "--without-pip", str(venv)])
+        command(
+            [
+                str(venv / "bin/python"),
+                "-I",
+                f"{installer}/pip",
+                "--isolated",
+                "--disable-pip-version-check",
+                "install",
+                "--no-index",
+                "--no-deps",
+                "--no-cache-dir",
+                "--no-warn-script-location",
+                *(wheel for wheel in every if wheel != installer),
+            ]
+        )
+    finally:
+        shutil.rmtree(wheels, ignore_errors=True)
+
+
+def command(argv: list[str]) -> None:
+    """Run one command with a root's umask and a bare environment. Raises Refused when it fails."""
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/root"}
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False, env=environment, umask=0o022
+    )
+    if done.returncode != 0:
+        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        raise Refused(f"{argv[0]} failed: {said[-1] if said else done.returncode}")
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target` in one step, whatever is there now."""
+    if link.is_dir() and not link.is_symlink():
+        raise Refused(f"{link} is a folder, not a link; move it away")
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(link)
+
+
+def prune(store: Path, keep: set[Path]) -> None:
+    """Remove environments that are neither active nor the one before."""
+    for folder in store.iterdir():
+        if folder.is_dir() and folder.resolve() not in keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Module entry point."""
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "path", "required": True},
+            "store": {"type": "path", "required": True},
+            "python": {"type": "str", "required": True},
+            "interpreter": {"type": "path", "default": "/usr/bin/python3"},
+            "digest": {"type": "str", "required": True},
+            "distributions": {"type": "dict", "required": True},
+            "links": {"type": "dict", "default": {}},
+            "archive": {"type": "path"},
+        },
+        supports_check_mode=True,
+    )
+    wanted = module.params
+    link = Path(wanted["path"])
+    reason, installed = difference(link, wanted)
+    changed = bool(reason) and wanted["archive"] is not None
+    shown = {"before": listing(installed), "after": listing(wanted["distributions"])}
+    if not changed or module.check_mode:
+        module.exit_json(changed=changed, reason=reason, **({"diff": shown} if changed else {}))
+    venv = Path(wanted["store"]) / f"{wanted['python']}-{wanted['digest'][:16]}"
+    former = link.resolve() if link.is_symlink() else None
+    if former == venv:
+        # The active one was damaged: its replacement needs a name of its own.
+        venv = venv.with_name(f"{venv.name}-{os.getpid()}")
+    try:
+        install(venv, Path(wanted["archive"]), wanted["interpreter"])
+        left = difference(venv, {**wanted, "links": {}})[0]
+        if left:
+            raise Refused(f"the new environment is not the wanted one: {left}")
+        point(link, str(venv))
+        for name, target in wanted["links"].items():
+            point(Path(name), f"{wanted['path']}/{target}")
+        Path(wanted["archive"]).unlink()
+        prune(Path(wanted["store"]), {venv, former or venv})
+    except (Refused, OSError, subprocess.TimeoutExpired) as error:
+        shutil.rmtree(venv, ignore_errors=not link.exists() or link.resolve() != venv)
+        module.fail_json(msg=f"{link} could not be made: {error}")
+    module.exit_json(changed=True, reason=reason, diff=shown)
+
+
+def listing(distributions: dict[str, str]) -> str:
+    """Distributions as lines, for --diff."""
+    return "".join(f"{name}=={version}\n" for name, version in sorted(distributions.items()))
+
+
+if __name__ == "__main__":
+    main()
