@@ -22,7 +22,7 @@ def progress_line(progress: dict[str, Any]) -> str:
     if not progress.get("total_bytes"):
         return "starting"
     done, total, rate = progress["done_bytes"], progress["total_bytes"], progress["bytes_per_s"]
-    unit, divisor = ("GB", 1e9) if total >= 1e8 else ("MB", 1e6)
+    unit, divisor = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
     name = (
         progress["file"]
         if progress["count"] == 1
@@ -56,14 +56,17 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """The merged result of all steps; `changed` when any of them changed something."""
         super().run(tmp, task_vars)
+        host = (task_vars or {}).get("inventory_hostname", "")
         result: dict[str, Any] = self._step("begin", task_vars)
+        if result.get("changed"):
+            self._display.display(f"  [{host}] {result['msg']}")
         shown = ""
         while result.pop("running", False) and not result.get("failed"):
             step = self._patiently_follow(task_vars)
             line = progress_line(step.pop("progress", {}))
             if step.get("running") and line != shown:
                 shown = line
-                self._display.display(f"  [{(task_vars or {}).get('inventory_hostname', '')}] {line}")
+                self._display.display(f"  [{host}] {line}")
             changed = result.get("changed", False) or step.get("changed", False)
             result = {**result, **step, "changed": changed}
         return result

@@ -1,5 +1,4 @@
-"""Action plugin of the module llama_cpp_build: all builds of a host in one task, with the percent of the one that
-runs.
+"""Action plugin of the module llama_cpp_build: all builds of a host in one task, and their percent.
 
 On a host where nothing is to be done it calls the module once. A build outlives the play that started it: the
 next play finds its unit and follows it.
@@ -91,7 +90,7 @@ class StepFailed(Exception):
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """Runs the phases of the module: probe; where something is to be done prepare, start, follow, activate."""
+    """Runs the module's phases: probe; where something is to be done prepare, start, follow, activate."""
 
     TRANSFERS_FILES = False
     _supports_check_mode = True

@@ -1,17 +1,158 @@
-"""Check the data of every host of a group before any host is contacted. No connection is opened."""
+"""Check the data of every host of a group before any host is contacted.
+
+Prints one line: `refused: <file>:<line>: <key> = <value>: <what is wrong, the limit>; fix: <fix> (+N more)`; with -v a line
+for each further problem. Nothing but files of the inventory is read, and no connection is opened.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from ansible import constants, context
+from ansible.errors import AnsibleError
+from ansible.inventory.helpers import sort_groups
 from ansible.plugins.action import ActionBase
+from ansible.template import Templar
+from ansible.utils.display import Display
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
+
+from llama_common.plain import scalar
+from llama_common.presets import HostConfig
+from llama_common.problems import MISSING, InventoryError, Problem, redact
+from llama_common.rules import LOCK_COMMAND
+from llama_common.source import Document
+from llama_common.translate import misspelt
+
+DATA = tuple(HostConfig.model_fields)
+NEEDED = ("llama_cpp_builds", "gguf_models", "llama_presets")
 
 
-class ActionModule(ActionBase):
+class UnreadableError(Exception):
+    """A value that cannot be worked out, with its problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
     """`llama_validate: {group: llama_hosts}`."""
 
     TRANSFERS_FILES = False
+    _VALID_ARGS = frozenset({"group"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Placeholder until the checks are in."""
-        return {"changed": False}
+        """Check every host of the group. The result fails when something is refused."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        variables = task_vars or {}
+        hosts = list(variables["groups"].get(self._task.args.get("group", "llama_hosts"), []))
+        self._documents: dict[Path, Document] = {}
+        lines = list(dict.fromkeys(line for host in hosts for line in self._refusals(host, variables["hostvars"])))
+        result.update(changed=False, hosts=hosts)
+        if lines:
+            more = f" (+{len(lines) - 1} more)" if len(lines) > 1 else ""
+            display = Display()
+            display.display(lines[0] + more, color=constants.COLOR_ERROR, stderr=True)
+            for line in lines[1:]:
+                display.v(line)
+            count = "one problem" if len(lines) == 1 else f"{len(lines)} problems; -v shows them all"
+            result.update(failed=True, msg=f"the inventory is refused, no host was contacted ({count})")
+        return result
+
+    def _refusals(self, host: str, hostvars: Any) -> Iterator[str]:
+        """One line for each problem of one host: of the files' text first, then of the values."""
+        files = list(self._files(host, hostvars))
+        broken = [(file, found) for file in files for found in self._document(file).problems]
+        if broken:
+            yield from (found.problem.line(f"{_shown(file)}:{found.line}") for file, found in broken)
+            return
+        for file in files:
+            for key, line in self._document(file).keys():
+                meant = misspelt(key, DATA)
+                if meant:
+                    problem = Problem((key,), "…", "is no variable of any role here", f"did you mean '{meant}'?")
+                    yield problem.line(f"{_shown(file)}:{line}")
+        try:
+            data = self._data(hostvars.raw_get(host))
+            HostConfig.load(data)
+        except UnreadableError as error:
+            problems = [error.problem]
+        except InventoryError as error:
+            problems = list(error.problems)
+        except AnsibleError as error:
+            problems = [Problem((host,), "…", str(error), f"ansible-inventory --host {host} says more")]
+        else:
+            return
+        for problem in problems:
+            yield self._line(problem, files, host, hostvars)
+
+    def _data(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The data of a host, templated value by value. Raises UnreadableError."""
+        templar = Templar(loader=self._loader, variables=raw)
+        for name in NEEDED:
+            if name not in raw:
+                fix = f"set it in group_vars, {name}: {{}} where there is none"
+                raise UnreadableError(Problem((name,), MISSING, "is not set for this host", fix))
+        return {name: _resolve(raw[name], (name,), templar) for name in DATA if name in raw}
+
+    def _files(self, host: str, hostvars: Any) -> Iterator[Path]:
+        """The variable files of a host, in Ansible's order: a later one wins."""
+        inventory = hostvars._inventory
+        entry = inventory.get_host(host)
+        groups = [group.name for group in sort_groups(entry.get_groups()) if group.name != "all"]
+        sources = [Path(source) for source in inventory._sources if "," not in source or Path(source).exists()]
+        beside_inventory = [source if source.is_dir() else source.parent for source in sources]
+        folders = [*dict.fromkeys(beside_inventory), Path(self._loader.get_basedir())]
+        for names, kind in ((["all"], "group_vars"), (groups, "group_vars"), ([host], "host_vars")):
+            for folder in folders:
+                for name in names:
+                    for file in self._loader.find_vars_files(str(folder / kind), name):
+                        yield Path(file)
+
+    def _document(self, file: Path) -> Document:
+        if file not in self._documents:
+            self._documents[file] = Document.read(file.read_text(encoding="utf-8", errors="replace"))
+        return self._documents[file]
+
+    def _line(self, problem: Problem, files: list[Path], host: str, hostvars: Any) -> str:
+        """The refusal, with the file and line where the value stands and the inventory's own name in commands."""
+        inventory = _shown(Path(hostvars._inventory._sources[0]))
+        fix = problem.fix.replace(LOCK_COMMAND, LOCK_COMMAND.replace("DIR", inventory))
+        located = Problem(problem.path, problem.value, problem.message, fix)
+        top = problem.path[0]
+        if any(top in str(text) for text in context.CLIARGS.get("extra_vars") or ()):
+            return located.line("--extra-vars")
+        for file in reversed(files):
+            line = self._document(file).line(problem.path)
+            if line is not None:
+                return located.line(f"{_shown(file)}:{line}")
+        return located.line(f"{inventory} ({host})")
+
+
+def _resolve(value: Any, path: tuple[str, ...], templar: Any) -> Any:
+    """`value` as plain data, templates resolved one by one so that a failing one is named. Raises UnreadableError."""
+    if isinstance(value, str) and ("{{" in value or "{%" in value):
+        try:
+            resolved = templar.template(value)
+        except Exception as error:
+            words = redact(" ".join(str(getattr(error, "message", error)).split()))
+            problem = Problem(path, str(value), f"cannot be worked out: {words}", "define what it names, or write the value itself")
+            raise UnreadableError(problem) from error
+        return scalar(resolved) if isinstance(resolved, str) else _resolve(resolved, path, templar)
+    if isinstance(value, Mapping):
+        return {scalar(key): _resolve(value[key], (*path, str(key)), templar) for key in value}
+    if isinstance(value, list | tuple):
+        return [_resolve(child, (*path, str(index)), templar) for index, child in enumerate(value)]
+    return scalar(value)
+
+
+def _shown(path: Path) -> str:
+    """A path as a person in this folder would type it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

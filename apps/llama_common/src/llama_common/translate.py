@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -32,6 +32,12 @@ _TYPES = {bool: "true/false", int: "a whole number", float: "a number", str: "te
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` was probably meant to be."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def misspelt(word: str, known: Collection[str]) -> str | None:
+    """The known word of which `word` looks like a misspelling, None for a known or a quite different word."""
+    found = [] if word in known else difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.92)
     return found[0] if found else None
 
 

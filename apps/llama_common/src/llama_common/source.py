@@ -1,0 +1,117 @@
+"""YAML text as a person wrote it: where a key stands, what is there twice, where the syntax breaks. Needs PyYAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from llama_common.problems import Problem
+
+_Loader: type[yaml.SafeLoader] | type[yaml.CSafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_VAULT = "$ANSIBLE_VAULT"
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A problem of the text itself, with its line."""
+
+    line: int
+    problem: Problem
+
+
+@dataclass(frozen=True)
+class Document:
+    """One YAML file: its tree with line marks, or what is wrong with the text."""
+
+    root: yaml.Node | None
+    problems: tuple[Found, ...] = ()
+
+    @classmethod
+    def read(cls, text: str) -> Document:
+        """Parse `text`; nothing is constructed, so tags such as !vault do not matter."""
+        if text.startswith(_VAULT):
+            return cls(None)
+        try:
+            root = yaml.compose(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            return cls(None, (_syntax(error, text),))
+        except RecursionError:
+            problem = Problem((), text, "is nested too deeply to be read", "write it flatter")
+            return cls(None, (Found(1, problem),))
+        return cls(root, tuple(_duplicates(root, (), set())))
+
+    def keys(self) -> Iterator[tuple[str, int]]:
+        """The top-level keys with their lines."""
+        if isinstance(self.root, yaml.MappingNode):
+            for key, _ in self.root.value:
+                yield str(key.value), key.start_mark.line + 1
+
+    def line(self, path: Sequence[str]) -> int | None:
+        """The line of the deepest part of `path` that is there; None when not even its first key is."""
+        found = None
+        node = self.root
+        for step in path:
+            mark, node = _child(node, step)
+            if mark is None:
+                break
+            found = mark.line + 1
+        return found
+
+
+def _child(node: yaml.Node | None, step: str) -> tuple[yaml.Mark | None, yaml.Node | None]:
+    """Where the key or item `step` of `node` begins, and its value; keys of merged mappings (<<) count."""
+    if isinstance(node, yaml.SequenceNode) and step.isdecimal() and int(step) < len(node.value):
+        item = node.value[int(step)]
+        return item.start_mark, item
+    if isinstance(node, yaml.MappingNode):
+        for key, value in reversed(node.value):
+            if key.value == step and isinstance(key, yaml.ScalarNode):
+                return key.start_mark, value
+        for key, value in reversed(node.value):
+            if key.tag == _MERGE:
+                for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    mark, found = _child(merged, step)
+                    if mark is not None:
+                        return mark, found
+    return None, None
+
+
+def _duplicates(node: yaml.Node | None, path: tuple[str, ...], seen: set[int]) -> Iterator[Found]:
+    """Keys that stand twice in one mapping: the parser would take the last one and say nothing."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _duplicates(item, (*path, str(index)), seen)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines and key.tag != _MERGE:
+                shown = value.value if isinstance(value, yaml.ScalarNode) else "…"
+                problem = Problem(
+                    (*path, key.value), shown, f"this key is already on line {lines[key.value]}; one of them would silently be lost",
+                    "keep one of them",
+                )
+                yield Found(line, problem)
+            lines.setdefault(key.value, line)
+            yield from _duplicates(value, (*path, str(key.value)), seen)
+
+
+def _syntax(error: yaml.YAMLError, text: str) -> Found:
+    """The line and the words of a parser's error."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    words = str(getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read")
+    lines = text.splitlines()
+    number = min(mark.line, len(lines) - 1) if mark is not None and lines else 0
+    line = lines[number].strip() if lines else ""
+    problem = Problem(
+        ("(YAML)",), line, f"is not valid YAML: {words}", "check indentation, colons, quotes and brackets on this line and the one before"
+    )
+    return Found(number + 1, problem)
