@@ -116,11 +116,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         }
         to_do = [entry for entry in probed["plan"] if entry["action"] != "none"]
         if self._task.check_mode:
-            if to_do:
-                verbs = {"build": "would build", "activate": "would activate"}
-                result["msg"] = "; ".join(
-                    f"{verbs[entry['action']]} {entry['build']} {entry['commit'][:12]} ({entry['reason']})"
-                    for entry in to_do
+            for entry in to_do:
+                self._say(
+                    f"would {entry['action']} {entry['build']} {entry['commit'][:12]}: {entry['reason']}"
                 )
             return result
         if not probed["changed"]:
