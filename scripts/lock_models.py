@@ -6,8 +6,8 @@ SHA-256 behind each model's `hf`.
 
 Reads `llama_cpp_builds` and `gguf_models` through ansible-inventory, asks the hub's metadata API and
 `git ls-remote` (nothing is downloaded, no host of the inventory is contacted) and writes
-`group_vars/llama_hosts/lock.yml`, whole or not at all. A build with `commit` and a model with `url`, `path` or
-`files` need no lock and are left alone.
+`group_vars/llama_hosts/lock.yml`, whole or not at all. A build with `commit` and a model with `url`, `path`
+or `files` need no lock and are left alone.
 
 HF_TOKEN, when set, goes to the hub and nowhere else, and only over https or to this machine.
 

@@ -21,7 +21,8 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 LINE_LIMIT = 300  # characters of another program's words in one of our lines
 
 Lock = dict[str, dict[str, dict[str, Any]]]
-"""{"builds": {name: {repo, ref, commit}}, "models": {name: {repo, revision_asked, revision, files: […]}}}"""
+"""{"builds": {name: {repo, ref, commit}},
+"models": {name: {repo, revision, commit, files: [{file, size, sha256}]}}}"""
 
 
 class CannotRunError(Exception):

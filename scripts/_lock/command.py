@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import CannotRunError, Lock, RefusedError, git, inventory, lockfile
-from .hub import DEFAULT_ENDPOINT, Hub, token_from
+from .hub import DEFAULT_ENDPOINT, Hubs
 from .inventory import Requests
 
 ENDPOINT = re.compile(r"https?://[^\s/@?#]+(?:/[^\s@?#]*)?")
@@ -38,7 +38,7 @@ def selected(requests: Requests, only: Sequence[str]) -> Requests:
     )
 
 
-def resolve_all(requests: Requests, hub: Hub) -> Lock:
+def resolve_all(requests: Requests, hubs: Hubs) -> Lock:
     """Ask for everything, so that one run reports everything that fails.
 
     Raises CannotRunError or RefusedError with a line for each failure.
@@ -49,7 +49,7 @@ def resolve_all(requests: Requests, hub: Hub) -> Lock:
             for one in requests.builds.values()
         ),
         *(
-            ("models", one.name, f"{one.revision} of {one.repo}", functools.partial(hub.resolve, one))
+            ("models", one.name, f"{one.revision} of {one.repo}", functools.partial(hubs.resolve, one))
             for one in requests.models.values()
         ),
     ]
@@ -78,9 +78,9 @@ def update(arguments: argparse.Namespace) -> int:
     path = lockfile.path_of(where)
     old = lockfile.read(path)
     requests = inventory.read(where)
-    with Hub(arguments.hub_endpoint, token_from(os.environ, arguments.hub_endpoint)) as hub:
-        answers = resolve_all(selected(requests, arguments.only), hub)
-        for note in hub.notes:
+    with Hubs(arguments.hub_endpoint, os.environ) as hubs:
+        answers = resolve_all(selected(requests, arguments.only), hubs)
+        for note in hubs.notes:
             progress(f"note: {note}")
     # What nothing asks for any more goes, except in a partial run, which touches nothing else.
     new: Lock = {kind: {**old[kind], **answers[kind]} for kind in old} if arguments.only else answers

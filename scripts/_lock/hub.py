@@ -1,16 +1,18 @@
 """The hub's metadata API: the commit behind a revision, size and SHA-256 of each file. Nothing is downloaded.
 
-    GET /api/models/<repo>/revision/<revision>
-        {"sha": commit, "gated": false or a word}
-    GET /api/models/<repo>/tree/<commit>?recursive=true
-        [{"type", "path", "size", "lfs": {"oid": sha256, "size"}}, ...], the next page in a Link header
-    HEAD /<repo>/resolve/<commit>/<file>
-        a redirect with X-Repo-Commit, X-Linked-Etag (the SHA-256) and X-Linked-Size
+GET /api/models/<repo>/revision/<revision>
+    {"sha": commit, "gated": false or a word}
+GET /api/models/<repo>/tree/<commit>?recursive=true
+    [{"type", "path", "size", "lfs": {"oid": sha256, "size"}}, ...], the next page in a Link header
+HEAD /<repo>/resolve/<commit>/<file>
+    a redirect with X-Repo-Commit, X-Linked-Etag (the SHA-256) and X-Linked-Size
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import ipaddress
 import re
 import ssl
@@ -74,6 +76,44 @@ def token_from(environment: Mapping[str, str], endpoint: str) -> str | None:
     return token
 
 
+@functools.cache
+def trust() -> ssl.SSLContext:
+    """Certificates to check servers against: this machine's too, where a company's own authority stands."""
+    context = ssl.create_default_context(cafile=certifi.where())
+    context.load_default_certs()
+    return context
+
+
+class Hubs:
+    """The hub that the command asks, and those that single models name; use it as a context manager.
+
+    HF_TOKEN belongs to the first alone. Raises CannotRunError where sending it would disclose it.
+    """
+
+    def __init__(self, endpoint: str, environment: Mapping[str, str]) -> None:
+        self._stack = contextlib.ExitStack()
+        self._main = endpoint.rstrip("/")
+        self._hubs = {self._main: self._stack.enter_context(Hub(endpoint, token_from(environment, endpoint)))}
+
+    def __enter__(self) -> Hubs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about what was found, once each."""
+        return list(dict.fromkeys(note for hub in self._hubs.values() for note in hub.notes))
+
+    def resolve(self, request: ModelRequest) -> dict[str, Any]:
+        """The lock's entry for a model. Raises RefusedError or CannotRunError."""
+        endpoint = request.endpoint or self._main
+        if endpoint not in self._hubs:
+            self._hubs[endpoint] = self._stack.enter_context(Hub(endpoint))
+        return self._hubs[endpoint].resolve(request)
+
+
 class Hub:
     """One hub, asked through one pool of connections; use it as a context manager."""
 
@@ -81,10 +121,7 @@ class Hub:
         self.endpoint = endpoint.rstrip("/")
         self.notes: list[str] = []
         self._token = token
-        # This machine's certificates too: a company's own authority stands there, not in certifi's list.
-        context = ssl.create_default_context(cafile=certifi.where())
-        context.load_default_certs()
-        self._client = httpx.Client(timeout=TIMEOUT, follow_redirects=False, verify=context)
+        self._client = httpx.Client(timeout=TIMEOUT, follow_redirects=False, verify=trust())
         self._trees: dict[tuple[str, str], dict[str, HubFile]] = {}
 
     def __enter__(self) -> Hub:
@@ -100,7 +137,7 @@ class Hub:
         for name in request.files:
             known = self._file(request, commit, name)
             files.append({"file": name, "size": known.size, "sha256": known.sha256})
-        return {"repo": request.repo, "revision_asked": request.revision, "revision": commit, "files": files}
+        return {"repo": request.repo, "revision": request.revision, "commit": commit, "files": files}
 
     def _commit(self, request: ModelRequest) -> str:
         path = f"/api/models/{request.repo}/revision/{quote(request.revision, safe='')}"

@@ -8,15 +8,17 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from llama_common.fields import GitRef, HubFile, HubRepo, RepoUrl
-from pydantic import TypeAdapter, ValidationError
+from llama_common.presets import Build, HubSource
+from pydantic import BaseModel, ValidationError
 
 from . import CannotRunError, RefusedError, last_line, refuse, run, without_token
 
 GROUP = "llama_hosts"
 TIMEOUT_S = 120.0
+
+Form = TypeVar("Form", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,16 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """A model on the hub; `files` in the inventory's order: the first is what gets loaded."""
+    """A model on the hub; `files` in the inventory's order: the first is what gets loaded.
+
+    `endpoint` is None for the hub that the command asks, or the address that the inventory names.
+    """
 
     name: str
     repo: str
     revision: str
     files: tuple[str, ...]
+    endpoint: str | None = None
 
 
 @dataclass
@@ -46,19 +52,6 @@ class Requests:
     models: dict[str, ModelRequest] = field(default_factory=dict)
 
 
-def _text(key: str, value: object, form: Any) -> str:
-    """`value` if it has the form that the data model asks for. Raises RefusedError."""
-    if isinstance(value, str) and "{{" in value:
-        refuse(
-            key, value, "a template, and the lock holds the question word for word", "write the value itself"
-        )
-    try:
-        return str(TypeAdapter(form).validate_python(value))
-    except ValidationError as error:
-        first = error.errors()[0]
-        refuse(key, value, first["msg"], str(first.get("ctx", {}).get("fix", "correct it")))
-
-
 def _mapping(key: str, value: object) -> Mapping[str, Any]:
     if isinstance(value, str) and "{{" in value:
         refuse(key, value, "a template, which the lock cannot see through", "write the entries out")
@@ -67,17 +60,35 @@ def _mapping(key: str, value: object) -> Mapping[str, Any]:
     return value
 
 
+def _checked(key: str, data: Mapping[str, Any], form: type[Form]) -> Form:
+    """`data` as the data model has it. Raises RefusedError for the first thing that it does not allow."""
+    for name, value in data.items():
+        if "{{" in str(value):
+            refuse(
+                f"{key}.{name}",
+                value,
+                "a template, and the lock holds the question itself",
+                "write the value",
+            )
+    try:
+        return form.model_validate(dict(data))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join([key, *(str(part) for part in first["loc"][:1])])
+        refuse(place, first["input"], first["msg"], str(first.get("ctx", {}).get("fix", "correct it")))
+
+
 def build_request(name: str, entry: object) -> BuildRequest | None:
     """What an entry of llama_cpp_builds asks: nothing when it names a commit itself. Raises RefusedError."""
     key = f"llama_cpp_builds.{name}"
     data = _mapping(key, entry)
     if data.get("commit") is not None:
         return None
-    return BuildRequest(
-        name,
-        _text(f"{key}.repo", data.get("repo"), RepoUrl),
-        _text(f"{key}.ref", data.get("ref"), GitRef),
-    )
+    # CMake options may be templates: the lock is about the source alone.
+    build = _checked(key, {field: data[field] for field in ("repo", "ref") if field in data}, Build)
+    if build.ref is None:
+        refuse(f"{key}.ref", None, "neither ref nor commit", "write ref: and a tag or branch")
+    return BuildRequest(name, build.repo, build.ref)
 
 
 def model_request(name: str, entry: object) -> ModelRequest | None:
@@ -86,22 +97,11 @@ def model_request(name: str, entry: object) -> ModelRequest | None:
     data = _mapping(key, entry)
     if data.get("hf") is None:
         return None
-    hf = _mapping(f"{key}.hf", data["hf"])
-    listed = hf.get("file")
-    names = listed if isinstance(listed, list) else [listed]
-    if not names or len(names) != len({str(one) for one in names}):
-        refuse(
-            f"{key}.hf.file",
-            listed,
-            "no file, or one twice",
-            "name the file, or its parts in order, once each",
-        )
-    return ModelRequest(
-        name,
-        _text(f"{key}.hf.repo", hf.get("repo"), HubRepo),
-        _text(f"{key}.hf.revision", hf.get("revision", "main"), GitRef),
-        tuple(_text(f"{key}.hf.file", one, HubFile) for one in names),
-    )
+    source = _checked(f"{key}.hf", _mapping(f"{key}.hf", data["hf"]), HubSource)
+    if not source.files or len(set(source.files)) != len(source.files):
+        refuse(f"{key}.hf.file", source.files, "no file, or one twice", "name each part once, in order")
+    endpoint = source.endpoint if "endpoint" in source.model_fields_set else None
+    return ModelRequest(name, source.repo, source.revision, tuple(source.files), endpoint)
 
 
 def requests_of(hostvars: Mapping[str, Mapping[str, Any]], hosts: Iterable[str]) -> Requests:

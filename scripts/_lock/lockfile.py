@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from llama_common.presets import Lock as Data
+from pydantic import ValidationError
 
 from . import COMMIT, ROOT, SHA256, CannotRunError, Lock, last_line
 
@@ -43,21 +45,20 @@ def read(path: Path) -> Lock:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {kind: {} for kind in KINDS}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise CannotRunError(f"{shown(path)}: {error.strerror}; fix: make it a readable file") from None
+    except (ValueError, yaml.YAMLError) as error:
         raise CannotRunError(
             f"{shown(path)}: {last_line(str(error))}; fix: remove it and run this again"
         ) from None
-    lock = content.get("llama_lock") if isinstance(content, dict) else None
-    if isinstance(lock, dict):
-        parts = {kind: lock.get(kind) or {} for kind in KINDS}
-        if all(isinstance(part, dict) and all(map(_is_entry, part.values())) for part in parts.values()):
-            return parts
-    raise CannotRunError(f"{shown(path)}: not a lock; fix: remove it and run this again")
-
-
-def _is_entry(entry: object) -> bool:
-    files = entry.get("files", []) if isinstance(entry, dict) else None
-    return isinstance(files, list) and all(isinstance(one, dict) for one in files)
+    try:
+        lock = content.get("llama_lock") if isinstance(content, dict) else None
+        return {**{kind: {} for kind in KINDS}, **Data.model_validate(lock).model_dump()}
+    except ValidationError as error:
+        place = ".".join(str(part) for part in ("llama_lock", *error.errors()[0]["loc"]))
+        raise CannotRunError(
+            f"{shown(path)}: {place}: not what this command writes; fix: remove the file and run this again"
+        ) from None
 
 
 def render(lock: Lock, path: Path, command: str) -> str:
