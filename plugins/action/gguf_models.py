@@ -4,6 +4,7 @@ runs.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -61,7 +62,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if result.get("changed"):
             self._display.display(f"  [{host}] {result['msg']}")
         shown = ""
+        controller = os.getppid()
         while result.pop("running", False) and not result.get("failed"):
+            if os.getppid() != controller:  # ansible-playbook was killed; its workers would go on following
+                return {**result, "failed": True, "msg": "ansible-playbook is gone; the download goes on"}
             step = self._patiently_follow(task_vars)
             line = progress_line(step.pop("progress", {}))
             if step.get("running") and line != shown:

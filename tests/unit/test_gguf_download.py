@@ -182,7 +182,7 @@ def test_all_parts_of_a_split_model_are_installed(server: FlakyServer, models: P
         }
         for name, content in zip(names, contents, strict=True)
     ]
-    files = store.select([{"name": "big", "files": entries}], ["big"], store.HUB)
+    files = store.select([{"name": "big", "files": entries}], store.HUB)
     assert bring_in(plan_for(models, *files), tmp_path)["installed"] == names
     (models / names[1]).write_bytes(b"x" * 2000)
     plan = plan_for(models, *files)

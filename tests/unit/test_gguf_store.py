@@ -73,26 +73,24 @@ def test_a_bad_file_is_refused_in_one_line(changes: dict[str, Any]) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_select_takes_what_is_used_and_the_mirror() -> None:
-    entry = {
-        "file": "a.gguf",
-        "url": "https://huggingface.co/o/r/resolve/main/a.gguf",
-        "path": None,
-        "sha256": SHA256,
-        "size": 5,
+def test_a_mirror_takes_the_place_of_the_hub_and_of_nothing_else() -> None:
+    entry = {"file": "a.gguf", "path": None, "sha256": SHA256, "size": 5}
+    urls = {
+        "https://huggingface.co/o/r/resolve/main/a.gguf": "https://mirror.example/o/r/resolve/main/a.gguf",
+        "https://huggingface.co.evil.example/a.gguf": "https://huggingface.co.evil.example/a.gguf",
     }
-    models = [{"name": "one", "files": [entry]}, {"name": "two", "files": [{**entry, "file": "b.gguf"}]}]
-    (file,) = store.select(models, ["one"], "https://mirror.example/")
-    assert file.url == "https://mirror.example/o/r/resolve/main/a.gguf"
-    assert [file.name for file in store.select(models, None, store.HUB)] == ["a.gguf", "b.gguf"]
+    for url, expected in urls.items():
+        models = [{"name": "one", "files": [{**entry, "url": url}]}]
+        (file,) = store.select(models, "https://mirror.example/")
+        assert file.url == expected
 
 
 def test_two_models_cannot_fight_over_a_file() -> None:
     entry = {"file": "a.gguf", "url": "https://x/a.gguf", "sha256": SHA256, "size": 5}
     same = [{"name": "one", "files": [entry]}, {"name": "two", "files": [entry]}]
-    assert len(store.select(same, None, store.HUB)) == 1
+    assert len(store.select(same, store.HUB)) == 1
     with pytest.raises(Refusal, match=r"one and two both install a\.gguf"):
-        store.select([same[0], {"name": "two", "files": [{**entry, "sha256": "0" * 64}]}], None, store.HUB)
+        store.select([same[0], {"name": "two", "files": [{**entry, "sha256": "0" * 64}]}], store.HUB)
 
 
 def test_a_verified_file_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

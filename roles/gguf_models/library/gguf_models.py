@@ -41,10 +41,6 @@ options:
     type: list
     elements: dict
     required: true
-  used:
-    description: Names of the models to install. Without it all of them.
-    type: list
-    elements: str
   directory:
     description: The models directory.
     type: path
@@ -118,6 +114,7 @@ SANDBOX = (
     "NoNewPrivileges=yes",
     "CapabilityBoundingSet=",
     "ProtectSystem=strict",
+    "ProtectHome=read-only",
     "PrivateDevices=yes",
     "ProtectKernelTunables=yes",
     "ProtectKernelModules=yes",
@@ -214,7 +211,7 @@ class Task:
         self.directory = Path(params["directory"])
         self.plan = store.Plan(
             directory=str(self.directory),
-            files=store.select(params["models"], params["used"], params["hf_endpoint"]),
+            files=store.select(params["models"], params["hf_endpoint"]),
             reserve_bytes=params["reserve_bytes"],
             verify=params["verify"],
             hf_endpoint=params["hf_endpoint"],
@@ -249,7 +246,8 @@ class Task:
     def begin_alone(self, account: pwd.struct_passwd) -> dict[str, Any]:
         """`begin` outside check mode, while no other play begins."""
         if self.running():
-            return {"changed": True, "running": True}
+            msg = f"following the download that runs already (unit {UNIT})"
+            return {"changed": True, "running": True, "msg": msg}
         changed = ensure_directory(self.directory, account, check=False)
         if os.geteuid() == 0:
             changed |= bool(store.adopt(self.directory, self.plan.names, account.pw_uid, account.pw_gid))
@@ -549,7 +547,6 @@ def main() -> None:
         supports_check_mode=True,
         argument_spec={
             "models": {"type": "list", "elements": "dict", "required": True},
-            "used": {"type": "list", "elements": "str"},
             "directory": {"type": "path", "required": True},
             "owner": {"type": "str", "required": True},
             "reserve_bytes": {"type": "int", "default": 0},

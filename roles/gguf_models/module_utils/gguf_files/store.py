@@ -37,15 +37,13 @@ class DiskFull(Refusal):
 
 
 def gigabytes(size: int) -> str:
-    """A size for people: '18.6 GB', or '4.2 MB' below a hundredth of a gigabyte (decimal units)."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    """A size for people: '18.6 GB', or '4.2 MB' below a gigabyte (decimal units)."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One file that must be in the models directory; exactly one of `url` and `path` says where it comes
-    from.
-    """
+    """One file that must be in the models directory, from exactly one of `url` and `path`."""
 
     model: str
     name: str
@@ -118,17 +116,13 @@ class Plan:
         return cls(**{**data, "files": tuple(ModelFile(**file) for file in data["files"])})
 
 
-def select(
-    models: Sequence[Mapping[str, Any]], used: Sequence[str] | None, hf_endpoint: str
-) -> tuple[ModelFile, ...]:
-    """The files of the models named in `used` (None: of all), hub URLs rewritten to `hf_endpoint`.
+def select(models: Sequence[Mapping[str, Any]], hf_endpoint: str) -> tuple[ModelFile, ...]:
+    """The files of all models, hub URLs rewritten to `hf_endpoint`.
 
     Two models may share a file; raises Refusal when they disagree about its content.
     """
     files: dict[str, ModelFile] = {}
     for model in models:
-        if used is not None and model["name"] not in used:
-            continue
         for entry in model["files"]:
             url = entry.get("url")
             if url is not None and url.startswith(HUB + "/"):
@@ -183,9 +177,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read_json(path: Path, limit: int = STAMP_MAX_BYTES) -> dict[str, Any]:
-    """The JSON object in a small file; {} when it is missing, too large, or anything else than a JSON
-    object.
-    """
+    """The JSON object in a small file; {} when it is missing, too large, or anything else."""
     try:
         with os.fdopen(open_regular(path), "rb") as stream:
             text = stream.read(limit + 1)
@@ -221,9 +213,7 @@ def stamp_of(status: os.stat_result, sha256: str) -> dict[str, Any]:
 
 
 def stamped_sha256(directory: Path, name: str) -> str | None:
-    """The checksum that was verified for the file as it is now; None when there is none or the file changed
-    since.
-    """
+    """The checksum that was verified for the file as it is now; None when it changed since."""
     status, stamp = lstat(directory / name), read_json(stamp_path(directory, name))
     if (
         status is None
