@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lab import sources
+from lab.shell import LabError
 from lab.sources import MODELS, REPOSITORIES, TreeFile, make_repository, tree_of_sdist
 
 FILES = [
@@ -56,7 +57,7 @@ def test_a_commit_other_than_the_pinned_one_is_named(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sources, "_download", fake_download)
     pinned = REPOSITORIES[0]
     with pytest.raises(
-        sources.LabError, match=rf"upstream.git: commit is [0-9a-f]{{40}}, expected {pinned.commit}"
+        LabError, match=rf"upstream.git: commit is [0-9a-f]{{40}}, expected {pinned.commit}"
     ):
         sources.prepare(tmp_path, tmp_path)
 

@@ -64,7 +64,9 @@ def test_bad_data_is_refused_in_one_line(tmp_path: Path, change: dict[str, Any],
     assert "run the playbook llm_server.yml" in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"version": 2, "user": "llm", "presets": {}}', '{"presets": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"version": 2, "user": "llm", "presets": {}}', '{"presets": 1}']
+)
 def test_what_is_no_presets_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "presets.json"
     path.write_text(text)

@@ -74,7 +74,12 @@ class FakeSystemd:
         self.calls.append(f"reset-failed {unit}")
 
     def start(
-        self, unit: str, *, timeout_s: float, restart: bool = False, on_tick: Callable[[], None] = lambda: None
+        self,
+        unit: str,
+        *,
+        timeout_s: float,
+        restart: bool = False,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> str:
         """Start as told: succeed, fail, or be interrupted."""
         self.calls.append(f"{'restart' if restart else 'start'} {unit}")
@@ -84,7 +89,11 @@ class FakeSystemd:
         self.up(unit)
         if unit in self.refuses:
             self.states[unit] = replace(
-                self.states[unit], active="activating", sub="auto-restart", result="exit-code", ending="it exited"
+                self.states[unit],
+                active="activating",
+                sub="auto-restart",
+                result="exit-code",
+                ending="it exited",
             )
         return self.refuses.get(unit, "")
 
@@ -143,7 +152,9 @@ def make(systemd: FakeSystemd, health: str = "ok") -> tuple[Switcher, Notes]:
 def test_switch_starts_the_unit_after_clearing_its_start_limit(systemd: FakeSystemd) -> None:
     outcome = make(systemd)[0].switch("coder")
     assert outcome.ok and outcome.changed and outcome.serving == "coder"
-    assert systemd.calls.index("reset-failed llama-coder.service") < systemd.calls.index("start llama-coder.service")
+    assert systemd.calls.index("reset-failed llama-coder.service") < systemd.calls.index(
+        "start llama-coder.service"
+    )
 
 
 def test_the_ready_preset_is_not_restarted(systemd: FakeSystemd) -> None:
@@ -233,7 +244,9 @@ def test_a_missing_unit_is_refused_before_anything_stops(systemd: FakeSystemd) -
 
 def test_off_stops_the_active_preset_and_a_restarting_one(systemd: FakeSystemd) -> None:
     systemd.up("llama-gemma.service")
-    systemd.states["llama-coder.service"] = UnitState("llama-coder.service", active="activating", sub="auto-restart")
+    systemd.states["llama-coder.service"] = UnitState(
+        "llama-coder.service", active="activating", sub="auto-restart"
+    )
     outcome = make(systemd)[0].off()
     assert outcome.ok and outcome.preset == "gemma" and outcome.serving is None
     assert {"stop llama-gemma.service", "stop llama-coder.service"} <= set(systemd.calls)

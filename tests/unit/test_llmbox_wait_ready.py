@@ -117,7 +117,9 @@ def test_bad_usage_is_one_line(words: list[str], capsys: pytest.CaptureFixture[s
 
 def test_it_imports_nothing_heavy() -> None:
     code = "import sys, llmbox.wait_ready; print(sorted({'httpx', 'pydantic', 'http.client', 'ssl'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -278,13 +278,21 @@ def test_the_probe_never_waits_for_a_program_that_hangs() -> None:
 
 
 def test_hosts_are_read_from_what_the_playbook_prints() -> None:
-    output = (
-        '\nok: [a] => {\n    "msg": {"groups": ["llm_servers"], "variables": {"ansible_host": "10.0.0.1"}}}\n'
-        'ok: [b] => {\n    "msg": {"groups": [], "variables": {}}\n}\n'
+    shown = {
+        "a": {
+            "groups": ["llm_servers"],
+            "variables": {"ansible_host": "10.0.0.1", "llama_presets": {"z": 1, "b": 2}},
+        },
+        "b": {"groups": [], "variables": {}},
+    }
+    output = "".join(
+        f"\nok: [{name}] => " + json.dumps({"msg": json.dumps(value)}, indent=4)
+        for name, value in shown.items()
     )
     first, second = parse_hosts(output)
     assert (first.name, first.address) == ("a", "10.0.0.1")
     assert first.groups == {"llm_servers"}
+    assert list(first.variables["llama_presets"]) == ["z", "b"], "the order of the data is kept"
     assert (second.name, second.address) == ("b", "b")
 
 

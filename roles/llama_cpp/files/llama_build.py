@@ -259,7 +259,7 @@ def compile_targets(spec: Spec) -> list[str]:
 def install(spec: Spec, built: Sequence[str]) -> None:
     """Copy the programs and every shared library into one directory.
 
-    RPATH is $ORIGIN, so the release runs wherever it lies; ggml looks for loadable backends beside the program.
+    RPATH is $ORIGIN, so the release runs wherever it lies; ggml looks for backends beside the program.
     """
     target = spec.partial / "bin"
     target.mkdir(parents=True)
@@ -404,7 +404,7 @@ def _output(argv: Sequence[str], spec: Spec, timeout_s: float = SMOKE_TIMEOUT_S)
 
 
 def stream(what: str, argv: Sequence[str], spec: Spec) -> None:
-    """Run a long program, its output into the journal. Raises BuildError with the line that says why it failed."""
+    """Run a long program, its output into the journal. Raises BuildError with the line that says why."""
     tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
     try:
         process = subprocess.Popen(
@@ -427,7 +427,7 @@ def stream(what: str, argv: Sequence[str], spec: Spec) -> None:
 
 
 def cause(lines: Sequence[str] | collections.deque[str]) -> str:
-    """The line that says why a program failed: the first error after Ninja's FAILED, or any first, or the last."""
+    """The line that says why a program failed: the first error, after Ninja's FAILED if there is one."""
     words = [line.strip() for line in lines if line.strip()]
     start = next((index for index, line in enumerate(words) if line.startswith("FAILED:")), 0)
     # The line after FAILED: is the whole command, which may contain the word error (-Werror=…).

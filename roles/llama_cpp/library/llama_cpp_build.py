@@ -29,8 +29,8 @@ DOCUMENTATION = r"""
 module: llama_cpp_build
 short_description: Build pinned llama.cpp trees into releases and make them current
 description:
-  - For each build, finds out on the host whether its release exists and is whole, builds it in a transient unit
-    where not, and points C(current) at it. Runs as one task for all builds of a host.
+  - For each build, finds out on the host whether its release exists and is whole, builds it in a transient
+    unit where not, and points C(current) at it. Runs as one task for all builds of a host.
   - With C(phase) the action plugin says which step the module does; a task leaves it out.
 options:
   builds:
@@ -163,8 +163,8 @@ def merge_options(
     for key in options:
         if key in owned:
             raise HostError(
-                f"llama_cpp_builds.{name}.cmake_options.{key} = {options[key]}: set by the role, because releases"
-                " rely on it; fix: remove that line"
+                f"llama_cpp_builds.{name}.cmake_options.{key} = {options[key]}: set by the role,"
+                " because releases rely on it; fix: remove that line"
             )
     merged = {**base, **options, **owned}
     if is_on(merged.get("GGML_CUDA")):
@@ -218,7 +218,10 @@ def failure(result: str, status: str, journal: str, memory_max: str, timeout_s: 
             " fix: lower llama_cpp_build_jobs, or raise the limit"
         )
     if result == "timeout":
-        return f"no end after {timeout_s} s (llama_cpp_build_timeout); fix: raise it, or see in the journal what hung"
+        return (
+            f"no end after {timeout_s} s (llama_cpp_build_timeout);"
+            " fix: raise it, or see in the journal what hung"
+        )
     if errors:
         return str(errors[-1])
     if result in ("signal", "core-dump"):
@@ -227,14 +230,14 @@ def failure(result: str, status: str, journal: str, memory_max: str, timeout_s: 
 
 
 def releases_to_remove(ranked: Sequence[str], keep: int, protected: set[str]) -> list[str]:
-    """Which of the releases, newest first, go: all beyond `keep`; the protected ones take the first places."""
+    """Which of the releases, newest first, go: all beyond `keep`; the protected ones take first places."""
     room = max(0, keep - len(protected))
     spare = [name for name in ranked if name not in protected]
     return spare[room:]
 
 
 def unit_properties(user: str, directory: Path, *, nice: int, memory_max: str, timeout_s: int) -> list[str]:
-    """Properties of a build's transient unit; tests/lab/test_build.py proves the effect of each sandbox line."""
+    """Properties of a build's transient unit; tests/lab/test_build.py proves what each sandbox line does."""
     return [
         f"User={user}",
         f"Nice={nice}",
@@ -256,7 +259,7 @@ def unit_properties(user: str, directory: Path, *, nice: int, memory_max: str, t
 
 
 def wrong_file(release: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """None when every file of the manifest is there and whole, or else what is wrong with the first that is not.
+    """None when every file of the manifest is there and whole, or what is wrong with the first that is not.
 
     A file with the size and time of the manifest is taken for unchanged; one with another time is read.
     """
@@ -319,7 +322,7 @@ def missing_packages(packages: Sequence[str]) -> list[str]:
 
 
 def toolchain(name: str, cmake: Mapping[str, str]) -> Toolchain:
-    """Ask the compilers of one build who they are. Raises HostError naming the option of one that is missing."""
+    """Ask the compilers of one build who they are. Raises HostError naming the option of a missing one."""
     compilers = []
     for option, default in (("CMAKE_C_COMPILER", "cc"), ("CMAKE_CXX_COMPILER", "c++")):
         program = cmake.get(option, default)

@@ -1,0 +1,311 @@
+"""The host side of role llama_cpp: names of releases, damage, pruning, what a failure says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from roles.llama_cpp.library import llama_cpp_build as module
+
+COMMIT = "3f2a" * 10
+OPTIONS = {"GGML_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": "89"}
+TOOLCHAIN = module.Toolchain("GNU 13.2.0", "12.8.93", "znver4 flags 0123456789ab")
+
+
+def test_a_release_is_named_after_everything_that_decides_the_binary() -> None:
+    name = module.release_name(COMMIT, OPTIONS, TOOLCHAIN)
+    assert name.startswith(f"{COMMIT}-")
+    assert len(name) == 40 + 1 + 12
+    others = {
+        module.release_name("a" * 40, OPTIONS, TOOLCHAIN),
+        module.release_name(COMMIT, {**OPTIONS, "CMAKE_CUDA_ARCHITECTURES": "120a-real"}, TOOLCHAIN),
+        module.release_name(COMMIT, {**OPTIONS, "GGML_NATIVE": "OFF"}, TOOLCHAIN),
+        module.release_name(COMMIT, OPTIONS, module.Toolchain("GNU 14.2.0", "12.8.93", TOOLCHAIN.cpu_target)),
+        module.release_name(COMMIT, OPTIONS, module.Toolchain("GNU 13.2.0", "13.0.1", TOOLCHAIN.cpu_target)),
+        module.release_name(COMMIT, OPTIONS, module.Toolchain("GNU 13.2.0", "12.8.93", None)),
+    }
+    assert name not in others
+    assert len({other.rpartition("-")[2] for other in others}) == 6
+
+
+def test_the_order_of_the_options_does_not_matter() -> None:
+    backwards = dict(reversed(OPTIONS.items()))
+    assert module.release_name(COMMIT, OPTIONS, TOOLCHAIN) == module.release_name(
+        COMMIT, backwards, TOOLCHAIN
+    )
+
+
+def test_data_overrides_the_defaults_but_not_what_releases_rely_on() -> None:
+    base, owned = {"LLAMA_OPENSSL": "OFF"}, {"CMAKE_INSTALL_RPATH": "$ORIGIN"}
+    assert module.merge_options("up", {"LLAMA_OPENSSL": "ON"}, base, owned) == {
+        "LLAMA_OPENSSL": "ON",
+        "CMAKE_INSTALL_RPATH": "$ORIGIN",
+    }
+    with pytest.raises(
+        module.HostError, match=r"^llama_cpp_builds\.up\.cmake_options\.CMAKE_INSTALL_RPATH = /x: .*fix:"
+    ):
+        module.merge_options("up", {"CMAKE_INSTALL_RPATH": "/x"}, base, owned)
+
+
+def test_nvcc_gets_the_compiler_cache_only_in_a_cuda_build() -> None:
+    owned = {"CMAKE_CXX_COMPILER_LAUNCHER": "ccache"}
+    assert module.merge_options("up", OPTIONS, {}, owned)["CMAKE_CUDA_COMPILER_LAUNCHER"] == "ccache"
+    assert "CMAKE_CUDA_COMPILER_LAUNCHER" not in module.merge_options("up", {"GGML_CUDA": "OFF"}, {}, owned)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("ON", True), ("true", True), ("1", True), ("OFF", False), ("", False), (None, False)],
+)
+def test_what_cmake_takes_for_true(value: str | None, expected: bool) -> None:
+    assert module.is_on(value) is expected
+
+
+def test_an_option_brings_its_packages_when_some_build_switches_it_on() -> None:
+    by_option = {"LLAMA_OPENSSL": ["libssl-dev"], "GGML_BLAS": ["libopenblas-dev"]}
+    options = [{"LLAMA_OPENSSL": "OFF"}, {"LLAMA_OPENSSL": "ON", "GGML_BLAS": "OFF"}]
+    assert module.needed_packages(["g++"], by_option, options) == ["g++", "libssl-dev"]
+
+
+@pytest.mark.parametrize(
+    ("journal", "expected"),
+    [
+        ("", ("start", None, None)),
+        ("llama-build: phase fetch\n", ("fetch", None, None)),
+        ("llama-build: phase compile\n[1/285] Building x\n[120/285] Building y\n", ("compile", 120, 285)),
+        ("[121/285] Building z\nwarning: [3/4]\n", ("compile", 121, 285)),
+        ("[285/285] Linking\nllama-build: phase smoke test\n", ("smoke test", None, None)),
+    ],
+)
+def test_progress_is_read_from_the_journal(journal: str, expected: tuple[Any, ...]) -> None:
+    found = module.progress(journal)
+    assert (found["phase"], found["done"], found["total"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("result", "journal", "expected"),
+    [
+        (
+            "exit-code",
+            "x\nllama-build: error: ninja: exit code 1: a.cpp:1:2: error: no\n",
+            "a.cpp:1:2: error: no",
+        ),
+        ("oom-kill", "llama-build: error: whatever\n", "fix: lower llama_cpp_build_jobs"),
+        ("timeout", "", "llama_cpp_build_timeout"),
+        ("signal", "[3/4] Building\n", "killed by signal 9"),
+        ("success", "", "without a word"),
+    ],
+)
+def test_a_failure_is_one_line_with_its_reason(result: str, journal: str, expected: str) -> None:
+    line = module.failure(result, "9", journal, "80%", 60)
+    assert expected in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("keep", "protected", "removed"),
+    [
+        (2, {"e", "d"}, ["c", "b", "a"]),
+        (3, {"e", "a"}, ["c", "b"]),
+        (1, {"e", "d"}, ["c", "b", "a"]),
+        (9, {"e"}, []),
+        (2, {"e"}, ["c", "b", "a"]),
+    ],
+)
+def test_pruning_keeps_the_newest_and_never_touches_current_and_previous(
+    keep: int, protected: set[str], removed: list[str]
+) -> None:
+    assert module.releases_to_remove(["e", "d", "c", "b", "a"], keep, protected) == removed
+
+
+# -- on a directory of releases
+
+
+def make_release(releases: Path, name: str, finished_at: float = 1000.0) -> Path:
+    """A release whose server is a shell script."""
+    release = releases / name
+    (release / "bin").mkdir(parents=True)
+    server = release / "bin" / "llama-server"
+    server.write_text("#!/bin/sh\necho 'version: 1 (3f2a3f2)'\n", encoding="utf-8")
+    server.chmod(0o755)
+    (release / "bin" / "libggml.so").symlink_to("libggml.so.0")
+    (release / "bin" / "libggml.so.0").write_bytes(b"library")
+    files: dict[str, Any] = {"bin/libggml.so": {"link": "libggml.so.0"}}
+    for path in (server, release / "bin" / "libggml.so.0"):
+        info = path.stat()
+        files[str(path.relative_to(release))] = {
+            "size": info.st_size,
+            "mtime_ns": info.st_mtime_ns,
+            "sha256": module._sha256(path),
+        }
+    stamp = release / module.STAMP
+    stamp.write_text(json.dumps({"targets": ["llama-server"], "files": files}), encoding="utf-8")
+    os.utime(stamp, (finished_at, finished_at))
+    return release
+
+
+def test_a_whole_release_is_not_damaged(tmp_path: Path) -> None:
+    assert module.damage(make_release(tmp_path, "r")) is None
+
+
+def test_a_release_without_a_stamp_was_never_finished(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "r")
+    (release / module.STAMP).unlink()
+    assert module.damage(release) == "absent"
+    assert module.damage(tmp_path / "nothing") == "absent"
+
+
+def test_a_missing_file_is_found(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "r")
+    (release / "bin/libggml.so.0").unlink()
+    assert module.damage(release) == "bin/libggml.so.0 is missing"
+
+
+def test_a_truncated_file_is_found(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "r")
+    os.truncate(release / "bin/libggml.so.0", 3)
+    assert module.damage(release) == "bin/libggml.so.0 has 3 bytes instead of 7"
+
+
+def test_another_content_of_the_same_size_is_found(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "r")
+    (release / "bin/libggml.so.0").write_bytes(b"LIBRARY")
+    assert module.damage(release) == "bin/libggml.so.0 has another content than when it was built"
+
+
+def test_a_new_time_alone_is_no_damage(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "r")
+    os.utime(release / "bin/libggml.so.0", (5, 5))
+    assert module.damage(release) is None
+
+
+def test_a_link_to_elsewhere_is_found(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "r")
+    (release / "bin/libggml.so").unlink()
+    (release / "bin/libggml.so").symlink_to("/etc/passwd")
+    assert module.damage(release) == "bin/libggml.so is no link to libggml.so.0"
+
+
+def test_a_server_that_does_not_start_is_found_though_every_file_is_whole(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "r")
+    (release / "bin/llama-server").chmod(0o644)
+    assert "llama-server does not start" in str(module.damage(release))
+
+
+def test_a_broken_stamp_is_found(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "r")
+    (release / module.STAMP).write_text("{", encoding="utf-8")
+    assert "cannot be read" in str(module.damage(release))
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> module.Host:
+    """A host with one build, whose releases lie in tmp_path."""
+    monkeypatch.setattr(module, "RUN_DIR", tmp_path / "run")
+    monkeypatch.setattr(module, "running_units", list)
+    monkeypatch.setattr(module, "_give_to_root", lambda release: False)
+    monkeypatch.setattr(module, "in_use", lambda releases: set())
+    monkeypatch.setattr(module.Host, "release", lambda self, build: "new")
+    return module.Host(
+        {
+            "root": str(tmp_path / "opt"),
+            "keep_releases": 2,
+            "base_options": {},
+            "owned_options": {},
+            "builds": {"up": {"repo": "r", "commit": COMMIT, "cmake_options": {}}},
+        }
+    )
+
+
+def test_activation_points_current_at_the_release_and_keeps_the_former_one(host: module.Host) -> None:
+    directory = host.root / "up"
+    for age, name in enumerate(("new", "old", "older", "oldest")):
+        make_release(directory / "releases", name, finished_at=1000.0 - age)
+    module.point(directory / "current", "old")
+    module.point(directory / "previous", "older")
+    result = host.activate(host.builds["up"])
+    assert (directory / "current").readlink() == Path("releases/new")
+    assert (directory / "previous").readlink() == Path("releases/old")
+    assert result["removed"] == ["older", "oldest"]
+    assert sorted(path.name for path in (directory / "releases").iterdir()) == ["new", "old"]
+    assert host.activate(host.builds["up"])["changed"] is False
+
+
+def test_a_release_that_a_process_runs_is_never_removed(
+    host: module.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = host.root / "up"
+    for age, name in enumerate(("new", "old", "older")):
+        make_release(directory / "releases", name, finished_at=1000.0 - age)
+    module.point(directory / "current", "old")
+    monkeypatch.setattr(module, "in_use", lambda releases: {"older"})
+    assert host.activate(host.builds["up"])["removed"] == []
+
+
+def test_activation_sweeps_what_an_ended_build_left(host: module.Host) -> None:
+    releases = host.root / "up" / "releases"
+    make_release(releases, "new")
+    (releases / ".gone.partial" / "bin").mkdir(parents=True)
+    (host.root / "up" / "build" / "x").mkdir(parents=True)
+    host.activate(host.builds["up"])
+    assert [path.name for path in releases.iterdir()] == ["new"]
+    assert list((host.root / "up" / "build").iterdir()) == []
+
+
+def test_a_damaged_release_is_not_made_current(host: module.Host) -> None:
+    release = make_release(host.root / "up" / "releases", "new")
+    (release / "bin/libggml.so.0").unlink()
+    with pytest.raises(module.HostError, match="is missing"):
+        host.activate(host.builds["up"])
+    assert not (host.root / "up" / "current").exists()
+
+
+def test_the_own_process_counts_as_a_user_of_its_program(tmp_path: Path) -> None:
+    python = Path("/proc/self/exe").readlink()
+    assert python.name in module.in_use(python.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("disk_min", "llama_cpp_build_disk_min"), ("memory_min", "memory")]
+)
+def test_too_little_room_is_one_line_with_the_limit(host: module.Host, name: str, value: str) -> None:
+    host.root.mkdir()
+    host.params = {**host.params, "disk_min": 0, "memory_min": 0, name: 1 << 60}
+    with pytest.raises(module.HostError, match=rf"{value}.*fix:") as error:
+        host._check_room(host.builds["up"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> dict[str, str]:
+    """The options of a build whose C and C++ compiler only says its version."""
+    program = tmp_path / "cc"
+    program.write_text("#!/bin/sh\necho 13.2.0\n", encoding="utf-8")
+    program.chmod(0o755)
+    return {"CMAKE_C_COMPILER": str(program), "CMAKE_CXX_COMPILER": str(program), "GGML_NATIVE": "OFF"}
+
+
+def test_a_compiler_that_is_not_there_is_named_with_its_option(compiler: dict[str, str]) -> None:
+    with pytest.raises(module.HostError, match=r"CMAKE_CUDA_COMPILER = /no/nvcc: .*fix: install the CUDA"):
+        module.toolchain("up", {**compiler, "GGML_CUDA": "ON", "CMAKE_CUDA_COMPILER": "/no/nvcc"})
+    with pytest.raises(module.HostError, match=r"no working compiler /no/cc \(CMAKE_C_COMPILER\)"):
+        module.toolchain("up", {"CMAKE_C_COMPILER": "/no/cc"})
+
+
+def test_the_cuda_version_is_that_of_the_configured_compiler(
+    compiler: dict[str, str], tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda tools, release 12.8, V12.8.93'\n", encoding="utf-8")
+    nvcc.chmod(0o755)
+    options = {**compiler, "GGML_CUDA": "ON", "CMAKE_CUDA_COMPILER": str(nvcc)}
+    assert module.toolchain("up", options) == module.Toolchain("GNU 13.2.0", "12.8.93", None)
+
+
+def test_the_cpu_target_counts_unless_the_build_is_for_any_cpu(compiler: dict[str, str]) -> None:
+    assert module.toolchain("up", compiler).cpu_target is None
+    assert module.toolchain("up", {**compiler, "GGML_NATIVE": "ON"}).cpu_target
