@@ -368,4 +368,4 @@ CmakeValue = Annotated[bool | int | str, _CmakeValue()]
 
 def url_file_name(url: str) -> str:
     """The file name at the end of a URL, percent-decoded; empty when there is none."""
-    return unquote(urlsplit(url).path).rpartition("/")[2]
+    return unquote(urlsplit(url).path.rpartition("/")[2])

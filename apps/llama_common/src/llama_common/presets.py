@@ -139,7 +139,7 @@ class Preset(_Strict):
     context: int = Field(
         ge=CONTEXT_STEP,
         le=MAX_CONTEXT,
-        multiple_of=CONTEXT_STEP,
+        json_schema_extra={"multipleOf": CONTEXT_STEP},
         description="Context in tokens over all slots, a multiple of 256; an agent's slot needs at least 32768.",
     )
     kv_cache_type: Literal[KV_CACHE_TYPES] = Field(  # type: ignore[valid-type]

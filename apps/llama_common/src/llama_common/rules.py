@@ -156,7 +156,7 @@ def contexts(config: HostConfig) -> Iterator[Problem]:
         if preset.context % (CONTEXT_STEP * preset.parallel):
             step = CONTEXT_STEP * preset.parallel
             yield Problem(
-                path, preset.context, f"must be a multiple of {step} for {preset.parallel} slots",
+                path, preset.context, f"must be a multiple of {step}" + (f" for {preset.parallel} slots" if slots else ""),
                 f"write {max(preset.context // step * step, step)}",
             )
         elif preset.agent and preset.context_per_slot < AGENT_CONTEXT_FLOOR:

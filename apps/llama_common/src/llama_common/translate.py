@@ -72,7 +72,7 @@ def _problem(details: ErrorDetails, data: Mapping[str, Any], model: type[BaseMod
     if kind == "literal_error":
         allowed = [item.strip().strip("'") for item in re.split(r", | or ", str(context["expected"]))]
         guess = closest(str(value), allowed)
-        return Problem(path, value, f"must be one of {', '.join(allowed)}", f"write {path[-1]}: {guess or allowed[0]}")
+        return Problem(path, value, f"must be one of {', '.join(allowed)}", f"did you mean '{guess}'?" if guess else "write one of them")
     limit = _limit(kind, context, value)
     if limit is not None:
         return Problem(path, value, *limit)
@@ -134,7 +134,7 @@ def _locate(details: ErrorDetails, data: Any) -> tuple[tuple[str, ...], Any]:
         elif position == len(location) - 1 and details["type"] == "missing":
             return (*path, str(step)), MISSING
         elif step == "[key]":
-            return tuple(path), path[-1]
+            return tuple(path), details["input"]
         else:
             continue
         path.append(str(step))

@@ -1,0 +1,488 @@
+"""One sound inventory and every way to break it that must be refused, as data.
+
+Unit tests load each case with the data model; tests/lab/test_validate_playbook.py writes each to disk and runs the real
+playbook on it. An edit names its place as `file: key.key`, where file is a short name of FILES.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Files = dict[str, Any]
+
+PATHS = {
+    "all": "group_vars/all/main.yml",
+    "builds": "group_vars/llama_hosts/builds.yml",
+    "models": "group_vars/llama_hosts/models.yml",
+    "lock": "group_vars/llama_hosts/lock.yml",
+    "presets": "group_vars/llm_servers/presets.yml",
+    "ocr": "group_vars/ocr_servers.yml",
+}
+HOST_FILES = {
+    "box": ("all", "builds", "models", "lock", "presets"),
+    "ocr-box": ("all", "builds", "models", "lock", "ocr"),
+}
+
+SHA_A, SHA_B, SHA_C = "a" * 64, "b" * 64, "c" * 64
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+SOUND: Files = {
+    "all": {"source_server": "https://models.example"},
+    "builds": {
+        "llama_cpp_builds": {
+            "upstream": {
+                "repo": "https://git.example/llama.cpp.git",
+                "commit": COMMIT,
+                "cmake_options": {"GGML_CUDA": True, "CMAKE_CUDA_ARCHITECTURES": "89;120"},
+            },
+            "fork": {"repo": "https://git.example/fork.git", "ref": "b11434"},
+        }
+    },
+    "models": {
+        "gguf_models": {
+            "qwen-coder-q4": {
+                "url": "{{ source_server }}/Qwen-Coder-Q4_K_M.gguf", "sha256": SHA_A, "size": 18_556_686_752,
+            },
+            "qwen-draft-q8": {"path": "/srv/models/qwen-draft-q8.gguf", "sha256": SHA_B, "size": 531_068_096},
+            "gemma-q4": {"hf": {"repo": "someone/gemma-GGUF", "file": "gemma-Q4_K_M.gguf", "revision": "main"}},
+            "split-q4": {
+                "files": [
+                    {"url": "https://models.example/split-00001-of-00002.gguf", "sha256": SHA_A, "size": 1000},
+                    {"url": "https://models.example/split-00002-of-00002.gguf", "sha256": SHA_C, "size": 2000},
+                ]
+            },
+        }
+    },
+    "lock": {
+        "llama_lock": {
+            "builds": {"fork": {"repo": "https://git.example/fork.git", "ref": "b11434", "commit": COMMIT}},
+            "models": {
+                "gemma-q4": {
+                    "repo": "someone/gemma-GGUF", "revision": "main", "commit": COMMIT,
+                    "files": [{"file": "gemma-Q4_K_M.gguf", "sha256": SHA_C, "size": 17_000_000_000}],
+                }
+            },
+        }
+    },
+    "presets": {
+        "llama_presets_foreign_units": ["lmstudio.service"],
+        "llama_presets": {
+            "coder": {
+                "description": "Qwen Coder, coding agent", "build": "upstream", "model": "qwen-coder-q4",
+                "draft": "qwen-draft-q8", "aliases": ["c"], "context": 98304, "kv_cache_type": "q4_0", "n_cpu_moe": 16,
+                "threads": 12, "extra_args": ["--mlock", "--temp", "0.2"],
+                "expect": {"generation_tok_s": {"target": 81.5, "floor": 55}, "prefill_tok_s": {"target": 1850}},
+            },
+            "gemma": {
+                "description": "Gemma, general work", "build": "fork", "model": "gemma-q4", "aliases": ["g"],
+                "context": 32768, "kv_cache_type": "q8_0",
+            },
+            "chat": {
+                "description": "Short chats in four slots", "build": "upstream", "model": "split-q4", "context": 16384,
+                "kv_cache_type": "f16", "parallel": 4, "agent": False,
+            },
+        },
+    },
+    "ocr": {
+        "llama_presets": {
+            "vision": {
+                "description": "Vision server of the OCR service", "build": "upstream", "model": "gemma-q4", "scope": "system",
+                "listen": "127.0.0.1:8090", "context": 8192, "kv_cache_type": "f16", "agent": False,
+            }
+        }
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One broken inventory: what is changed, and what the refusal must say."""
+
+    name: str
+    edit: Callable[[Files], None]
+    key: str
+    says: str
+    fix: str
+    file: str = "presets"
+    shown: str | None = None
+    """What must stand as the value; None for anything."""
+    gate: bool = False
+    """Whether the real playbook runs on it in the gate; the others run in the long suite."""
+    playbook_only: bool = False
+    """Whether it takes Ansible to find out (templates, variables that are not set)."""
+
+
+def inventory(case: Case | None = None) -> Files:
+    """The sound inventory, with the edit of a case applied. A file's content is data, or text where the text is the point."""
+    files = copy.deepcopy(SOUND)
+    if case is not None:
+        case.edit(files)
+    return files
+
+
+def as_text(content: Any) -> str:
+    """A file's content as YAML text."""
+    return content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=500)
+
+
+def write(files: Files, folder: Path, host_variables: Mapping[str, object]) -> None:
+    """Write an inventory: its files, and hosts.yml with two hosts that have `host_variables`."""
+    hosts = {
+        "all": {
+            "vars": dict(host_variables),
+            "children": {
+                "llama_hosts": {
+                    "children": {"llm_servers": {"hosts": {"box": {}}}, "ocr_servers": {"hosts": {"ocr-box": {}}}}
+                }
+            },
+        }
+    }
+    for path, content in {**{PATHS[name]: content for name, content in files.items()}, "hosts.yml": hosts}.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(as_text(content), encoding="utf-8")
+
+
+def put(place: str, value: object, file: str = "presets") -> Callable[[Files], None]:
+    """An edit that sets a key."""
+
+    def edit(files: Files) -> None:
+        *parents, last = place.split(".")
+        target = files[file]
+        for key in parents:
+            target = target[int(key) if isinstance(target, list) else key]
+        if isinstance(target, list):
+            target[int(last)] = value
+        else:
+            target[last] = value
+
+    return edit
+
+
+def drop(place: str, file: str = "presets") -> Callable[[Files], None]:
+    """An edit that removes a key."""
+
+    def edit(files: Files) -> None:
+        *parents, last = place.split(".")
+        target = files[file]
+        for key in parents:
+            target = target[key]
+        del target[last]
+
+    return edit
+
+
+def text(change: Callable[[str], str], file: str = "presets") -> Callable[[Files], None]:
+    """An edit of the text itself."""
+
+    def edit(files: Files) -> None:
+        files[file] = change(as_text(files[file]))
+
+    return edit
+
+
+def both(*edits: Callable[[Files], None]) -> Callable[[Files], None]:
+    """Several edits in order."""
+
+    def edit(files: Files) -> None:
+        for one in edits:
+            one(files)
+
+    return edit
+
+
+def renamed(place: str, name: str, file: str = "presets") -> Callable[[Files], None]:
+    """An edit that gives a mapping's entry another name."""
+
+    def edit(files: Files) -> None:
+        *parents, last = place.split(".")
+        target = files[file]
+        for key in parents:
+            target = target[key]
+        target[name] = target.pop(last)
+
+    return edit
+
+
+def preset(key: str, value: object) -> Callable[[Files], None]:
+    """An edit of the preset coder."""
+    return put(f"llama_presets.coder.{key}", value)
+
+
+def extra(*items: str) -> Callable[[Files], None]:
+    """An edit of the preset coder's extra_args."""
+    return preset("extra_args", list(items))
+
+
+def _system(name: str, listen: str | None) -> Callable[[Files], None]:
+    entry = {**SOUND["ocr"]["llama_presets"]["vision"], "listen": listen}
+    return put(f"llama_presets.{name}", {key: value for key, value in entry.items() if value is not None})
+
+
+CODER = "llama_presets.coder"
+EXTRA = f"{CODER}.extra_args"
+MODEL = "gguf_models.qwen-coder-q4"
+BUILD = "llama_cpp_builds.upstream"
+
+CASES = (
+    # Keys and types.
+    Case("unknown-key", preset("contxt", 32768), f"{CODER}.contxt", "unknown key", "did you mean 'context'?", gate=True),
+    Case("unknown-key-far", preset("zzz", 1), f"{CODER}.zzz", "known here: description, build", "remove it"),
+    Case("unknown-key-build", put(f"{BUILD}.cmake_option", {}, "builds"), f"{BUILD}.cmake_option", "unknown key",
+         "'cmake_options'", "builds"),
+    Case("unknown-key-model", put(f"{MODEL}.sha265", SHA_A, "models"), f"{MODEL}.sha265", "unknown key", "'sha256'", "models"),
+    Case("unknown-key-hub", put("gguf_models.gemma-q4.hf.revison", "main", "models"), "gguf_models.gemma-q4.hf.revison",
+         "unknown key", "'revision'", "models"),
+    Case("unknown-key-expect", preset("expect", {"generation_toks": {"target": 1}}), f"{CODER}.expect.generation_toks",
+         "unknown key", "'generation_tok_s'"),
+    Case("unknown-key-part", put("gguf_models.split-q4.files.1.sze", 1, "models"), "gguf_models.split-q4.files.1.sze",
+         "unknown key", "'size'", "models"),
+    Case("misspelt-variable", renamed("llama_presets_foreign_units", "llama_preset_foreign_units"),
+         "llama_preset_foreign_units", "no variable of any role", "did you mean 'llama_presets_foreign_units'?", gate=True),
+    Case("missing-key", drop(f"{CODER}.context"), f"{CODER}.context", "required", "add 'context:'", shown="(missing)", gate=True),
+    Case("missing-description", drop(f"{CODER}.description"), f"{CODER}.description", "required", "One line for people"),
+    Case("missing-size", drop(f"{MODEL}.size", "models"), f"{MODEL}.size", "needs size", "add 'size:'", "models"),
+    Case("text-for-number", preset("context", "98304"), f"{CODER}.context", "must be a whole number, not text",
+         "write it without quotes: context: 98304", shown='"98304"', gate=True),
+    Case("truth-for-number", preset("threads", True), f"{CODER}.threads", "must be a whole number, not true/false",
+         "write a whole number", shown="true", gate=True),
+    Case("fraction-for-number", preset("context", 32768.5), f"{CODER}.context", "must be a whole number", "write a whole number"),
+    Case("text-for-truth", preset("agent", "yes"), f"{CODER}.agent", "must be true or false, not text", "agent: true"),
+    Case("number-for-truth", preset("jinja", 1), f"{CODER}.jinja", "must be true or false, not a whole number", "jinja: true"),
+    Case("number-for-text", preset("description", 42), f"{CODER}.description", "must be text", 'put it in quotes: "42"'),
+    Case("text-for-list", preset("aliases", "c"), f"{CODER}.aliases", "must be a list, not text", 'aliases: ["c"]'),
+    Case("arguments-in-one-text", preset("extra_args", "--mlock --temp 0.2"), EXTRA, "must be a list, not text", "brackets"),
+    Case("list-for-mapping", put("llama_presets", []), "llama_presets", "must be a mapping, not a list", "write a mapping", gate=True),
+    Case("nothing-for-mapping", put("llama_presets", None), "llama_presets", "must be a mapping, not empty", "write a mapping"),
+    Case("nothing-for-preset", put(CODER, None), CODER, "must be a mapping, not empty", "write a mapping"),
+    Case("number-for-name", renamed(CODER, 7), "llama_presets.7", "must be text", 'put it in quotes: "7"'),
+    Case("not-a-number", preset("expect", {"generation_tok_s": {"target": float("nan")}}),
+         f"{CODER}.expect.generation_tok_s.target", "must be a finite number", "write a finite number"),
+    # K and V, through every door.
+    Case("kv-short", extra("-ctk", "q8_0"), f"{EXTRA}.0", "K and V cannot differ", "set kv_cache_type:", shown='"-ctk"', gate=True),
+    Case("kv-equals", extra("--mlock", "--cache-type-v=f16"), f"{EXTRA}.1", "K and V cannot differ", "kv_cache_type:", gate=True),
+    Case("kv-underscores", extra("--cache_type_k", "q8_0"), f"{EXTRA}.0", "K and V cannot differ", "kv_cache_type:", gate=True),
+    Case("kv-one-item", extra("-ctv q5_1"), f"{EXTRA}.0", "K and V cannot differ", "kv_cache_type:", gate=True),
+    Case("kv-environment", extra("LLAMA_ARG_CACHE_TYPE_K=q8_0"), f"{EXTRA}.0", "environment variable LLAMA_ARG_CACHE_TYPE_K",
+         "kv_cache_type: of this preset", gate=True),
+    Case("kv-environment-spaced", extra("export LLAMA_ARG_CACHE_TYPE_V = f16"), f"{EXTRA}.0", "LLAMA_ARG_CACHE_TYPE_V", "kv_cache_type:"),
+    Case("kv-draft-alone", extra("-ctkd", "q8_0"), f"{EXTRA}.0", 'V cache "f16"', "the same type"),
+    Case("kv-draft-differs", extra("--cache-type-k-draft", "q8_0", "--spec-draft-type-v", "q4_0"), f"{EXTRA}.0",
+         "K and V cannot differ", "the same type"),
+    Case("kv-hidden-as-value", extra("--temp", "-ctk", "q8_0"), f"{EXTRA}.1", "K and V cannot differ", "kv_cache_type:"),
+    Case("kv-unknown", preset("kv_cache_type", "q3_k"), f"{CODER}.kv_cache_type", "must be one of f32, f16, bf16, q8_0",
+         "write one of them", gate=True),
+    Case("kv-list", preset("kv_cache_type", ["q8_0", "q4_0"]), f"{CODER}.kv_cache_type", "must be one of", "one of them"),
+    Case("kv-without-flash-attention", preset("flash_attention", False), f"{CODER}.flash_attention", "needs flash attention",
+         "flash_attention: true", gate=True),
+    # Flags that are data.
+    *(
+        Case(f"owned{flag}", extra(flag, value), f"{EXTRA}.0", f"the key {key} sets {flag}", f"set {key}: of this preset",
+             gate=flag in ("--ctx-size", "--port", "-ngl"))
+        for flag, value, key in (
+            ("--ctx-size", "4096", "context"), ("-c", "4096", "context"), ("--port", "80", "listen"), ("--host", "::", "listen"),
+            ("--model", "/x.gguf", "model"), ("-hf", "a/b", "model"), ("-np", "4", "parallel"), ("-ngl", "0", "n_gpu_layers"),
+            ("-t", "4", "threads"), ("-fa", "off", "flash_attention"), ("-ncmoe", "1", "n_cpu_moe"), ("-md", "/d.gguf", "draft"),
+            ("--no-jinja", "x", "jinja"),
+        )
+    ),
+    Case("fit-on", extra("--fit", "on"), f"{EXTRA}.0", "--fit off", "remove it", gate=True),
+    Case("secret-argument", extra("--api-key", "s3cret"), f"{EXTRA}.0", "can be read by every user", "--api-key-file", gate=True),
+    Case("secret-argument-equals", extra("--api-key=s3cret"), f"{EXTRA}.0", "can be read by every user", "--api-key-file",
+         shown='"--api-key=***"'),
+    Case("tls", extra("--ssl-key-file", "/k"), f"{EXTRA}.0", "plain HTTP", "remove it"),
+    Case("many-models", extra("--models-dir", "/m"), f"{EXTRA}.0", "serves one model", "remove it"),
+    Case("prints-and-exits", extra("--version"), f"{EXTRA}.0", "exits instead of serving", "remove it"),
+    Case("flag-twice", extra("--temp", "1", "--temp", "2"), f"{EXTRA}.2", "there twice", "remove one", gate=True),
+    Case("flag-equals-value", extra("--temp=0.2"), f"{EXTRA}.0", "does not read --flag=value", 'write two items: "--temp", "0.2"'),
+    Case("flag-and-value-in-one", extra("--temp 0.2"), f"{EXTRA}.0", "as one word", 'one item each: "--temp", "0.2"'),
+    Case("empty-argument", extra(""), f"{EXTRA}.0", "at least one character", "remove the empty item"),
+    Case("newline-in-argument", extra("--mlock\nExecStartPre=/bin/evil"), f"{EXTRA}.0", "control character U+000A", "remove it", gate=True),
+    # References and names.
+    Case("unknown-build", preset("build", "upstrem"), f"{CODER}.build", "not a key of llama_cpp_builds", "did you mean 'upstream'?", gate=True),
+    Case("unknown-model", preset("model", "qwen-coder-q5"), f"{CODER}.model", "known: qwen-coder-q4, qwen-draft-q8",
+         "did you mean 'qwen-coder-q4'?", gate=True),
+    Case("unknown-draft", preset("draft", "nothing-like-it"), f"{CODER}.draft", "not a key of gguf_models", "add it to gguf_models", gate=True),
+    Case("own-draft", preset("draft", "qwen-coder-q4"), f"{CODER}.draft", "cannot be its own draft", "smaller model, or none", gate=True),
+    Case("model-named-auto", both(renamed("gguf_models.gemma-q4", "auto", "models"), renamed("llama_lock.models.gemma-q4", "auto", "lock"),
+         put("llama_presets.gemma.model", "auto"), put("llama_presets.vision.model", "auto", "ocr")), "gguf_models.auto",
+         "meaning of its own", "rename the model", "models"),
+    Case("alias-twice", put("llama_presets.gemma.aliases", ["g", "c"]), "llama_presets.gemma.aliases.1",
+         "already an alias of coder", "choose another", gate=True),
+    Case("alias-twice-same-preset", preset("aliases", ["c", "c"]), f"{CODER}.aliases.1", "already an alias of coder", "choose another"),
+    Case("alias-is-preset", preset("aliases", ["gemma"]), f"{CODER}.aliases.0", "already the preset gemma", "choose another", gate=True),
+    Case("alias-is-verb", preset("aliases", ["off"]), f"{CODER}.aliases.0", "already a word of lmswitch", "choose another", gate=True),
+    Case("alias-too-long", preset("aliases", ["c" * 17]), f"{CODER}.aliases.0", "1 to 16 characters", "shorten it"),
+    Case("aliases-too-many", preset("aliases", [f"c{n}" for n in range(9)]), f"{CODER}.aliases", "more than 8 items", "remove some"),
+    Case("preset-is-verb", renamed(CODER, "status"), "llama_presets.status", "already a word of lmswitch", "rename the preset", gate=True),
+    Case("preset-name-capital", renamed(CODER, "Coder"), "llama_presets.Coder", "a-z, 0-9 and -", "rename it"),
+    Case("preset-name-traversal", renamed(CODER, "../coder"), "llama_presets.../coder", "a-z, 0-9 and -", "rename it", gate=True),
+    Case("preset-name-too-long", renamed(CODER, "c" * 33), f"llama_presets.{'c' * 33}", "1 to 32 characters", "rename it"),
+    Case("preset-name-of-builds", renamed(CODER, "build-me"), "llama_presets.build-me", "belong to the builds", "rename"),
+    # Numbers.
+    Case("context-under-agent-floor", preset("context", 16384), f"{CODER}.context", "an agent needs at least 32768",
+         "write 32768 or more, or agent: false", shown="16384", gate=True),
+    Case("context-of-a-slot-under-floor", preset("parallel", 4), f"{CODER}.context",
+         "24576 tokens in each of 4 slots; an agent needs at least 32768", "write 131072", gate=True),
+    Case("context-negative", preset("context", -1), f"{CODER}.context", "at least 256", "256 or more", gate=True),
+    Case("context-zero", preset("context", 0), f"{CODER}.context", "at least 256", "256 or more"),
+    Case("context-too-large", preset("context", 1_048_832), f"{CODER}.context", "at most 1048576", "1048576 or less", gate=True),
+    Case("context-no-multiple", preset("context", 98305), f"{CODER}.context", "multiple of 256", "write 98304", gate=True),
+    Case("context-no-multiple-of-slots", put("llama_presets.chat.parallel", 3), "llama_presets.chat.context",
+         "multiple of 768 for 3 slots", "write 16128"),
+    Case("threads-zero", preset("threads", 0), f"{CODER}.threads", "at least 1", "1 or more", gate=True),
+    Case("n-cpu-moe-negative", preset("n_cpu_moe", -1), f"{CODER}.n_cpu_moe", "at least 0", "0 or more"),
+    Case("n-gpu-layers-negative", preset("n_gpu_layers", -1), f"{CODER}.n_gpu_layers", "at least 0", "0 or more"),
+    Case("parallel-zero", preset("parallel", 0), f"{CODER}.parallel", "at least 1", "1 or more"),
+    Case("parallel-too-many", preset("parallel", 65), f"{CODER}.parallel", "at most 64", "64 or less"),
+    Case("start-timeout-short", preset("start_timeout", 1), f"{CODER}.start_timeout", "at least 5", "5 or more", gate=True),
+    Case("start-timeout-long", preset("start_timeout", 3601), f"{CODER}.start_timeout", "at most 3600", "3600 or less"),
+    Case("stop-timeout-zero", preset("stop_timeout", 0), f"{CODER}.stop_timeout", "at least 1", "1 or more"),
+    Case("floor-above-target", put(f"{CODER}.expect.generation_tok_s.floor", 90), f"{CODER}.expect.generation_tok_s.floor",
+         "above its target of 81.5 tok/s", "write 81.5 or less", gate=True),
+    Case("target-zero", put(f"{CODER}.expect.prefill_tok_s.target", 0), f"{CODER}.expect.prefill_tok_s.target", "more than 0", "above 0"),
+    Case("agent-without-jinja", preset("jinja", False), f"{CODER}.jinja", "tool calls need jinja", "jinja: true, or agent: false"),
+    # Where it listens.
+    Case("scope-unknown", preset("scope", "root"), f"{CODER}.scope", "must be one of user, system", "write one of them", gate=True),
+    Case("system-without-listen", _system("vision", None), "llama_presets.vision.listen", "a place of its own", 'add listen:', shown="(missing)"),
+    Case("port-clash-with-front", _system("vision", "127.0.0.1:1234"), "llama_presets.vision.listen",
+         "already taken by llama_presets_listen", "choose another port", gate=True),
+    Case("port-clash-of-systems", both(_system("vision", "127.0.0.1:8090"), _system("second", "0.0.0.0:8090")),
+         "llama_presets.second.listen", "already taken by the preset vision", "choose another port", gate=True),
+    Case("port-clash-with-user-preset", both(preset("listen", "127.0.0.1:8090"), _system("vision", "127.0.0.1:8090")),
+         "llama_presets.vision.listen", "already taken by the preset coder", "choose another port"),
+    Case("listen-name", preset("listen", "localhost:8090"), f"{CODER}.listen", "IP:PORT", '"127.0.0.1:8090"', gate=True),
+    Case("listen-no-port", preset("listen", "127.0.0.1"), f"{CODER}.listen", "IP:PORT", '"127.0.0.1:8090"'),
+    Case("listen-port-range", preset("listen", "127.0.0.1:65536"), f"{CODER}.listen", "between 1 and 65535", '"127.0.0.1:8090"'),
+    Case("listen-bare-ipv6", preset("listen", "::1:8090"), f"{CODER}.listen", "brackets", '"[::1]:8090"'),
+    Case("listen-number", preset("listen", 8090), f"{CODER}.listen", "must be text", 'put it in quotes: "8090"'),
+    Case("socket-too-long", preset("listen", f"/run/{'x' * 98}.sock"), f"{CODER}.listen", "108 bytes; the path of a UNIX socket has at most 107",
+         "shorter folder", gate=True),
+    Case("socket-without-sock", preset("listen", "/run/llama/vision"), f"{CODER}.listen", "ends in .sock", "/run/llama/vision.sock"),
+    Case("front-listen", put("llama_presets_listen", "everywhere"), "llama_presets_listen", "IP:PORT", "write it like"),
+    # Files, URLs, checksums.
+    Case("file-traversal", put(f"{MODEL}.file", "../../etc/cron.d/x.gguf", "models"), f"{MODEL}.file", "plain file name",
+         "write the last part only", "models", gate=True),
+    Case("file-absolute", put(f"{MODEL}.file", "/etc/x.gguf", "models"), f"{MODEL}.file", "no absolute path", "last part", "models"),
+    Case("file-nul", put(f"{MODEL}.file", "x\0.gguf", "models"), f"{MODEL}.file", "control character U+0000", "remove it", "models",
+         shown='"x\\u0000.gguf"'),
+    Case("file-dash", put(f"{MODEL}.file", "-rf.gguf", "models"), f"{MODEL}.file", "letters, digits", "rename it", "models"),
+    Case("file-not-gguf", put(f"{MODEL}.file", "model.bin", "models"), f"{MODEL}.file", "ends in .gguf", "rename it", "models"),
+    Case("url-without-name", put(f"{MODEL}.url", "https://models.example/get?id=7", "models"), f"{MODEL}.url", "names the file",
+         "add 'file: NAME.gguf'", "models"),
+    Case("url-hides-traversal", put(f"{MODEL}.url", "https://models.example/..%2F..%2Fx.gguf", "models"), f"{MODEL}.url",
+         "names the file", "add 'file:", "models"),
+    Case("hub-file-traversal", put("gguf_models.gemma-q4.hf.file", "../x.gguf", "models"), "gguf_models.gemma-q4.hf.file",
+         "inside the repository", "as the hub lists it", "models", gate=True),
+    Case("hub-repo", put("gguf_models.gemma-q4.hf.repo", "gemma", "models"), "gguf_models.gemma-q4.hf.repo", "owner/name",
+         "as in the page's address", "models"),
+    Case("path-relative", put("gguf_models.qwen-draft-q8.path", "models/x.gguf", "models"), "gguf_models.qwen-draft-q8.path",
+         "absolute path", "from /", "models"),
+    Case("path-traversal", put("gguf_models.qwen-draft-q8.path", "/srv/../etc/x.gguf", "models"), "gguf_models.qwen-draft-q8.path",
+         "without '..'", "from /", "models"),
+    Case("url-scheme", put(f"{MODEL}.url", "ftp://models.example/x.gguf", "models"), f"{MODEL}.url", "begins with https:// or http://",
+         "write it like https://", "models", gate=True),
+    Case("url-password", put(f"{MODEL}.url", "https://me:hunter2@models.example/x.gguf", "models"), f"{MODEL}.url",
+         "user name or password", "before the @", "models", shown='"https://***@models.example/x.gguf"', gate=True),
+    Case("repo-transport", put(f"{BUILD}.repo", "ext::sh -c id", "builds"), f"{BUILD}.repo", "one URL", "write it like", "builds"),
+    Case("repo-option", put(f"{BUILD}.repo", "--upload-pack=/bin/sh", "builds"), f"{BUILD}.repo", "begins with https://",
+         "write it like", "builds"),
+    Case("sha256-short", put(f"{MODEL}.sha256", "abc123", "models"), f"{MODEL}.sha256", "64 lower-case hexadecimal", "sha256sum",
+         "models", gate=True),
+    Case("sha256-capitals", put(f"{MODEL}.sha256", SHA_A.upper(), "models"), f"{MODEL}.sha256", "64 lower-case", "sha256sum", "models"),
+    Case("sha256-number", put(f"{MODEL}.sha256", int("1" * 64), "models"), f"{MODEL}.sha256", "must be text", "in quotes", "models"),
+    Case("size-text", put(f"{MODEL}.size", "18 GB", "models"), f"{MODEL}.size", "whole number", "write a whole number", "models", gate=True),
+    Case("size-zero", put(f"{MODEL}.size", 0, "models"), f"{MODEL}.size", "at least 1", "1 or more", "models"),
+    Case("commit-short", put(f"{BUILD}.commit", "0123456", "builds"), f"{BUILD}.commit", "40 lower-case hexadecimal", "git rev-parse",
+         "builds", gate=True),
+    Case("commit-and-ref", put(f"{BUILD}.ref", "b11434", "builds"), f"{BUILD}.ref", "exactly one", "remove one", "builds", gate=True),
+    Case("neither-commit-nor-ref", drop(f"{BUILD}.commit", "builds"), f"{BUILD}.commit", "one is needed", "add 'ref: TAG'", "builds"),
+    Case("ref-option", put("llama_cpp_builds.fork.ref", "--exec=x", "builds"), "llama_cpp_builds.fork.ref", "tag or branch", "b11434",
+         "builds"),
+    Case("ref-without-lock", put("llama_lock.builds", {}, "lock"), "llama_cpp_builds.fork.ref", "not in the lock",
+         "run scripts/lock_models.py --inventory ", "builds", gate=True),
+    Case("no-lock-at-all", put("llama_lock", {}, "lock"), "llama_cpp_builds.fork.ref", "not in the lock", "scripts/lock_models.py", "builds"),
+    Case("lock-of-other-ref", put("llama_cpp_builds.fork.ref", "b11500", "builds"), "llama_cpp_builds.fork.ref",
+         "the lock is for b11434", "scripts/lock_models.py", "builds", gate=True),
+    Case("hub-without-lock", put("llama_lock.models", {}, "lock"), "gguf_models.gemma-q4.hf.revision", "not in the lock",
+         "scripts/lock_models.py", "models"),
+    Case("lock-of-other-repo", put("gguf_models.gemma-q4.hf.repo", "other/gemma-GGUF", "models"), "gguf_models.gemma-q4.hf.repo",
+         "the lock is for someone/gemma-GGUF", "scripts/lock_models.py", "models"),
+    Case("lock-of-other-file", put("gguf_models.gemma-q4.hf.file", "gemma-Q8_0.gguf", "models"), "gguf_models.gemma-q4.hf.file",
+         "the lock is for other files", "scripts/lock_models.py", "models"),
+    Case("lock-edited", put("llama_lock.builds.fork.commit", "HEAD", "lock"), "llama_lock.builds.fork.commit", "whole commit",
+         "git rev-parse", "lock"),
+    Case("two-sources", put(f"{MODEL}.hf", SOUND["models"]["gguf_models"]["gemma-q4"]["hf"], "models"), f"{MODEL}.hf",
+         "has url and hf", "keep only url", "models", gate=True),
+    Case("no-source", drop(f"{MODEL}.url", "models"), f"{MODEL}.url", "has none of url, path, hf and files", "add 'url:'", "models"),
+    Case("hub-with-sum", put("gguf_models.gemma-q4.sha256", SHA_A, "models"), "gguf_models.gemma-q4.sha256", "in the lock", "remove it",
+         "models"),
+    Case("split-gap", put("gguf_models.split-q4.files.1.url", "https://models.example/split-00003-of-00003.gguf", "models"),
+         "gguf_models.split-q4.files.1.url", "part 2 of 2", "list all 3 parts", "models", gate=True),
+    Case("split-foreign", put("gguf_models.split-q4.files.1.url", "https://models.example/other-00002-of-00002.gguf", "models"),
+         "gguf_models.split-q4.files.1.url", "part 2 of 2", "write split-00002-of-00002.gguf", "models"),
+    Case("split-order", both(put("gguf_models.split-q4.files.0.url", "https://models.example/split-00002-of-00002.gguf", "models"),
+         put("gguf_models.split-q4.files.1.url", "https://models.example/split-00001-of-00002.gguf", "models")),
+         "gguf_models.split-q4.files.0.url", "part 1 of 2", "split-00001-of-00002.gguf", "models"),
+    Case("split-single-part", put(f"{MODEL}.url", "https://models.example/x-00001-of-00003.gguf", "models"), f"{MODEL}.url",
+         "part 1 of 1", "list all 3 parts", "models"),
+    Case("split-of-one", put("gguf_models.split-q4.files", SOUND["models"]["gguf_models"]["split-q4"]["files"][:1], "models"),
+         "gguf_models.split-q4.files", "at least 2 items", "add what is missing", "models"),
+    Case("split-part-without-source", put("gguf_models.split-q4.files.1", {"sha256": SHA_C, "size": 2000}, "models"),
+         "gguf_models.split-q4.files.1.url", "exactly one of url and path", "write one of them", "models"),
+    Case("one-file-name-two-contents", put("gguf_models.qwen-draft-q8.file", "Qwen-Coder-Q4_K_M.gguf", "models"),
+         "gguf_models.qwen-draft-q8.file", "with another SHA-256", "file: qwen-draft-q8.gguf", "models", gate=True),
+    # Text that could break a line, a unit or a terminal.
+    Case("description-newline", preset("description", "one\nExecStart=/bin/evil"), f"{CODER}.description", "control character U+000A",
+         "one-line", shown='"one\\nExecStart=/bin/evil"', gate=True),
+    Case("description-escape", preset("description", "\x1b[31mred"), f"{CODER}.description", "U+001B", "remove it", gate=True),
+    Case("description-bidi", preset("description", "abc\u202edef"), f"{CODER}.description", "U+202E", "remove it", shown='"abc\\u202edef"'),
+    Case("description-empty", preset("description", ""), f"{CODER}.description", "without blanks", "write one line"),
+    Case("description-long", preset("description", "x" * 121), f"{CODER}.description", "at most 120", "shorten it", gate=True),
+    # CMake.
+    Case("cmake-name", put(f"{BUILD}.cmake_options", {"GGML CUDA": True}, "builds"), f"{BUILD}.cmake_options.GGML CUDA", "CMake variable",
+         "docs/build.md", "builds", gate=True),
+    Case("cmake-prefix", put(f"{BUILD}.cmake_options", {"CMAKE_INSTALL_PREFIX": "/usr"}, "builds"),
+         f"{BUILD}.cmake_options.CMAKE_INSTALL_PREFIX", "the role sets", "docs/build.md", "builds"),
+    Case("cmake-value", put(f"{BUILD}.cmake_options.GGML_CUDA", "$(id)", "builds"), f"{BUILD}.cmake_options.GGML_CUDA",
+         "characters other than", "remove quotes", "builds", gate=True),
+    Case("cmake-list", put(f"{BUILD}.cmake_options.CMAKE_CUDA_ARCHITECTURES", [89, 120], "builds"),
+         f"{BUILD}.cmake_options.CMAKE_CUDA_ARCHITECTURES", "must be true, false, a number or text", '"89;120"', "builds"),
+    # Foreign units.
+    Case("foreign-system-unit", put("llama_presets_foreign_units", [{"name": "ollama.service", "scope": "system"}]),
+         "llama_presets_foreign_units.0", "cannot conflict with a system unit", "systemctl disable --now ollama.service", gate=True),
+    Case("foreign-no-service", put("llama_presets_foreign_units", ["lmstudio"]), "llama_presets_foreign_units.0", "ends in .service",
+         "lmstudio.service"),
+    Case("foreign-ours", put("llama_presets_foreign_units", ["llama-coder.service"]), "llama_presets_foreign_units.0",
+         "unit of a preset", "remove it"),
+    Case("foreign-twice", put("llama_presets_foreign_units", ["a.service", "a.service"]), "llama_presets_foreign_units.1", "twice",
+         "remove one"),
+    # The text of the files.
+    Case("yaml-duplicate-key", text(lambda content: content + "  coder:\n    context: 4096\n"), "llama_presets.coder",
+         "already on line", "keep one", gate=True),
+    Case("yaml-duplicate-variable", text(lambda content: content + "gguf_models: {}\n", "models"), "gguf_models", "already on line 1",
+         "keep one", "models"),
+    Case("yaml-syntax", text(lambda content: content.replace("context: 98304", "context 98304")), "(YAML)", "not valid YAML", "check",
+         gate=True),
+    Case("yaml-tab", text(lambda content: content.replace("    context: 98304", "\tcontext: 98304")), "(YAML)", "not valid YAML",
+         "check"),
+    Case("yaml-bracket", text(lambda content: content + "x: [1\n", "builds"), "(YAML)", "not valid YAML", "check", "builds"),
+    Case("yaml-control-character", text(lambda content: content + "x: \x07\n", "models"), "(YAML)", "not valid YAML", "check", "models"),
+    Case("yaml-syntax-for-all", text(lambda content: content + "x: {\n", "all"), "(YAML)",
+         "not valid YAML", "check", "all", gate=True),
+    # What only Ansible finds out.
+    Case("undefined-variable", drop("source_server", "all"), f"{MODEL}.url", "'source_server' is undefined", "define what it names",
+         "models", gate=True, playbook_only=True),
+    Case("template-syntax", preset("context", "{{ 1 + }}"), f"{CODER}.context", "cannot be worked out", "define what it names",
+         playbook_only=True),
+    Case("template-type", preset("context", "{{ source_server }}"), f"{CODER}.context", "must be a whole number", "write a whole number",
+         playbook_only=True),
+    Case("variable-not-set", drop("llama_presets", "ocr"), "llama_presets", "not set for this host", "llama_presets: {}", "ocr",
+         shown="(missing)", gate=True, playbook_only=True),
+)  # fmt: skip
