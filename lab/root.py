@@ -15,10 +15,11 @@ from lab.config import HTTP_PORT, SUDO_USER, Host, Lab
 from lab.shell import LabError, remove_tree, run, say, ticking
 from lab.state import shared_cache, write_atomically
 
-# Nothing that a role has to install: a bare host must stay bare.
+# Nothing that a role has to install: a bare host must stay bare. python3-apt is part of every Ubuntu Server and
+# Debian cloud image, and Ansible's apt module cannot run in check mode without it.
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "dbus-user-session", "libpam-systemd", "openssh-server"),
-    *("sudo", "python3", "iproute2", "ca-certificates", "procps"),
+    *("sudo", "python3", "python3-apt", "iproute2", "ca-certificates", "procps"),
 )
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _LOCAL_CAS = Path("/usr/local/share/ca-certificates")
@@ -195,6 +196,8 @@ def _personalise(root: Path, lab: Lab, host: Host) -> None:
         os.chown(path, owner.st_uid, owner.st_gid)
     with (root / "etc/environment").open("a") as stream:
         stream.write(environment_lines(os.environ, with_cas=bool(_local_cas())))
+    # Emptied with the rest of the image: apt must not take the folder's date for that of fresh lists.
+    os.utime(root / "var/lib/apt/lists", (0, 0))
     refresh_resolver(root)
 
 
