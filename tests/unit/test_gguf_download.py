@@ -238,7 +238,7 @@ def test_a_trickle_counts_as_a_stall(
     server: FlakyServer, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "SLOWEST_BYTES_PER_S", 10 * SIZE)
-    server.files["/a.gguf"] = Served(CONTENT, bytes_per_s=SIZE)
+    server.files["/a.gguf"] = Served(CONTENT, bytes_per_s=3 * SIZE)
     plan = plan_for(models, model_file(server), stall_timeout=0.1)
     assert bring_in(plan, tmp_path)["installed"] == ["a.gguf"]
     assert len(server.requests) > 1, "nobody gave the slow connection up"
@@ -342,7 +342,7 @@ def test_a_local_file_is_copied_and_verified(models: Path, tmp_path: Path) -> No
 
 
 def test_a_killed_worker_resumes(server: FlakyServer, models: Path, tmp_path: Path) -> None:
-    server.files["/a.gguf"] = Served(CONTENT, bytes_per_s=SIZE)
+    server.files["/a.gguf"] = Served(CONTENT, bytes_per_s=2 * SIZE)
     plan = plan_for(models, model_file(server))
     credentials, runtime = tmp_path / "credentials", tmp_path / "runtime"
     credentials.mkdir()
@@ -368,6 +368,7 @@ def test_a_killed_worker_resumes(server: FlakyServer, models: Path, tmp_path: Pa
 
     assert not (models / "a.gguf").exists()
     (runtime / worker.RESULT_NAME).unlink()
+    server.files["/a.gguf"].bytes_per_s = float("inf")
     subprocess.run(command, cwd=ROOT, env=env, timeout=10, check=True)
     result = json.loads((runtime / worker.RESULT_NAME).read_text())
     assert result == {"plan": plan.identity, "verified": [], "installed": ["a.gguf"], "refusals": []}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from llmbox.errors import UsageError
 from llmbox.presets import VERBS, check_thoroughly, load
 
@@ -75,7 +74,7 @@ def test_what_is_no_presets_file_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_missing_file_names_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read .*run the playbook"):
+    with pytest.raises(UsageError, match=r"cannot be read .*run the playbook"):
         load(tmp_path / "presets.json")
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-
 from llmbox.presets import PresetsFile
 from llmbox.switch import Interrupted, Switcher
 from llmbox.systemd import UnitState

@@ -13,6 +13,7 @@ from llama_common.translate import misspelt
 
 from tests.unit import broken_inventories as broken
 
+
 def resolved(value: Any) -> Any:
     """A value with the templates of the sound inventory resolved."""
     if isinstance(value, dict):
@@ -59,7 +60,9 @@ def test_the_sound_inventory_is_sound() -> None:
     assert list(problems(broken.inventory())) == []
 
 
-@pytest.mark.parametrize("case", [case for case in broken.CASES if not case.playbook_only], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in broken.CASES if not case.playbook_only], ids=lambda case: case.name
+)
 def test_refused_in_one_line(case: broken.Case) -> None:
     """The first problem is the one that was put in, and its line says all there is to say."""
     found = list(problems(broken.inventory(case)))

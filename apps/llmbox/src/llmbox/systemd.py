@@ -14,6 +14,7 @@ from llmbox.errors import LlmboxError, UsageError
 COMMAND_TIMEOUT_S = 30
 TICK_S = 0.1
 JOURNAL_SETTLE_S = 0.4
+NOISE_FACTOR = 20
 PROPERTIES = (
     "Id,LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ActiveEnterTimestamp,StateChangeTimestamp,"
     "ExecMainCode,ExecMainStatus"
@@ -140,19 +141,13 @@ class Systemd:
         """The last lines that one run of the unit wrote, once the journal has settled."""
         if not state.invocation:
             return []
-        command = [
-            "journalctl",
-            "--no-pager",
-            "--quiet",
-            "--output=cat",
-            f"--lines={count}",
-            f"_SYSTEMD_INVOCATION_ID={state.invocation}",
-        ]
+        command = ["journalctl", "--no-pager", "--quiet", "--output=cat", f"--lines={count * NOISE_FACTOR}"]
+        command.append(f"_SYSTEMD_INVOCATION_ID={state.invocation}")
         deadline = time.monotonic() + JOURNAL_SETTLE_S
         lines: list[str] = []
         while True:
             before = lines
-            lines = [line.rstrip() for line in self._run(command).stdout.splitlines() if line.strip()]
+            lines = meaningful(self._run(command).stdout.splitlines(), count)
             if (lines and lines == before) or time.monotonic() > deadline:
                 return lines
             time.sleep(TICK_S)
@@ -181,6 +176,11 @@ class Systemd:
             raise LlmboxError(f"{command[0]} is not on this machine; lmswitch needs systemd") from None
         except subprocess.TimeoutExpired:
             raise LlmboxError(f"{' '.join(command)} did not return in {timeout_s:.0f} s") from None
+
+
+def meaningful(lines: Iterable[str], count: int) -> list[str]:
+    """The last lines that say something: without blank ones and our own questions whether it is ready yet."""
+    return [line.rstrip() for line in lines if line.strip() and "/health" not in line][-count:]
 
 
 def journal_command(unit: str, *, lines: int, follow: bool, as_json: bool, system: bool) -> list[str]:

@@ -1,0 +1,261 @@
+"""lmswitch as a person types it: exit codes, one line per mistake, --json, against stand-ins for systemd."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmbox import status
+from llmbox.lock import held
+from llmbox.presets import PresetsFile
+from llmbox.systemd import UnitState
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PRESET: dict[str, Any] = {
+    "description": "A coder",
+    "build": "upstream",
+    "model": "tiny",
+    "context": 4096,
+    "kv_cache_type": "q8_0",
+    "agent": False,
+    "listen": "127.0.0.1:9",
+    "command": [f"/opt/llama.cpp/upstream/releases/{COMMIT}-ab12/bin/llama-server"],
+}
+SYSTEMCTL = """#!/bin/sh
+# systemctl's stand-in: keeps the name of the active unit in a file; a start of llama-bad.service fails.
+shift
+case $1 in
+show)
+  shift 3
+  for unit; do
+    case $unit in -*) continue ;; esac
+    state=inactive; [ "$(cat "$HERE/active")" = "$unit" ] && state=active
+    printf 'LoadState=loaded\\nActiveState=%s\\nSubState=running\\nResult=success\\nMainPID=0\\n\\n' $state
+  done ;;
+start)
+  [ -n "$SLOW" ] && sleep "$SLOW"
+  [ "$2" = --no-block ] && shift
+  if [ "$2" = llama-bad.service ]; then echo 'Job for llama-bad.service failed.' >&2; exit 1; fi
+  echo "$2" > "$HERE/active" ;;
+stop) [ "$(cat "$HERE/active")" = "$2" ] && : > "$HERE/active" ;;
+esac
+exit 0
+"""
+
+
+class Box:
+    """A folder that plays the box: presets.json, a runtime directory, stand-ins on PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "systemd").mkdir()
+        (folder / "systemd/private").touch()
+        (folder / "active").write_text("")
+        (folder / "systemctl").write_text(SYSTEMCTL)
+        (folder / "systemctl").chmod(0o755)
+        presets = {
+            "coder": {**PRESET, "aliases": ["c"], "unit": "llama-coder.service"},
+            "bad": {**PRESET, "unit": "llama-bad.service"},
+            "vision": {**PRESET, "unit": "llama-vision.service", "scope": "system", "listen": "127.0.0.1:8"},
+        }
+        self.write({"version": 1, "user": getpass.getuser(), "presets": presets})
+        self.environment = {
+            **os.environ,
+            "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+            "HERE": str(folder),
+            "XDG_RUNTIME_DIR": str(folder),
+            "LLMBOX_PRESETS": str(folder / "presets.json"),
+        }
+
+    def write(self, content: object) -> None:
+        """Write presets.json."""
+        (self.folder / "presets.json").write_text(json.dumps(content))
+
+    def command(self, *words: str) -> list[str]:
+        """lmswitch's command line."""
+        return [sys.executable, "-m", "llmbox.cli", *words]
+
+    def lmswitch(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run lmswitch."""
+        return subprocess.run(
+            self.command(*words),
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Box:
+    """A box with nothing active."""
+    return Box(tmp_path)
+
+
+def test_a_switch_by_alias(box: Box) -> None:
+    done = box.lmswitch("c")
+    assert (done.returncode, "coder is ready" in done.stdout) == (0, True), done
+    assert (box.folder / "active").read_text().strip() == "llama-coder.service"
+
+
+def test_json_of_a_switch_is_one_object(box: Box) -> None:
+    answer = json.loads(box.lmswitch("coder", "--json").stdout)
+    assert answer["ok"] is True and answer["serving"] == "coder" and answer["changed"] is True
+
+
+def test_a_failed_switch_exits_1_with_what_serves(box: Box) -> None:
+    box.lmswitch("coder")
+    done = box.lmswitch("--json", "bad")
+    answer = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert answer["serving"] == "coder" and answer["reason"] == ["Job for llama-bad.service failed."]
+    assert "Job for llama-bad.service failed." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "required"),
+        (["nonsense"], "unknown preset or verb 'nonsense'"),
+        (["vision"], "sudo systemctl restart llama-vision.service"),
+        (["status", "coder"], "takes no further arguments"),
+        (["coder", "-f"], "takes no further arguments"),
+        (["logs", "-n", "0"], "between 1 and 100000"),
+        (["logs", "nonsense"], "unknown preset"),
+        (["off", "--restart"], "--restart goes with a preset"),
+    ],
+)
+def test_bad_usage_exits_2_without_a_traceback(box: Box, words: list[str], said: str) -> None:
+    done = box.lmswitch(*words)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_wrong_user_is_told_the_command(box: Box) -> None:
+    box.write({"version": 1, "user": "nobody", "presets": {}})
+    done = box.lmswitch("status")
+    assert done.returncode == 2 and "sudo -u nobody lmswitch status" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_presets_file_is_one_line_and_json(box: Box) -> None:
+    (box.folder / "presets.json").unlink()
+    done = box.lmswitch("status", "--json")
+    assert done.returncode == 2 and json.loads(done.stdout)["ok"] is False
+    assert len(done.stderr.splitlines()) == 1 and "run the playbook" in done.stderr
+
+
+def test_a_held_lock_exits_3_and_names_its_holder(box: Box) -> None:
+    with held(box.folder, "coder"):
+        done = box.lmswitch("off")
+    assert done.returncode == 3 and f"lmswitch coder, pid {os.getpid()}" in done.stderr
+    assert box.lmswitch("off").returncode == 0
+
+
+def test_looking_needs_no_lock(box: Box) -> None:
+    with held(box.folder, "coder"):
+        assert box.lmswitch("status").returncode == 0
+        assert box.lmswitch("list").returncode == 0
+
+
+def test_ctrl_c_goes_back_and_exits_1(box: Box) -> None:
+    box.lmswitch("coder")
+    environment = {**box.environment, "SLOW": "1"}
+    with subprocess.Popen(
+        box.command("bad"), env=environment, stderr=subprocess.PIPE, text=True
+    ) as switching:
+        time.sleep(1.0)
+        switching.send_signal(signal.SIGINT)
+        _, said = switching.communicate(timeout=20)
+    assert switching.returncode == 1
+    assert "interrupted: the switch to bad is given up, going back to coder" in said
+    assert (box.folder / "active").read_text().strip() == "llama-coder.service"
+
+
+def test_status_json_has_exactly_the_promised_keys(box: Box) -> None:
+    keys = {"active", "state", "since", "build", "commit", "in_flight", "queued"}
+    stopped = json.loads(box.lmswitch("status", "--json").stdout)
+    assert set(stopped) == keys and stopped["active"] is None and stopped["state"] == "stopped"
+    box.lmswitch("coder")
+    up = json.loads(box.lmswitch("--json", "status").stdout)
+    assert set(up) == keys
+    assert (up["active"], up["state"], up["build"], up["commit"]) == ("coder", "failed", "upstream", COMMIT)
+
+
+def test_list_shows_every_preset(box: Box) -> None:
+    rows = json.loads(box.lmswitch("list", "--json").stdout)["presets"]
+    assert {row["name"]: row["aliases"] for row in rows} == {"coder": ["c"], "bad": [], "vision": []}
+    assert {"context", "build", "model", "state"} <= set(rows[0])
+    assert box.lmswitch("list").stdout.count("\n") == 4
+
+
+def test_logs_of_nothing_says_what_to_type(box: Box) -> None:
+    done = box.lmswitch("logs")
+    assert done.returncode == 1 and "lmswitch logs PRESET" in done.stderr
+
+
+def test_logs_as_json(box: Box) -> None:
+    entry = '{"MESSAGE": "hello", "__REALTIME_TIMESTAMP": "1700000000000000"}'
+    (box.folder / "journalctl").write_text(f"#!/bin/sh\necho '{entry}'\n")
+    (box.folder / "journalctl").chmod(0o755)
+    done = box.lmswitch("logs", "coder", "--json")
+    assert json.loads(done.stdout)["lines"] == [{"time": "2023-11-14T22:13:20Z", "message": "hello"}]
+
+
+def test_help_and_bad_usage_do_not_import_the_heavy_libraries() -> None:
+    code = (
+        "import sys\nfrom llmbox import cli\n"
+        "try:\n    cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'httpx', 'pydantic', 'llama_common'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("active", "sub", "health", "state"),
+    [
+        ("inactive", "dead", "silent", "stopped"),
+        ("activating", "start-post", "silent", "loading"),
+        ("active", "running", "ok", "ready"),
+        ("active", "running", "loading", "loading"),
+        ("active", "running", "silent", "failed"),
+        ("deactivating", "stop-sigterm", "ok", "draining"),
+        ("failed", "failed", "silent", "failed"),
+        ("activating", "auto-restart", "silent", "failed"),
+    ],
+)
+def test_states_in_one_word(active: str, sub: str, health: str, state: str) -> None:
+    assert status.preset_state(UnitState("x", active=active, sub=sub), health) == state
+
+
+def test_the_running_release_is_told_not_the_installed_one() -> None:
+    other = "f" * 40
+    assert status.release_commit(f"/opt/x/releases/{other}-1/bin/llama-server", PRESET["command"][0]) == other
+    assert status.release_commit("", PRESET["command"][0]) == COMMIT
+    assert status.release_commit("", "/usr/bin/llama-server") == ""
+
+
+def test_the_screen_fits_and_tells_a_shrunk_context() -> None:
+    presets = PresetsFile.model_validate(
+        {"version": 1, "user": "llm", "presets": {"coder": {**PRESET, "unit": "llama-coder.service"}}}
+    )
+    up = UnitState("llama-coder.service", active="active", sub="running", since_s=1_700_000_000)
+    seen = status.collect(
+        presets, {up.unit: up}, lambda _listen: status.Probe("ok", 2048, 3), lambda _pid: ""
+    )
+    text = status.screen(seen, datetime.fromtimestamp(1_700_003_700, UTC))
+    assert "ready since 2023-11-14T22:13:20Z (1 h 1 min)" in text
+    assert "2048 tokens (the preset asks for 4096)" in text and "3 requests" in text
+    assert len(text.splitlines()) <= 12

@@ -1,0 +1,136 @@
+"""systemd's words turned into states, and systemctl as a subprocess: a stand-in on PATH answers."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from llmbox.errors import LlmboxError, UsageError
+from llmbox.systemd import Systemd, UnitState, journal_command, meaningful, parse_show, runtime_dir
+
+FAILED = """Id=llama-coder.service
+LoadState=loaded
+ActiveState=activating
+SubState=auto-restart
+Result=exit-code
+MainPID=0
+InvocationID=0123456789abcdef0123456789abcdef
+ActiveEnterTimestamp=
+StateChangeTimestamp=@1700000000
+ExecMainCode=1
+ExecMainStatus=3"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder at the front of PATH; programs written there answer instead of systemd's."""
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    """Write a shell script."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_a_failed_unit_that_will_be_restarted_counts_as_failed() -> None:
+    state = parse_show("llama-coder.service", FAILED)
+    assert state.failed and not state.occupied
+    assert state.ending == "it exited with status 3" and state.since_s == 1_700_000_000
+
+
+def test_the_time_of_an_active_unit_is_when_it_became_active() -> None:
+    block = FAILED.replace("=activating", "=active").replace("EnterTimestamp=", "EnterTimestamp=@1600000000")
+    state = parse_show("x", block.replace("auto-restart", "running"))
+    assert state.occupied and state.since_s == 1_600_000_000
+
+
+@pytest.mark.parametrize(
+    ("result", "code", "said"),
+    [
+        ("success", "1", ""),
+        ("timeout", "1", "in time"),
+        ("oom-kill", "2", "memory"),
+        ("signal", "2", "signal 3"),
+    ],
+)
+def test_the_ending_is_told_in_words(result: str, code: str, said: str) -> None:
+    ending = parse_show(
+        "x", FAILED.replace("exit-code", result).replace("MainCode=1", f"MainCode={code}")
+    ).ending
+    assert said in ending and bool(said) == bool(ending)
+
+
+def test_show_reads_every_unit_in_order(stand_in: Path) -> None:
+    program(
+        stand_in, "systemctl", f"cat <<'END'\n{FAILED}\n\nId=b\nActiveState=active\nSubState=running\nEND"
+    )
+    states = Systemd(stand_in).show(["llama-coder.service", "b"])
+    assert states["llama-coder.service"].failed and states["b"].occupied
+
+
+def test_show_says_why_systemd_does_not_answer(stand_in: Path) -> None:
+    program(stand_in, "systemctl", "echo 'Failed to connect to bus' >&2; exit 1")
+    with pytest.raises(LlmboxError, match="Failed to connect to bus"):
+        Systemd(stand_in).show(["a"])
+
+
+def test_start_waits_ticks_and_tells_the_first_line(stand_in: Path) -> None:
+    program(stand_in, "systemctl", "sleep 0.5; printf '\\nJob failed.\\nSee more\\n' >&2; exit 1")
+    ticks: list[float] = []
+    said = Systemd(stand_in).start("a", timeout_s=10, on_tick=lambda: ticks.append(time.monotonic()))
+    assert said == "Job failed." and len(ticks) >= 2
+
+
+def test_start_has_a_deadline(stand_in: Path) -> None:
+    program(stand_in, "systemctl", "exec sleep 60")
+    began = time.monotonic()
+    assert "did not return" in Systemd(stand_in).start("a", timeout_s=0.3)
+    assert time.monotonic() - began < 5
+
+
+def test_an_interrupted_start_leaves_no_client_behind(stand_in: Path) -> None:
+    program(stand_in, "systemctl", f"echo $$ > {stand_in}/pid; exec sleep 60")
+
+    def interrupt() -> None:
+        if (stand_in / "pid").is_file() and (stand_in / "pid").read_text().strip():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Systemd(stand_in).start("a", timeout_s=30, on_tick=interrupt)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((stand_in / "pid").read_text()), 0)
+
+
+def test_last_lines_leave_out_health_requests(stand_in: Path) -> None:
+    program(
+        stand_in, "journalctl", "printf 'srv: done request: GET /health 127.0.0.1 503\\nerror: no model\\n'"
+    )
+    state = UnitState("a", invocation="f" * 32)
+    assert Systemd(stand_in).last_lines(state, 5) == ["error: no model"]
+    assert Systemd(stand_in).last_lines(UnitState("a"), 5) == []
+
+
+def test_meaningful_lines_keep_the_last() -> None:
+    assert meaningful(["a", "", "b", "GET /health", "c "], 2) == ["b", "c"]
+
+
+def test_journal_of_user_and_system_units() -> None:
+    user = journal_command("a.service", lines=5, follow=True, as_json=False, system=False)
+    assert "--user-unit=a.service" in user and "--follow" in user and "--lines=5" in user
+    assert "--unit=a.service" in journal_command(
+        "a.service", lines=5, follow=False, as_json=True, system=True
+    )
+
+
+def test_without_a_service_manager_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with pytest.raises(UsageError, match="sudo loginctl enable-linger"):
+        runtime_dir()
+    (tmp_path / "systemd").mkdir()
+    (tmp_path / "systemd/private").touch()
+    assert runtime_dir() == tmp_path
