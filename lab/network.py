@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,17 @@ def down(lab: Lab, claims: Claims) -> None:
 
 
 def _interface_exists(name: str) -> bool:
-    return Path("/sys/class/net", name).exists()
+    return name in {interface for _, interface in socket.if_nameindex()}
+
+
+def _forwarding_ledger() -> str:
+    """Forwarding belongs to a network namespace, so each has a ledger."""
+    return f"forwarding-{Path('/proc/self/ns/net').stat().st_ino}"
 
 
 def _borrow_forwarding(lab: Lab) -> None:
     """Switch forwarding on; the first lab writes down how it found the machine."""
-    with machine_ledger("forwarding") as ledger:
+    with machine_ledger(_forwarding_ledger()) as ledger:
         if not ledger:
             ledger.update(labs=[], before=_forwarding_values())
         if lab.name not in ledger["labs"]:
@@ -145,7 +151,7 @@ def _borrow_forwarding(lab: Lab) -> None:
 
 def _return_forwarding(lab: Lab) -> None:
     """The last lab puts forwarding back."""
-    with machine_ledger("forwarding") as ledger:
+    with machine_ledger(_forwarding_ledger()) as ledger:
         if lab.name not in ledger.get("labs", []):
             return
         if ledger["labs"] == [lab.name]:
