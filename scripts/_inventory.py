@@ -167,7 +167,7 @@ def parse_hosts(output: str) -> list[Host]:
     hosts = []
     for match in _RESULT.finditer(output):
         printed, _ = decoder.raw_decode(output, match.end())
-        value = printed["msg"]
+        value = json.loads(printed["msg"])
         hosts.append(Host(match["host"], frozenset(value["groups"]), value["variables"]))
     return hosts
 

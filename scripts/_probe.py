@@ -146,7 +146,8 @@ def builds(root: str, names: list[str]) -> dict[str, dict[str, Any]]:
         stamp = None
         if links["current"]:
             try:
-                stamp = json.loads(Path(links["current"], "release.json").read_text())
+                written = json.loads(Path(links["current"], "release.json").read_text())
+                stamp = {key: written.get(key) for key in ("commit", "cmake_options")}
             except (OSError, ValueError):
                 stamp = None
         found[name] = {**links, "release": stamp}

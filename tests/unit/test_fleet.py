@@ -1,0 +1,99 @@
+"""The fleet screen: what it makes of what a box says, and its exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import fleet
+from scripts._inventory import Host
+from scripts.fleet import Row
+
+COMMIT = "4ca1d6abe6fbc56a30072a4328cfbb554cbb5ecc"
+READY = {"active": "coder", "state": "ready", "build": "upstream", "commit": COMMIT}
+
+
+def seen(status: dict[str, Any] | None = READY, gpu: str | None = None) -> dict[str, Any]:
+    return {"disk": {"free": 5 * 2**30}, "gpu": gpu, "llm": {"status": status, "disk": {"free": 3 * 2**30}}}
+
+
+HOST = Host("box")
+
+
+def test_a_box_that_serves() -> None:
+    row = fleet.row(HOST, seen(gpu="NVIDIA GeForce RTX 4070 Ti SUPER, 14000, 16376, 61"))
+    assert row.cells() == [
+        "box", "coder", "ready", "upstream@4ca1d6abe", "RTX 4070 Ti SUPER 14000/16376 MiB 61 °C", "3.0 GiB",
+    ]  # fmt: skip
+    assert fleet.exit_code([row]) == 0
+
+
+def test_a_box_that_is_off_is_well() -> None:
+    row = fleet.row(HOST, seen({"active": None, "state": "stopped", "build": "", "commit": ""}))
+    assert row.cells()[1:5] == ["-", "stopped", "-", "-"]
+    assert fleet.exit_code([row]) == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (seen({**READY, "state": "failed"}), "lmswitch logs"),
+        (seen(None), "run site.yml"),
+        (seen(gpu="hung: timeout after 5 s"), "nvidia-smi hung"),
+        (seen(gpu="failed"), "nvidia-smi failed"),
+    ],
+)
+def test_trouble_is_named_and_gives_1(data: dict[str, Any], word: str) -> None:
+    row = fleet.row(HOST, data)
+    assert word in row.trouble
+    assert fleet.exit_code([row]) == 1
+    assert fleet.screen([row]).splitlines()[-1] == f"box: {row.trouble}"
+
+
+def test_a_box_without_models_shows_its_disk() -> None:
+    row = fleet.row(HOST, {"disk": {"free": 5 * 2**30}, "gpu": None})
+    assert row.cells() == ["box", "-", "-", "-", "-", "5.0 GiB"]
+
+
+def test_an_unreachable_box_gives_2() -> None:
+    rows = [fleet.row(HOST, seen()), Row("gone", False, trouble="no route to host")]
+    assert fleet.exit_code(rows) == 2
+    assert fleet.screen(rows).splitlines()[-1] == "gone: no route to host"
+    assert rows[1].cells()[2] == "unreachable"
+
+
+def test_pyinfra_gets_the_inventorys_key_and_pinned_host_keys() -> None:
+    data = fleet.pyinfra_data(
+        Host("box", frozenset(), {
+            "ansible_host": "192.0.2.1", "ansible_port": 2222, "ansible_user": "ops",
+            "ansible_ssh_private_key_file": "/k/id", "ansible_ssh_common_args":
+            "-F /dev/null -oUserKnownHostsFile=/k/known -oStrictHostKeyChecking=yes"})
+    )  # fmt: skip
+    assert data == {
+        "ssh_hostname": "192.0.2.1", "ssh_port": 2222, "ssh_user": "ops", "ssh_key": "/k/id",
+        "ssh_known_hosts_file": "/k/known", "ssh_strict_host_key_checking": "yes", "ssh_config_file": "/dev/null",
+    }  # fmt: skip
+    assert fleet.pyinfra_data(HOST) == {"ssh_hostname": "box", "ssh_strict_host_key_checking": "yes"}
+
+
+def test_hosts_that_do_not_answer_are_rows(root: Path, tmp_path: Path) -> None:
+    """The real thing, against a port that nothing listens on."""
+    (tmp_path / "hosts.yml").write_text(
+        "all: {hosts: {nobody: {ansible_host: 127.0.0.1, ansible_port: 9}}}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(root / "scripts/fleet.py"), "--inventory", str(tmp_path)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "unreachable" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_an_inventory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fleet.main(["--inventory", "inventory/nowhere"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
