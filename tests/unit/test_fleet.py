@@ -75,7 +75,8 @@ def test_pyinfra_gets_the_inventorys_key_and_pinned_host_keys() -> None:
     )  # fmt: skip
     assert data == {
         "ssh_hostname": "192.0.2.1", "ssh_port": 2222, "ssh_user": "ops", "ssh_key": "/k/id",
-        "ssh_known_hosts_file": "/k/known", "ssh_strict_host_key_checking": "yes", "ssh_config_file": "/dev/null",
+        "ssh_known_hosts_file": "/k/known", "ssh_strict_host_key_checking": "yes",
+        "ssh_config_file": "/dev/null",
     }  # fmt: skip
     assert fleet.pyinfra_data(HOST) == {"ssh_hostname": "box", "ssh_strict_host_key_checking": "yes"}
 

@@ -1,0 +1,69 @@
+"""The benchmark's arithmetic and its chart."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from scripts import _chart, bench
+
+RECAP = """PLAY RECAP *****
+lab-llm   : ok=21   changed=0    unreachable=0    failed=0    skipped=7    rescued=0    ignored=0
+localhost : ok=1    changed=0    unreachable=0    failed=0    skipped=0    rescued=0    ignored=0
+"""
+
+
+def test_only_tasks_that_ran_are_counted() -> None:
+    assert bench.executed(RECAP) == {"lab-llm": 21, "localhost": 1}
+
+
+def test_a_run_that_changed_something_is_no_measurement() -> None:
+    with pytest.raises(bench.NoMeasurement, match="changed lab-llm"):
+        bench.executed(RECAP.replace("changed=0", "changed=1", 1))
+    with pytest.raises(bench.NoMeasurement, match="no recap"):
+        bench.executed("")
+
+
+def test_the_stat_play_has_as_many_tasks() -> None:
+    plays = json.loads(bench.stat_playbook({"a": 3, "localhost": 1}))
+    assert [(play["hosts"], len(play["tasks"]), play["become"]) for play in plays] == [
+        ("a", 3, True),
+        ("localhost", 1, False),
+    ]
+
+
+def test_a_process_tree_has_all_descendants_and_nobody_else() -> None:
+    assert sorted(bench.tree(10, {11: 10, 12: 11, 13: 1, 10: 1, 14: 12})) == [10, 11, 12, 14]
+
+
+def test_the_page_says_what_was_measured_and_whether_the_bars_were_met() -> None:
+    series = bench.Series(
+        {bench.SITE: [10.0, 12.0, 11.0], bench.STAT: [5.0, 5.0, 5.0], bench.PING: [1.0, 1.0, 1.0]}
+    )
+    text = bench.page(
+        series, {"a": 3}, bench.Memory(200_000_000, 100_000_000, 9), where="here", revision="abc", day="d"
+    )
+    assert "| site.yml, nothing to do | 10.0 s | 11.0 s | 12.0 s | 2.20 |" in text
+    assert "2.20 x | **not met**" in text
+    assert "11.0 s | met" in text
+    assert "200 MB RSS, 100 MB PSS | met" in text
+
+
+def test_the_chart_is_svg_with_one_bar_each() -> None:
+    bars = [_chart.Bar("a & b", 1, 2, 4), _chart.Bar("c", 1, 1, 1)]
+    tree = ET.fromstring(_chart.bar_chart("t", "s", bars))  # noqa: S314  the chart is our own
+    widths = [float(item.get("width", 0)) for item in tree.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert len(widths) == 2
+    assert widths[0] == pytest.approx(2 * widths[1], abs=0.2)
+    with pytest.raises(ValueError, match="positive"):
+        _chart.bar_chart("t", "s", [])
+
+
+def test_memory_of_a_process_is_read() -> None:
+    import os
+
+    rss, pss = bench.sizes(os.getpid())
+    assert rss >= pss > 1_000_000
+    assert bench.sizes(2**22 + 1) == (0, 0)
