@@ -35,7 +35,8 @@ STAMP = "release.json"
 HELP = "help.txt"
 _TAIL_LINES = 400
 _BUILD_TAG = re.compile(r"^(?P<commit>[0-9a-f]{40})\trefs/tags/b(?P<number>\d{1,9})(\^\{\})?$", re.MULTILINE)
-_VERSION_COMMIT = re.compile(r"\((?P<commit>[0-9a-f]{7,40})\)")
+# "version: 1 (83e5675)" in one tree, "version: 0.5.0-dev (build 1, commit 83e5675)" in the other
+_VERSION_COMMIT = re.compile(r"[( ](?P<commit>[0-9a-f]{7,40})\)")
 _ERROR_LINE = re.compile(r"(?i)(\berror\b|\bfatal\b|undefined reference|no space left|killed signal)")
 
 
