@@ -1,7 +1,8 @@
 """Check the data of every host of a group before any host is contacted.
 
-Prints one line: `refused: <file>:<line>: <key> = <value>: <what is wrong, the limit>; fix: <fix> (+N more)`; with -v a line
-for each further problem. Nothing but files of the inventory is read, and no connection is opened.
+Prints one line, with -v one for each further problem:
+`refused: <file>:<line>: <key> = <value>: <what is wrong, the limit>; fix: <fix> (+N more)`.
+Nothing but files of the inventory is read, and no connection is opened.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ansible import constants, context
-from ansible.errors import AnsibleError
-from ansible.inventory.helpers import sort_groups
-from ansible.plugins.action import ActionBase
-from ansible.template import Templar
-from ansible.utils.display import Display
+from ansible import constants, context  # type: ignore[import-untyped]
+from ansible.errors import AnsibleError  # type: ignore[import-untyped]
+from ansible.inventory.helpers import sort_groups  # type: ignore[import-untyped]
+from ansible.plugins.action import ActionBase  # type: ignore[import-untyped]
+from ansible.template import Templar  # type: ignore[import-untyped]
+from ansible.utils.display import Display  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
 
@@ -51,7 +52,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         variables = task_vars or {}
         hosts = list(variables["groups"].get(self._task.args.get("group", "llama_hosts"), []))
         self._documents: dict[Path, Document] = {}
-        lines = list(dict.fromkeys(line for host in hosts for line in self._refusals(host, variables["hostvars"])))
+        lines = list(
+            dict.fromkeys(line for host in hosts for line in self._refusals(host, variables["hostvars"]))
+        )
         result.update(changed=False, hosts=hosts)
         if lines:
             more = f" (+{len(lines) - 1} more)" if len(lines) > 1 else ""
@@ -71,10 +74,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             yield from (found.problem.line(f"{_shown(file)}:{found.line}") for file, found in broken)
             return
         for file in files:
-            for key, line in self._document(file).keys():
+            for key, line in self._document(file).variables():
                 meant = misspelt(key, DATA)
                 if meant:
-                    problem = Problem((key,), "…", "is no variable of any role here", f"did you mean '{meant}'?")
+                    problem = Problem(
+                        (key,), "…", "is no variable of any role here", f"did you mean '{meant}'?"
+                    )
                     yield problem.line(f"{_shown(file)}:{line}")
         try:
             data = self._data(hostvars.raw_get(host))
@@ -104,7 +109,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         inventory = hostvars._inventory
         entry = inventory.get_host(host)
         groups = [group.name for group in sort_groups(entry.get_groups()) if group.name != "all"]
-        sources = [Path(source) for source in inventory._sources if "," not in source or Path(source).exists()]
+        sources = [
+            Path(source) for source in inventory._sources if "," not in source or Path(source).exists()
+        ]
         beside_inventory = [source if source.is_dir() else source.parent for source in sources]
         folders = [*dict.fromkeys(beside_inventory), Path(self._loader.get_basedir())]
         for names, kind in ((["all"], "group_vars"), (groups, "group_vars"), ([host], "host_vars")):
@@ -119,7 +126,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         return self._documents[file]
 
     def _line(self, problem: Problem, files: list[Path], host: str, hostvars: Any) -> str:
-        """The refusal, with the file and line where the value stands and the inventory's own name in commands."""
+        """The refusal, with file and line of the value, and this inventory's name in commands."""
         inventory = _shown(Path(hostvars._inventory._sources[0]))
         fix = problem.fix.replace(LOCK_COMMAND, LOCK_COMMAND.replace("DIR", inventory))
         located = Problem(problem.path, problem.value, problem.message, fix)
@@ -134,13 +141,18 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
 
 def _resolve(value: Any, path: tuple[str, ...], templar: Any) -> Any:
-    """`value` as plain data, templates resolved one by one so that a failing one is named. Raises UnreadableError."""
+    """`value` as plain data, its templates resolved one by one. Raises UnreadableError, naming the key."""
     if isinstance(value, str) and ("{{" in value or "{%" in value):
         try:
             resolved = templar.template(value)
         except Exception as error:
             words = redact(" ".join(str(getattr(error, "message", error)).split()))
-            problem = Problem(path, str(value), f"cannot be worked out: {words}", "define what it names, or write the value itself")
+            problem = Problem(
+                path,
+                str(value),
+                f"cannot be worked out: {words}",
+                "define what it names, or write the value itself",
+            )
             raise UnreadableError(problem) from error
         return scalar(resolved) if isinstance(resolved, str) else _resolve(resolved, path, templar)
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """Filters over the inventory's data: thin wrappers of llama_common, so that roles derive nothing in Jinja.
 
-`vars` is a dict of llama_cpp_builds, gguf_models, llama_presets and, where they are set, llama_lock, llama_presets_listen and
-llama_presets_foreign_units.
+`variables` is a dict of llama_cpp_builds, gguf_models, llama_presets and, where they are set, llama_lock,
+llama_presets_listen and llama_presets_foreign_units.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible.errors import AnsibleFilterError
+from ansible.errors import AnsibleFilterError  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
 

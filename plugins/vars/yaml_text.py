@@ -1,4 +1,4 @@
-"""Refuse broken YAML in variable files with one line that names file and line: Ansible's own message names neither.
+"""Refuse broken YAML in variable files in one line that names the file: Ansible's own message does not.
 
 It runs before Ansible's own reader of group_vars and host_vars, in every play, and defines no variables.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from ansible.errors import AnsibleParserError
-from ansible.inventory.group import InventoryObjectType
-from ansible.plugins.vars import BaseVarsPlugin
+from ansible.errors import AnsibleParserError  # type: ignore[import-untyped]
+from ansible.inventory.group import InventoryObjectType  # type: ignore[import-untyped]
+from ansible.plugins.vars import BaseVarsPlugin  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
 
@@ -28,7 +28,7 @@ class VarsModule(BaseVarsPlugin):  # type: ignore[misc]
     """Reads each file once; defines nothing."""
 
     is_stateless = True
-    _checked: set[str] = set()
+    _checked: ClassVar[set[str]] = set()
 
     def get_vars(self, loader: Any, path: str, entities: Any, cache: bool = True) -> dict[str, Any]:
         """No variables. Raises AnsibleParserError for the first broken file."""

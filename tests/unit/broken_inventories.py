@@ -1,7 +1,7 @@
 """One sound inventory and every way to break it that must be refused, as data.
 
-Unit tests load each case with the data model; tests/lab/test_validate_playbook.py writes each to disk and runs the real
-playbook on it. An edit names its place as `file: key.key`, where file is a short name of FILES.
+Unit tests load each case with the data model; tests/lab/test_validate_playbook.py writes each to disk and
+runs the real playbook on it. An edit names its place as `file: key.key`, where file is a short name of FILES.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Case:
 
 
 def inventory(case: Case | None = None) -> Files:
-    """The sound inventory, with the edit of a case applied. A file's content is data, or text where the text is the point."""
+    """The sound inventory, a case's edit applied. A file is data, or text where the text is the point."""
     files = copy.deepcopy(SOUND)
     if case is not None:
         case.edit(files)
@@ -246,7 +246,7 @@ def both(*edits: Callable[[Files], None]) -> Callable[[Files], None]:
     return edit
 
 
-def renamed(place: str, name: str, file: str = "presets") -> Callable[[Files], None]:
+def renamed(place: str, name: object, file: str = "presets") -> Callable[[Files], None]:
     """An edit that gives a mapping's entry another name."""
 
     def edit(files: Files) -> None:

@@ -9,7 +9,8 @@ from llama_common.presets import Preset
 from llama_common.problems import InventoryError, Problem
 
 SOCKET_PORT = 8080
-"""--port is given with a socket too: the default has changed before, and binding asks for a number other than 0."""
+"""--port is given with a socket too: the default has changed before, and binding
+asks for a number other than 0."""
 
 
 def command_line(
@@ -30,23 +31,32 @@ def command_line(
     address = Address.parse(listen)
     command = [
         binary,
-        "--model", model_path,
-        "--alias", name,
-        "--host", address.host,
-        "--port", str(address.port or SOCKET_PORT),
-        "--ctx-size", str(preset.context),
-        "--parallel", str(preset.parallel),
-        "--n-gpu-layers", str(preset.n_gpu_layers),
-        "--cache-type-k", preset.kv_cache_type,
-        "--cache-type-v", preset.kv_cache_type,
-    ]  # fmt: skip
+        "--model",
+        model_path,
+        "--alias",
+        name,
+        "--host",
+        address.host,
+        "--port",
+        str(address.port or SOCKET_PORT),
+        "--ctx-size",
+        str(preset.context),
+        "--parallel",
+        str(preset.parallel),
+        "--n-gpu-layers",
+        str(preset.n_gpu_layers),
+        "--cache-type-k",
+        preset.kv_cache_type,
+        "--cache-type-v",
+        preset.kv_cache_type,
+    ]
     if preset.threads is not None:
         command += ["--threads", str(preset.threads)]
     if preset.n_cpu_moe:
         _need(dialect, "--n-cpu-moe", name, preset, "n_cpu_moe", "use a newer build, or write n_cpu_moe: 0")
         command += ["--n-cpu-moe", str(preset.n_cpu_moe)]
     command += _flash_attention(preset, dialect)
-    # Left on, it would shrink the context to what fits and let the server start with less than the preset promises.
+    # Left on, it would shrink the context to what fits: the server would start with less than promised.
     if dialect.knows("--fit"):
         command += ["--fit", "off"]
     jinja = "--jinja" if preset.jinja else "--no-jinja"
@@ -76,12 +86,16 @@ def _draft(path: str, name: str, preset: Preset, dialect: Dialect) -> list[str]:
     """The draft model as this dialect names it."""
     model = dialect.first_known("--spec-draft-model", "--model-draft")
     if model is None:
-        raise _unsupported("--spec-draft-model", name, "draft", preset.draft, "use a newer build, or write draft: none")
+        raise _unsupported(
+            "--spec-draft-model", name, "draft", preset.draft, "use a newer build, or write draft: none"
+        )
     layers = dialect.first_known("--spec-draft-ngl", "--n-gpu-layers-draft", "--gpu-layers-draft")
     command = [model, path]
     if layers:
         command += [layers, str(preset.n_gpu_layers)]
-    if dialect.knows("--spec-type") and not any(normalize(item) == "--spec-type" for item in preset.extra_args):
+    if dialect.knows("--spec-type") and not any(
+        normalize(item) == "--spec-type" for item in preset.extra_args
+    ):
         command += ["--spec-type", "draft-simple"]
     return command
 
@@ -100,15 +114,40 @@ def _check_extra_args(name: str, preset: Preset, dialect: Dialect) -> None:
         values = dialect.values(flag)
         index += 1 + values
         if not is_flag(item):
-            problems.append(Problem(path, item, "is a value without a flag before it", "remove it, or write its flag before it"))
+            problems.append(
+                Problem(
+                    path,
+                    item,
+                    "is a value without a flag before it",
+                    "remove it, or write its flag before it",
+                )
+            )
         elif flag in dialect.removed:
-            problems.append(Problem(path, item, f"llama-server of {preset.build}: {dialect.removed[flag]}", "write what it says"))
+            problems.append(
+                Problem(
+                    path,
+                    item,
+                    f"llama-server of {preset.build}: {dialect.removed[flag]}",
+                    "write what it says",
+                )
+            )
         elif not dialect.knows(flag):
             guess = dialect.closest(flag)
             fix = f"did you mean {guess}?" if guess else "remove it, or use another build"
-            problems.append(Problem(path, item, f"llama-server of the build {preset.build} does not know {flag}", fix))
-        elif len(items) < index or any(is_flag(value) and dialect.knows(normalize(value)) for value in items[index - values : index]):
-            problems.append(Problem(path, item, f"{flag} needs {values} value(s): {dialect.hints[flag]}", "write the value as the next item"))
+            problems.append(
+                Problem(path, item, f"llama-server of the build {preset.build} does not know {flag}", fix)
+            )
+        elif len(items) < index or any(
+            is_flag(value) and dialect.knows(normalize(value)) for value in items[index - values : index]
+        ):
+            problems.append(
+                Problem(
+                    path,
+                    item,
+                    f"{flag} needs {values} value(s): {dialect.hints[flag]}",
+                    "write the value as the next item",
+                )
+            )
     if problems:
         raise InventoryError(problems)
 
@@ -120,5 +159,12 @@ def _need(dialect: Dialect, flag: str, name: str, preset: Preset, key: str, fix:
 
 def _unsupported(flag: str, name: str, key: str, value: object, fix: str, build: str = "") -> InventoryError:
     return InventoryError(
-        [Problem(("llama_presets", name, key), value, f"llama-server of the build {build} does not know {flag}".replace("  ", " "), fix)]
+        [
+            Problem(
+                ("llama_presets", name, key),
+                value,
+                f"llama-server of the build {build} does not know {flag}".replace("  ", " "),
+                fix,
+            )
+        ]
     )

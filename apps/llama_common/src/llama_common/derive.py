@@ -19,19 +19,25 @@ def unit_name(preset: str) -> str:
 
 
 def builds_plan(config: HostConfig) -> dict[str, dict[str, Any]]:
-    """What to build: `{name: {"repo", "commit", "cmake_options": {NAME: text}}}`; true and false are ON and OFF."""
+    """What to build: `{name: {"repo", "commit", "cmake_options": {NAME: text}}}`; true is ON, false OFF."""
     return {
         name: {
             "repo": build.repo,
             "commit": config.commit(name),
-            "cmake_options": {option: _cmake_text(value) for option, value in sorted(build.cmake_options.items())},
+            "cmake_options": {
+                option: _cmake_text(value) for option, value in sorted(build.cmake_options.items())
+            },
         }
         for name, build in config.llama_cpp_builds.items()
     }
 
 
 def models_plan(config: HostConfig) -> list[dict[str, Any]]:
-    """What to install: `[{"name", "used_by": [presets], "files": [{"file", "url", "path", "sha256", "size"}]}]`, sizes in bytes."""
+    """What to install, sizes in bytes.
+
+    `[{"name", "used_by": [presets], "files": [{"file", "url", "path", "sha256", "size"}]}]`; the first file
+    is the one that llama-server is given.
+    """
     used_by: dict[str, list[str]] = {name: [] for name in config.gguf_models}
     for preset in config.llama_presets:
         for model in config.models_of(preset):
@@ -50,10 +56,12 @@ def presets_plan(
     listen: str | None = None,
     dialects: Mapping[str, str | None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Everything about every preset: its keys and unit, command, listen, health_url, model_path, draft_path, conflicts, after.
+    """Everything about every preset: its own keys, and
 
-    `listen` is where user presets without a place of their own listen; `dialects` holds the --help text of each build's
-    llama-server, where it is known. Raises InventoryError when a binary lacks what its preset needs.
+    unit, command (argv), listen, health_url (base URL), model_path, draft_path, conflicts, after, commit,
+    context_per_slot. `listen` is where user presets without a place of their own listen; `dialects` holds the
+    --help text of each build's llama-server, where it is known. Raises InventoryError when a binary lacks
+    what its preset needs.
     """
     users = sorted(name for name, preset in config.llama_presets.items() if preset.scope == "user")
     foreign = list(config.llama_presets_foreign_units)
@@ -80,7 +88,9 @@ def presets_plan(
             "health_url": Address.parse(place).base_url,
             "model_path": paths[0],
             "draft_path": paths[1] if len(paths) > 1 else None,
-            "conflicts": [*(unit_name(other) for other in users if other != name), *foreign] if exclusive else [],
+            "conflicts": [*(unit_name(other) for other in users if other != name), *foreign]
+            if exclusive
+            else [],
             "after": [*(unit_name(other) for other in users if other < name), *foreign] if exclusive else [],
         }
     return plan

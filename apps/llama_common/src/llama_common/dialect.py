@@ -17,7 +17,7 @@ _TWO_VALUES: Final = re.compile(r"[A-Z]+ [A-Z]+")
 
 @dataclass(frozen=True)
 class Dialect:
-    """The flags of one binary. `hints` maps each spelling to its value hint (`N`, `[on|off|auto]`), empty for a switch.
+    """The flags of one binary. `hints` maps a spelling to its value hint (`N`, `[on|off]`), '' for a switch.
 
     `removed` holds flags that the help still lists only to say that they are gone, with what it says instead.
     """
@@ -44,7 +44,9 @@ class Dialect:
                         hints[flag] = hint
                 entry = None
             if head:
-                hint, _, description = head["rest"].strip().partition("  ") if head["rest"].startswith(" ") else ("", "", "")
+                hint, _, description = (
+                    head["rest"].strip().partition("  ") if head["rest"].startswith(" ") else ("", "", "")
+                )
                 if _HELP_COLUMN.match(head["rest"]):
                     hint, description = "", head["rest"].strip()
                 entry = (head["flags"].replace(",", " ").split(), hint.strip(), [description.strip()])

@@ -1,4 +1,4 @@
-"""Types of single values: what a name, a path, a URL or a checksum may look like, with the reason for people and editors."""
+"""Types of single values: what a name, a path, a URL or a checksum may look like, and how to mend one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_SOCKET_PATH_BYTES: Final = 107
 """sizeof(sockaddr_un.sun_path) is 108 with the closing NUL."""
+
+CONTEXT_STEP: Final = 256
+"""llama.cpp rounds the context of a slot up to a multiple of this (src/llama-context.cpp)."""
+
+AGENT_CONTEXT_FLOOR: Final = 32768
+"""Tokens a coding agent needs in one slot: its system prompt and its tools alone fill 20 to 25 thousand."""
 
 KV_CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 """What llama-server takes for --cache-type-k and -v (common/arg.cpp, kv_cache_types, b11434)."""
@@ -45,7 +51,9 @@ class Text:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self.check, core_schema.str_schema(strict=True))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         return {"type": "string", "pattern": f"^{self.pattern}$", "maxLength": self.max_length}
 
     def check(self, value: str) -> str:
@@ -63,8 +71,8 @@ def refuse_control_characters(value: str) -> None:
     for position, character in enumerate(value):
         if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
             raise refuse(
-                f"has the control character U+{ord(character):04X} at position {position + 1}; only printable text on one "
-                "line is allowed",
+                f"has the control character U+{ord(character):04X} at position {position + 1}; "
+                "only printable text on one line is allowed",
                 "remove it (a plain one-line YAML string, no | or > block)",
             )
 
@@ -89,9 +97,15 @@ ModelName = Annotated[
 ]
 Alias = Annotated[
     str,
-    Text(r"[a-z0-9][a-z0-9-]{0,15}", "an alias of 1 to 16 characters: a-z, 0-9 and -", "shorten it, for example c"),
+    Text(
+        r"[a-z0-9][a-z0-9-]{0,15}",
+        "an alias of 1 to 16 characters: a-z, 0-9 and -",
+        "shorten it, for example c",
+    ),
 ]
-Description = Annotated[str, Text(r"\S(?:.*\S)?", "a text without blanks at its ends", "write one line", max_length=120)]
+Description = Annotated[
+    str, Text(r"\S(?:.*\S)?", "a text without blanks at its ends", "write one line", max_length=120)
+]
 Commit = Annotated[
     str,
     Text(
@@ -136,13 +150,15 @@ def check_file_name(value: str) -> str:
     refuse_control_characters(value)
     if "/" in value or "\\" in value or value in (".", ".."):
         raise refuse(
-            "must be a plain file name: no folder, no '..', no absolute path", "write the last part only; `path:` takes a local file"
+            "must be a plain file name: no folder, no '..', no absolute path",
+            "write the last part only; `path:` takes a local file",
         )
     if len(value.encode()) > 200:
         raise refuse(f"{len(value.encode())} bytes; at most 200 are allowed", "shorten the file name")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*\.gguf", value):
         raise refuse(
-            "must be a file name of letters, digits, '.', '_', '+' and '-' that ends in .gguf", "rename it, for example model-Q4_K_M.gguf"
+            "must be a file name of letters, digits, '.', '_', '+' and '-' that ends in .gguf",
+            "rename it, for example model-Q4_K_M.gguf",
         )
     return value
 
@@ -152,7 +168,10 @@ def _hub_file(value: str) -> str:
     refuse_control_characters(value)
     folders = value.split("/")
     if any(part in ("", ".", "..") for part in folders):
-        raise refuse("must be a path inside the repository: no '..', no leading or double slash", "write it as the hub lists it")
+        raise refuse(
+            "must be a path inside the repository: no '..', no leading or double slash",
+            "write it as the hub lists it",
+        )
     for folder in folders[:-1]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", folder):
             raise refuse("has a folder name with odd characters", "write it as the hub lists it")
@@ -165,9 +184,14 @@ def _local_path(value: str) -> str:
     refuse_control_characters(value)
     parts = value.split("/")
     if not value.startswith("/") or ".." in parts or value.endswith("/"):
-        raise refuse("must be an absolute path of a file, without '..'", "write it from /, for example /srv/models/model.gguf")
+        raise refuse(
+            "must be an absolute path of a file, without '..'",
+            "write it from /, for example /srv/models/model.gguf",
+        )
     if len(value.encode()) > 1024:
-        raise refuse(f"{len(value.encode())} bytes; at most 1024 are allowed", "move the file to a shorter path")
+        raise refuse(
+            f"{len(value.encode())} bytes; at most 1024 are allowed", "move the file to a shorter path"
+        )
     return value
 
 
@@ -181,9 +205,15 @@ def _url(value: str, schemes: tuple[str, ...], example: str) -> str:
     except ValueError as error:
         raise refuse(f"is not a URL ({error})", f"write it like {example}") from error
     if parts.scheme not in schemes:
-        raise refuse(f"must be a URL that begins with {' or '.join(f'{scheme}://' for scheme in schemes)}", f"write it like {example}")
+        raise refuse(
+            f"must be a URL that begins with {' or '.join(f'{scheme}://' for scheme in schemes)}",
+            f"write it like {example}",
+        )
     if parts.password is not None or (parts.username is not None and parts.scheme != "ssh"):
-        raise refuse("carries a user name or password, which would be stored in plain text", "remove what stands before the @")
+        raise refuse(
+            "carries a user name or password, which would be stored in plain text",
+            "remove what stands before the @",
+        )
     if parts.scheme != "file" and not host:
         raise refuse("names no host", f"write it like {example}")
     return value
@@ -210,14 +240,20 @@ class Checked:
     pattern: str | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.function, core_schema.str_schema(strict=True))
+        return core_schema.no_info_after_validator_function(
+            self.function, core_schema.str_schema(strict=True)
+        )
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         return {"type": "string"} | ({"pattern": self.pattern} if self.pattern else {})
 
 
 FileName = Annotated[str, Checked(check_file_name, r"^[A-Za-z0-9][A-Za-z0-9._+-]*\.gguf$")]
-HubFile = Annotated[str, Checked(_hub_file, r"^([A-Za-z0-9][A-Za-z0-9._+-]*/)*[A-Za-z0-9][A-Za-z0-9._+-]*\.gguf$")]
+HubFile = Annotated[
+    str, Checked(_hub_file, r"^([A-Za-z0-9][A-Za-z0-9._+-]*/)*[A-Za-z0-9][A-Za-z0-9._+-]*\.gguf$")
+]
 LocalPath = Annotated[str, Checked(_local_path, "^/")]
 DownloadUrl = Annotated[str, Checked(_download_url, "^https?://|\\{\\{")]
 RepoUrl = Annotated[str, Checked(_repo_url, "^(https?|git|ssh|file)://|\\{\\{")]
@@ -279,11 +315,13 @@ def _socket_path(path: str) -> str:
     size = len(path.encode())
     if size > MAX_SOCKET_PATH_BYTES:
         raise refuse(
-            f"{size} bytes; the path of a UNIX socket has at most {MAX_SOCKET_PATH_BYTES}", "use a shorter folder, for example under /run"
+            f"{size} bytes; the path of a UNIX socket has at most {MAX_SOCKET_PATH_BYTES}",
+            "use a shorter folder, for example under /run",
         )
     if not path.endswith(".sock") or ".." in path.split("/") or not re.fullmatch(r"[A-Za-z0-9._/+-]+", path):
         raise refuse(
-            "must be the absolute path of a socket that ends in .sock, without '..' and blanks", "write it like /run/llama/vision.sock"
+            "must be the absolute path of a socket that ends in .sock, without '..' and blanks",
+            "write it like /run/llama/vision.sock",
         )
     return path
 
@@ -305,14 +343,17 @@ def _foreign_unit(value: object) -> str:
             name = str(value.get("name", "NAME.service"))
             raise refuse(
                 "a user unit cannot conflict with a system unit: systemd keeps the two managers apart",
-                f"run {name} as a user unit of the same account and write its plain name, or stop it: systemctl disable --now {name}",
+                f"run {name} as a user unit of the same account and write its plain name, or stop it: "
+                f"systemctl disable --now {name}",
             )
         raise refuse("must be the plain name of a user unit", "write it like lmstudio.service")
     if not isinstance(value, str):
         raise refuse(f"must be text, not {type(value).__name__}", "write it like lmstudio.service")
     refuse_control_characters(value)
     if len(value) > 200 or not _FOREIGN_UNIT.fullmatch(value):
-        raise refuse("must be the name of a user unit that ends in .service", "write it like lmstudio.service")
+        raise refuse(
+            "must be the name of a user unit that ends in .service", "write it like lmstudio.service"
+        )
     return value
 
 
@@ -323,7 +364,9 @@ class _ForeignUnit:
             _foreign_unit, serialization=core_schema.to_string_ser_schema()
         )
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         return {"type": "string", "pattern": r"^[A-Za-z0-9].*\.service$"}
 
 
@@ -345,11 +388,15 @@ def _cmake_value(value: object) -> bool | int | str:
     if isinstance(value, bool | int):
         return value
     if not isinstance(value, str):
-        raise refuse(f"must be true, false, a number or text, not {type(value).__name__}", 'write it like true or "89;120"')
+        raise refuse(
+            f"must be true, false, a number or text, not {type(value).__name__}",
+            'write it like true or "89;120"',
+        )
     refuse_control_characters(value)
     if len(value) > 256 or not _CMAKE_VALUE.fullmatch(value):
         raise refuse(
-            "has characters other than letters, digits, blanks and _.,;:=+/@- (at most 256)", "remove quotes, $, backslashes and the like"
+            "has characters other than letters, digits, blanks and _.,;:=+/@- (at most 256)",
+            "remove quotes, $, backslashes and the like",
         )
     return value
 
@@ -359,7 +406,9 @@ class _CmakeValue:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(_cmake_value)
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         return {"type": ["boolean", "integer", "string"]}
 
 

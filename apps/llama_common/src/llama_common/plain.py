@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """`value` rebuilt of dict, list, str, bool, int and float: Ansible's tagged and lazy types are subclasses of them."""
+    """`value` rebuilt of dict, list, str, int, float and bool: Ansible's tagged types are subclasses."""
     if isinstance(value, Mapping):
         return {scalar(key): plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple):

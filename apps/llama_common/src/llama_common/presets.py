@@ -1,17 +1,19 @@
 """The one model of the inventory's data: builds, GGUF models, presets and the lock, for one host.
 
-`HostConfig.load` is the only way in. It refuses data with `InventoryError`, whose problems name key, value, limit and fix.
+`HostConfig.load` is the only way in. It refuses data with `InventoryError`, whose problems name key,
+value, limit and fix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llama_common import rules
 from llama_common.fields import (
+    CONTEXT_STEP,
     KV_CACHE_TYPES,
     Address,
     Alias,
@@ -39,12 +41,6 @@ from llama_common.fields import (
 from llama_common.problems import InventoryError
 from llama_common.translate import problems_of
 
-CONTEXT_STEP = 256
-"""llama.cpp rounds the context of a slot up to a multiple of this (src/llama-context.cpp)."""
-
-AGENT_CONTEXT_FLOOR = 32768
-"""Tokens a coding agent needs in one slot: its system prompt and tools alone fill 20-25 thousand."""
-
 MAX_CONTEXT = 1_048_576
 MAX_FILE_BYTES = 2**42
 DEFAULT_LISTEN = "0.0.0.0:1234"
@@ -58,12 +54,16 @@ class Build(_Strict):
     """One llama.cpp checkout with one CMake configuration."""
 
     repo: RepoUrl = Field(description="URL of the git repository.")
-    commit: Commit | None = Field(None, description="The whole commit, 40 hexadecimal digits. Either this or `ref`.")
+    commit: Commit | None = Field(
+        None, description="The whole commit, 40 hexadecimal digits. Either this or `ref`."
+    )
     ref: GitRef | None = Field(
-        None, description="A tag or branch; its commit comes from the lock file that scripts/lock_models.py writes."
+        None,
+        description="A tag or branch; its commit comes from the lock that scripts/lock_models.py writes.",
     )
     cmake_options: dict[CmakeName, CmakeValue] = Field(
-        default_factory=dict, description="CMake variables, for example GGML_CUDA: true; true and false become ON and OFF."
+        default_factory=dict,
+        description="CMake variables, for example GGML_CUDA: true; true and false become ON and OFF.",
     )
 
 
@@ -75,7 +75,9 @@ class HubSource(_Strict):
         description="The file, or all parts of a split model in order: x-00001-of-00002.gguf, ..."
     )
     revision: GitRef = Field("main", description="Branch, tag or whole commit.")
-    endpoint: Endpoint = Field("https://huggingface.co", description="Address of the hub or of a mirror of it.")
+    endpoint: Endpoint = Field(
+        "https://huggingface.co", description="Address of the hub or of a mirror of it."
+    )
 
     @property
     def files(self) -> list[str]:
@@ -83,39 +85,57 @@ class HubSource(_Strict):
         return self.file if isinstance(self.file, list) else [self.file]
 
 
-class ModelPart(_Strict):
-    """One file of a split model."""
+class _FileSource(_Strict):
+    """Where a file comes from, and its name on disk."""
 
-    url: DownloadUrl | None = Field(None, description="Where it is downloaded from (http or https). Either this or `path`.")
+    url: DownloadUrl | None = Field(None, description="Where it is downloaded from (http or https).")
     path: LocalPath | None = Field(None, description="A file that is already on the host.")
-    file: FileName | None = Field(None, description="Name on disk; default: the last part of `url` or `path`.")
+    file: FileName | None = Field(None, description="Name on disk; default: the last part of the source.")
+
+    @property
+    def disk_name(self) -> str:
+        """The name on disk; empty when neither file, url nor path gives one."""
+        if self.file:
+            return self.file
+        return url_file_name(self.url) if self.url else (self.path or "").rpartition("/")[2]
+
+
+class ModelPart(_FileSource):
+    """One file of a split model, from exactly one of url and path."""
+
     sha256: Sha256 = Field(description="SHA-256 of the file, 64 hexadecimal digits.")
     size: int = Field(ge=1, le=MAX_FILE_BYTES, description="Size in bytes.")
 
 
-class GgufModel(_Strict):
-    """One model. Exactly one of url, path, hf and files says where it comes from."""
+class GgufModel(_FileSource):
+    """One model, from exactly one of url, path, hf and files."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": [source]} for source in ("url", "path", "hf", "files")]}
     )
 
-    url: DownloadUrl | None = Field(None, description="Where it is downloaded from (http or https); needs sha256 and size.")
-    path: LocalPath | None = Field(None, description="A file that is already on the host; needs sha256 and size.")
-    hf: HubSource | None = Field(None, description="Files of a Hugging Face repository, pinned by the lock file.")
-    files: list[ModelPart] | None = Field(
-        None, min_length=2, max_length=99, description="The parts of a split model, in order: x-00001-of-00003.gguf, ..."
+    hf: HubSource | None = Field(
+        None, description="Files of a Hugging Face repository, pinned by the lock file."
     )
-    file: FileName | None = Field(None, description="Name on disk; default: the last part of the source.")
-    sha256: Sha256 | None = Field(None, description="SHA-256 of the file, 64 hexadecimal digits.")
-    size: int | None = Field(None, ge=1, le=MAX_FILE_BYTES, description="Size in bytes.")
+    files: list[ModelPart] | None = Field(
+        None,
+        min_length=2,
+        max_length=99,
+        description="The parts of a split model, in order: x-00001-of-00003.gguf, ...",
+    )
+    sha256: Sha256 | None = Field(
+        None, description="SHA-256 of the file, 64 hexadecimal digits; with url and path."
+    )
+    size: int | None = Field(None, ge=1, le=MAX_FILE_BYTES, description="Size in bytes; with url and path.")
 
 
 class Speed(_Strict):
     """What a throughput should be and must not fall under, in tokens per second."""
 
     target: float = Field(gt=0, le=1_000_000, description="Expected tokens per second.")
-    floor: float | None = Field(None, gt=0, le=1_000_000, description="Verification fails under this many tokens per second.")
+    floor: float | None = Field(
+        None, gt=0, le=1_000_000, description="Verification fails under this many tokens per second."
+    )
 
 
 class Expect(_Strict):
@@ -133,33 +153,52 @@ class Preset(_Strict):
     model: ModelName = Field(description="Key of gguf_models.")
     draft: ModelName = Field(
         "none",
-        description="Draft model for speculative decoding: none, auto (none until a measured choice exists), or a key of gguf_models.",
+        description="Draft model for speculative decoding: none, auto (none until a measured choice exists), "
+        "or a key of gguf_models.",
     )
-    aliases: list[Alias] = Field(default_factory=list, max_length=8, description="Short names for lmswitch, unique on the host.")
+    aliases: list[Alias] = Field(
+        default_factory=list, max_length=8, description="Short names for lmswitch, unique on the host."
+    )
     context: int = Field(
         ge=CONTEXT_STEP,
         le=MAX_CONTEXT,
         json_schema_extra={"multipleOf": CONTEXT_STEP},
-        description="Context in tokens over all slots, a multiple of 256; an agent's slot needs at least 32768.",
+        description="Context in tokens over all slots, a multiple of 256; an agent's slot needs 32768.",
     )
     kv_cache_type: Literal[KV_CACHE_TYPES] = Field(  # type: ignore[valid-type]
-        description="Type of the KV cache, for K and V alike: different types fall back to a path many times slower."
+        description="Type of the KV cache, for K and V alike: different types take a path many times slower."
     )
-    n_gpu_layers: int = Field(99, ge=0, le=999, description="Layers on the GPU; 99 means all of today's models, 0 none.")
-    n_cpu_moe: int = Field(0, ge=0, le=999, description="Layers whose expert weights stay in main memory (MoE models).")
-    threads: int | None = Field(None, ge=1, le=512, description="CPU threads for generation; left out, llama-server chooses.")
+    n_gpu_layers: int = Field(
+        99, ge=0, le=999, description="Layers on the GPU; 99 means all of today's models, 0 none."
+    )
+    n_cpu_moe: int = Field(
+        0, ge=0, le=999, description="Layers whose expert weights stay in main memory (MoE models)."
+    )
+    threads: int | None = Field(
+        None, ge=1, le=512, description="CPU threads for generation; left out, llama-server chooses."
+    )
     flash_attention: bool = Field(True, description="Flash attention; a quantized KV cache needs it.")
-    parallel: int = Field(1, ge=1, le=64, description="Slots: requests answered at the same time; they share the context.")
-    agent: bool = Field(True, description="Whether coding agents use it: each slot then needs 32768 tokens of context and jinja.")
+    parallel: int = Field(
+        1, ge=1, le=64, description="Slots: requests answered at the same time; they share the context."
+    )
+    agent: bool = Field(
+        True,
+        description="Whether coding agents use it: each slot then needs 32768 tokens of context and jinja.",
+    )
     jinja: bool = Field(True, description="Use the model's own chat template; tool calls need it.")
     extra_args: list[ExtraArgument] = Field(
-        default_factory=list, max_length=64, description="Further llama-server arguments, one per item; none that a key here sets."
+        default_factory=list,
+        max_length=64,
+        description="Further llama-server arguments, one per item; none that a key here sets.",
     )
     scope: Literal["user", "system"] = Field(
-        "user", description="user: one of the exclusive presets of the LLM user. system: a service of its own."
+        "user",
+        description="user: one of the exclusive presets of the LLM user. system: a service of its own.",
     )
     listen: Listen | None = Field(
-        None, description="IP:PORT or the path of a socket ending in .sock; left out, a user preset listens at llama_presets_listen."
+        None,
+        description="IP:PORT or the path of a socket ending in .sock; left out, a user preset listens at "
+        "llama_presets_listen.",
     )
     start_timeout: int = Field(180, ge=5, le=3600, description="Seconds from start to a healthy server.")
     stop_timeout: int = Field(15, ge=1, le=300, description="Seconds from the stop signal to the kill.")
@@ -199,8 +238,12 @@ class LockedModel(_Strict):
 class Lock(_Strict):
     """What scripts/lock_models.py found out: never written by hand."""
 
-    builds: dict[BuildName, LockedBuild] = Field(default_factory=dict, description="One entry per build with a ref.")
-    models: dict[ModelName, LockedModel] = Field(default_factory=dict, description="One entry per model with hf.")
+    builds: dict[BuildName, LockedBuild] = Field(
+        default_factory=dict, description="One entry per build with a ref."
+    )
+    models: dict[ModelName, LockedModel] = Field(
+        default_factory=dict, description="One entry per model with hf."
+    )
 
 
 class ModelFile(_Strict):
@@ -216,25 +259,33 @@ class ModelFile(_Strict):
 class HostConfig(_Strict):
     """All data of one host: builds, models and presets, with the lock merged in."""
 
-    llama_cpp_builds: dict[BuildName, Build] = Field(default_factory=dict, description="Builds of llama.cpp, by name.")
+    llama_cpp_builds: dict[BuildName, Build] = Field(
+        default_factory=dict, description="Builds of llama.cpp, by name."
+    )
     gguf_models: dict[ModelName, GgufModel] = Field(default_factory=dict, description="GGUF models, by name.")
     llama_presets: dict[PresetName, Preset] = Field(default_factory=dict, description="Presets, by name.")
-    llama_lock: Lock = Field(default_factory=Lock, description="Written by scripts/lock_models.py; do not edit.")
+    llama_lock: Lock = Field(
+        default_factory=Lock, description="Written by scripts/lock_models.py; do not edit."
+    )
     llama_presets_listen: Listen = Field(
-        DEFAULT_LISTEN, description="Where the active user preset listens: IP:PORT or a socket path ending in .sock."
+        DEFAULT_LISTEN,
+        description="Where the active user preset listens: IP:PORT or a socket path ending in .sock.",
     )
     llama_presets_foreign_units: list[ForeignUnit] = Field(
-        default_factory=list, description="User units of other programs that must not run beside a preset, e.g. lmstudio.service."
+        default_factory=list,
+        description="User units of other programs that must not run beside a preset, e.g. lmstudio.service.",
     )
 
     @classmethod
     def load(cls, variables: Mapping[str, Any]) -> HostConfig:
         """Check `variables` (the six names above; those left out are empty) and merge the lock.
 
-        Raises InventoryError with every problem of the first stage that found any: shape first, then what keys say of
-        each other.
+        Raises InventoryError with every problem of the first stage that found any: shape first, then what
+        keys say of each other.
         """
-        data = {name: value for name, value in variables.items() if not (name == "llama_lock" and value is None)}
+        data = {
+            name: value for name, value in variables.items() if not (name == "llama_lock" and value is None)
+        }
         try:
             config = cls.model_validate(data)
         except ValidationError as error:
@@ -263,9 +314,16 @@ class HostConfig(_Strict):
                 )
                 for file in locked.files
             ]
+        parts: Sequence[ModelPart | GgufModel] = entry.files or [entry]
         return [
-            ModelFile(file=part_name(part), url=part.url, path=part.path, sha256=part.sha256 or "", size=part.size or 0)
-            for part in (entry.files or [entry])
+            ModelFile(
+                file=part.disk_name,
+                url=part.url,
+                path=part.path,
+                sha256=part.sha256 or "",
+                size=part.size or 0,
+            )
+            for part in parts
         ]
 
     def models_of(self, preset: str) -> list[str]:
@@ -282,10 +340,3 @@ class HostConfig(_Strict):
     def address(self, preset: str) -> Address:
         """Where a preset listens."""
         return Address.parse(self.llama_presets[preset].listen or self.llama_presets_listen)
-
-
-def part_name(part: ModelPart | GgufModel) -> str:
-    """The name on disk of a file with a URL or a path; empty when neither gives one."""
-    if part.file:
-        return part.file
-    return url_file_name(part.url) if part.url else (part.path or "").rpartition("/")[2]

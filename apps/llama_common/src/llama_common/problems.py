@@ -23,7 +23,9 @@ class _Missing:
 MISSING: Final = _Missing()
 
 _USERINFO = re.compile(r"(?<=://)[^/@\s\"']+@")
-_SECRET_PARAMETER = re.compile(r"(?i)\b((?:access_?|auth_?|api_?)?(?:token|key|secret|password|signature|sig)=)[^&\s\"']+")
+_SECRET_PARAMETER = re.compile(
+    r"(?i)\b((?:access_?|auth_?|api_?)?(?:token|key|secret|password|signature|sig)=)[^&\s\"']+"
+)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
@@ -61,8 +63,8 @@ def one_line(text: str) -> str:
 class Problem:
     """One thing that is wrong with the data.
 
-    `path` leads from a top-level variable to the value (list positions as decimal text), `message` says what is wrong and
-    names the limit, `fix` says what to write or run instead.
+    `path` leads from a top-level variable to the value (list positions as text), `message` says what is wrong
+    and names the limit, `fix` says what to write or run instead.
     """
 
     path: tuple[str, ...]

@@ -27,16 +27,34 @@ def build_pins(config: HostConfig) -> Iterator[Problem]:
     for name, build in config.llama_cpp_builds.items():
         path = ("llama_cpp_builds", name)
         if build.commit and build.ref:
-            yield Problem((*path, "ref"), build.ref, "commit and ref are both there; exactly one is allowed", "remove one of them")
+            yield Problem(
+                (*path, "ref"),
+                build.ref,
+                "commit and ref are both there; exactly one is allowed",
+                "remove one of them",
+            )
         elif not build.commit and not build.ref:
-            yield Problem((*path, "commit"), MISSING, "neither commit nor ref is there; one is needed", "add 'ref: TAG' or 'commit:'")
+            yield Problem(
+                (*path, "commit"),
+                MISSING,
+                "neither commit nor ref is there; one is needed",
+                "add 'ref: TAG' or 'commit:'",
+            )
         elif build.ref:
             locked = config.llama_lock.builds.get(name)
             if locked is None:
-                yield Problem((*path, "ref"), build.ref, "its commit is not in the lock (llama_lock.builds)", f"run {LOCK_COMMAND}")
+                yield Problem(
+                    (*path, "ref"),
+                    build.ref,
+                    "its commit is not in the lock (llama_lock.builds)",
+                    f"run {LOCK_COMMAND}",
+                )
             elif (locked.repo, locked.ref) != (build.repo, build.ref):
                 yield Problem(
-                    (*path, "ref"), build.ref, f"the lock is for {locked.ref} of {locked.repo}, not for what stands here", f"run {LOCK_COMMAND}"
+                    (*path, "ref"),
+                    build.ref,
+                    f"the lock is for {locked.ref} of {locked.repo}, not for what stands here",
+                    f"run {LOCK_COMMAND}",
                 )
 
 
@@ -61,13 +79,25 @@ def model_sources(config: HostConfig) -> Iterator[Problem]:
                 yield Problem((*path, key), MISSING, f"a model with {source} needs {key}", f"add '{key}:'")
             elif source in ("hf", "files") and given is not None:
                 where = "the lock" if source == "hf" else "each item of files"
-                yield Problem((*path, key), given, f"a model with {source} has its {key} in {where}", "remove it here")
+                yield Problem(
+                    (*path, key), given, f"a model with {source} has its {key} in {where}", "remove it here"
+                )
         if model.file and (source == "files" or (model.hf and len(model.hf.files) > 1)):
-            yield Problem((*path, "file"), model.file, "a split model has several files, each with its own name", "remove it")
+            yield Problem(
+                (*path, "file"),
+                model.file,
+                "a split model has several files, each with its own name",
+                "remove it",
+            )
         for part_path, part in _parts(path, model):
             both = part.url is not None and part.path is not None
             if source == "files" and (both or (part.url is None and part.path is None)):
-                yield Problem((*part_path, "url"), part.url or MISSING, "needs exactly one of url and path", "write one of them")
+                yield Problem(
+                    (*part_path, "url"),
+                    part.url or MISSING,
+                    "needs exactly one of url and path",
+                    "write one of them",
+                )
 
 
 def model_file_names(config: HostConfig) -> Iterator[Problem]:
@@ -77,15 +107,22 @@ def model_file_names(config: HostConfig) -> Iterator[Problem]:
         path = ("gguf_models", name)
         names = []
         for key, value, file, sha256 in _named_files(path, model, config):
-            problem = _bad_name(file)
-            if problem:
-                yield Problem(key, value, f"names the file {file!r}, which {problem[0]}", f"add 'file: NAME.gguf' ({problem[1]})")
+            bad = _bad_name(file)
+            if bad:
+                yield Problem(
+                    key,
+                    value,
+                    f"names the file {file!r}, which {bad[0]}",
+                    f"add 'file: NAME.gguf' ({bad[1]})",
+                )
                 continue
             names.append((key, value, file))
             other = owners.setdefault(file, (name, sha256))
             if sha256 and other[1] and other[1] != sha256:
                 yield Problem(
-                    key, value, f"{file} is also a file of {other[0]} with another SHA-256; one name stands for one content",
+                    key,
+                    value,
+                    f"{file} is also a file of {other[0]} with another SHA-256; one name, one content",
                     f"give this one another name: 'file: {name}.gguf'",
                 )
         yield from _bad_parts(names)
@@ -100,16 +137,22 @@ def model_locks(config: HostConfig) -> Iterator[Problem]:
         locked = config.llama_lock.models.get(name)
         if locked is None:
             yield Problem(
-                (*path, "revision"), model.hf.revision, "its commit, checksums and sizes are not in the lock (llama_lock.models)",
+                (*path, "revision"),
+                model.hf.revision,
+                "its commit, checksums and sizes are not in the lock (llama_lock.models)",
                 f"run {LOCK_COMMAND}",
             )
         elif (locked.repo, locked.revision) != (model.hf.repo, model.hf.revision):
             yield Problem(
-                (*path, "repo"), model.hf.repo, f"the lock is for {locked.repo} at {locked.revision}, not for what stands here",
+                (*path, "repo"),
+                model.hf.repo,
+                f"the lock is for {locked.repo} at {locked.revision}, not for what stands here",
                 f"run {LOCK_COMMAND}",
             )
         elif [file.file for file in locked.files] != model.hf.files:
-            yield Problem((*path, "file"), model.hf.file, "the lock is for other files", f"run {LOCK_COMMAND}")
+            yield Problem(
+                (*path, "file"), model.hf.file, "the lock is for other files", f"run {LOCK_COMMAND}"
+            )
 
 
 def references(config: HostConfig) -> Iterator[Problem]:
@@ -120,17 +163,29 @@ def references(config: HostConfig) -> Iterator[Problem]:
         yield from _unknown((*path, "model"), preset.model, config.gguf_models, "gguf_models")
         if preset.draft in fields.DRAFT_WORDS:
             continue
-        yield from _unknown((*path, "draft"), preset.draft, config.gguf_models, "gguf_models", also=fields.DRAFT_WORDS)
+        yield from _unknown(
+            (*path, "draft"), preset.draft, config.gguf_models, "gguf_models", also=fields.DRAFT_WORDS
+        )
         if preset.draft == preset.model:
-            yield Problem((*path, "draft"), preset.draft, "a model cannot be its own draft", "name a smaller model, or none")
+            yield Problem(
+                (*path, "draft"),
+                preset.draft,
+                "a model cannot be its own draft",
+                "name a smaller model, or none",
+            )
     for word in fields.DRAFT_WORDS:
         if word in config.gguf_models:
-            yield Problem(("gguf_models", word), word, f"'{word}' has a meaning of its own in draft:", "rename the model")
+            yield Problem(
+                ("gguf_models", word),
+                word,
+                f"'{word}' has a meaning of its own in draft:",
+                "rename the model",
+            )
 
 
 def names(config: HostConfig) -> Iterator[Problem]:
     """Every word that lmswitch takes means one thing."""
-    taken: dict[str, str] = {verb: "a word of lmswitch" for verb in fields.LMSWITCH_VERBS}
+    taken: dict[str, str] = dict.fromkeys(fields.LMSWITCH_VERBS, "a word of lmswitch")
     for name in config.llama_presets:
         path = ("llama_presets", name)
         if name in taken:
@@ -140,33 +195,45 @@ def names(config: HostConfig) -> Iterator[Problem]:
         taken.setdefault(name, f"the preset {name}")
     for name, preset in config.llama_presets.items():
         for index, alias in enumerate(preset.aliases):
-            path = ("llama_presets", name, "aliases", str(index))
+            place = ("llama_presets", name, "aliases", str(index))
             if alias in taken:
-                yield Problem(path, alias, f"'{alias}' is already {taken[alias]}; an alias stands for one preset", "choose another alias")
+                yield Problem(
+                    place,
+                    alias,
+                    f"'{alias}' is already {taken[alias]}; an alias stands for one preset",
+                    "choose another alias",
+                )
             taken.setdefault(alias, f"an alias of {name}")
 
 
 def contexts(config: HostConfig) -> Iterator[Problem]:
     """Every slot gets whole steps of context, and an agent's slot enough of it."""
-    from llama_common.presets import AGENT_CONTEXT_FLOOR, CONTEXT_STEP
-
     for name, preset in config.llama_presets.items():
         path = ("llama_presets", name, "context")
         slots = f" in each of {preset.parallel} slots" if preset.parallel > 1 else ""
-        if preset.context % (CONTEXT_STEP * preset.parallel):
-            step = CONTEXT_STEP * preset.parallel
+        if preset.context % (fields.CONTEXT_STEP * preset.parallel):
+            step = fields.CONTEXT_STEP * preset.parallel
             yield Problem(
-                path, preset.context, f"must be a multiple of {step}" + (f" for {preset.parallel} slots" if slots else ""),
+                path,
+                preset.context,
+                f"must be a multiple of {step}" + (f" for {preset.parallel} slots" if slots else ""),
                 f"write {max(preset.context // step * step, step)}",
             )
-        elif preset.agent and preset.context_per_slot < AGENT_CONTEXT_FLOOR:
+        elif preset.agent and preset.context_per_slot < fields.AGENT_CONTEXT_FLOOR:
             yield Problem(
-                path, preset.context,
-                f"gives {preset.context_per_slot} tokens{slots}; an agent needs at least {AGENT_CONTEXT_FLOOR}",
-                f"write {AGENT_CONTEXT_FLOOR * preset.parallel} or more, or agent: false",
+                path,
+                preset.context,
+                f"gives {preset.context_per_slot} tokens{slots}; "
+                f"an agent needs at least {fields.AGENT_CONTEXT_FLOOR}",
+                f"write {fields.AGENT_CONTEXT_FLOOR * preset.parallel} or more, or agent: false",
             )
         if preset.agent and not preset.jinja:
-            yield Problem(("llama_presets", name, "jinja"), False, "an agent's tool calls need jinja", "write jinja: true, or agent: false")
+            yield Problem(
+                ("llama_presets", name, "jinja"),
+                False,
+                "an agent's tool calls need jinja",
+                "write jinja: true, or agent: false",
+            )
 
 
 def caches(config: HostConfig) -> Iterator[Problem]:
@@ -174,7 +241,9 @@ def caches(config: HostConfig) -> Iterator[Problem]:
     for name, preset in config.llama_presets.items():
         if preset.kv_cache_type not in fields.UNQUANTIZED_KV_CACHE_TYPES and not preset.flash_attention:
             yield Problem(
-                ("llama_presets", name, "flash_attention"), False, f"kv_cache_type {preset.kv_cache_type} needs flash attention",
+                ("llama_presets", name, "flash_attention"),
+                False,
+                f"kv_cache_type {preset.kv_cache_type} needs flash attention",
                 f"write flash_attention: true, or kv_cache_type: {fields.UNQUANTIZED_KV_CACHE_TYPES[1]}",
             )
 
@@ -194,7 +263,9 @@ def expectations(config: HostConfig) -> Iterator[Problem]:
             speed = getattr(preset.expect, metric)
             if speed and speed.floor is not None and speed.floor > speed.target:
                 yield Problem(
-                    ("llama_presets", name, "expect", metric, "floor"), speed.floor, f"is above its target of {speed.target:g} tok/s",
+                    ("llama_presets", name, "expect", metric, "floor"),
+                    speed.floor,
+                    f"is above its target of {speed.target:g} tok/s",
                     f"write {speed.target:g} or less",
                 )
 
@@ -213,12 +284,22 @@ def addresses(config: HostConfig) -> Iterator[Problem]:
             continue
         path = ("llama_presets", name, "listen")
         if preset.listen is None:
-            yield Problem(path, MISSING, "a preset of scope system has a place of its own to listen at", 'add listen: "127.0.0.1:8090"')
+            yield Problem(
+                path,
+                MISSING,
+                "a preset of scope system has a place of its own to listen at",
+                'add listen: "127.0.0.1:8090"',
+            )
             continue
         mine = fields.Address.parse(preset.listen)
         for other, owner in taken:
             if mine.clashes_with(other):
-                yield Problem(path, preset.listen, f"is already taken by {owner}; both run at the same time", "choose another port")
+                yield Problem(
+                    path,
+                    preset.listen,
+                    f"is already taken by {owner}; both run at the same time",
+                    "choose another port",
+                )
                 break
         taken.append((mine, f"the preset {name}"))
 
@@ -230,7 +311,9 @@ def foreign_units(config: HostConfig) -> Iterator[Problem]:
     for index, unit in enumerate(config.llama_presets_foreign_units):
         path = ("llama_presets_foreign_units", str(index))
         if unit in ours:
-            yield Problem(path, unit, "is the unit of a preset here; presets exclude each other anyway", "remove it")
+            yield Problem(
+                path, unit, "is the unit of a preset here; presets exclude each other anyway", "remove it"
+            )
         elif unit in seen:
             yield Problem(path, unit, "is there twice", "remove one of them")
         seen.add(unit)
@@ -239,22 +322,41 @@ def foreign_units(config: HostConfig) -> Iterator[Problem]:
 Rule = Callable[["HostConfig"], Iterable[Problem]]
 
 RULES: Final[tuple[Rule, ...]] = (
-    build_pins, model_sources, model_file_names, model_locks, references, names, contexts, caches, extra_args, expectations, addresses,
+    build_pins,
+    model_sources,
+    model_file_names,
+    model_locks,
+    references,
+    names,
+    contexts,
+    caches,
+    extra_args,
+    expectations,
+    addresses,
     foreign_units,
 )
 
 
-def _unknown(path: tuple[str, ...], name: str, known: Mapping[str, Any], group: str, also: tuple[str, ...] = ()) -> Iterator[Problem]:
+def _unknown(
+    path: tuple[str, ...], name: str, known: Mapping[str, Any], group: str, also: tuple[str, ...] = ()
+) -> Iterator[Problem]:
     if name in known:
         return
     choices = [*also, *known]
     guess = closest(name, choices)
     listed = ", ".join(choices[:6]) + (", …" if len(choices) > 6 else "")
     message = f"is not a key of {group}; known: {listed or 'none'}"
-    yield Problem(path, name, message, f"did you mean '{guess}'?" if guess else f"add it to {group}, or name a known one")
+    yield Problem(
+        path,
+        name,
+        message,
+        f"did you mean '{guess}'?" if guess else f"add it to {group}, or name a known one",
+    )
 
 
-def _parts(path: tuple[str, ...], model: GgufModel) -> Iterator[tuple[tuple[str, ...], ModelPart | GgufModel]]:
+def _parts(
+    path: tuple[str, ...], model: GgufModel
+) -> Iterator[tuple[tuple[str, ...], ModelPart | GgufModel]]:
     """Every entry of a model that has a URL or a path of its own."""
     if model.files is not None:
         for index, part in enumerate(model.files):
@@ -267,19 +369,21 @@ def _named_files(
     path: tuple[str, ...], model: GgufModel, config: HostConfig
 ) -> Iterator[tuple[tuple[str, ...], object, str, str]]:
     """Key, value, name on disk and SHA-256 of every file of a model."""
-    from llama_common.presets import part_name
-
     if model.hf is not None:
         locked = config.llama_lock.models.get(path[-1])
         sums = {file.file: file.sha256 for file in locked.files} if locked else {}
         for index, file in enumerate(model.hf.files):
-            key = (*path, "hf", "file", str(index)) if isinstance(model.hf.file, list) else (*path, "hf", "file")
+            key = (
+                (*path, "hf", "file", str(index))
+                if isinstance(model.hf.file, list)
+                else (*path, "hf", "file")
+            )
             yield key, file, model.file or file.rpartition("/")[2], sums.get(file, "")
         return
     for part_path, part in _parts(path, model):
         source = "file" if part.file else "url" if part.url else "path"
         if getattr(part, source) is not None:
-            yield (*part_path, source), getattr(part, source), part_name(part), part.sha256 or ""
+            yield (*part_path, source), getattr(part, source), part.disk_name, part.sha256 or ""
 
 
 def _bad_name(file: str) -> tuple[str, str] | None:
@@ -301,8 +405,19 @@ def _bad_parts(names: list[tuple[tuple[str, ...], object, str]]) -> Iterator[Pro
         wanted = f"{first['stem'] if first else 'NAME'}-{position:05d}-of-{total:05d}.gguf"
         if match is None and total == 1:
             continue
-        if match is None or int(match["parts"]) != total or int(match["part"]) != position or (first and match["stem"] != first["stem"]):
+        if (
+            match is None
+            or int(match["parts"]) != total
+            or int(match["part"]) != position
+            or (first and match["stem"] != first["stem"])
+        ):
             count = f"part {position} of {total}"
-            hint = f"list all {int(match['parts'])} parts in order" if match and int(match["parts"]) != total else f"write {wanted} here"
-            yield Problem(path, value, f"does not fit as {count}: llama-server opens the parts by their numbers", hint)
+            hint = (
+                f"list all {int(match['parts'])} parts in order"
+                if match and int(match["parts"]) != total
+                else f"write {wanted} here"
+            )
+            yield Problem(
+                path, value, f"does not fit as {count}: llama-server opens the parts by their numbers", hint
+            )
             return

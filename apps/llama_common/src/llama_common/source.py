@@ -1,4 +1,4 @@
-"""YAML text as a person wrote it: where a key stands, what is there twice, where the syntax breaks. Needs PyYAML."""
+"""YAML text as a person wrote it: where a key stands, what is there twice, where it breaks. Needs PyYAML."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Document:
             return cls(None, (Found(1, problem),))
         return cls(root, tuple(_duplicates(root, (), set())))
 
-    def keys(self) -> Iterator[tuple[str, int]]:
+    def variables(self) -> Iterator[tuple[str, int]]:
         """The top-level keys with their lines."""
         if isinstance(self.root, yaml.MappingNode):
             for key, _ in self.root.value:
@@ -96,7 +96,9 @@ def _duplicates(node: yaml.Node | None, path: tuple[str, ...], seen: set[int]) -
             if key.value in lines and key.tag != _MERGE:
                 shown = value.value if isinstance(value, yaml.ScalarNode) else "…"
                 problem = Problem(
-                    (*path, key.value), shown, f"this key is already on line {lines[key.value]}; one of them would silently be lost",
+                    (*path, key.value),
+                    shown,
+                    f"this key is already on line {lines[key.value]}; one of them would silently be lost",
                     "keep one of them",
                 )
                 yield Found(line, problem)
@@ -112,6 +114,9 @@ def _syntax(error: yaml.YAMLError, text: str) -> Found:
     number = min(mark.line, len(lines) - 1) if mark is not None and lines else 0
     line = lines[number].strip() if lines else ""
     problem = Problem(
-        ("(YAML)",), line, f"is not valid YAML: {words}", "check indentation, colons, quotes and brackets on this line and the one before"
+        ("(YAML)",),
+        line,
+        f"is not valid YAML: {words}",
+        "check indentation, colons, quotes and brackets on this line and the one before",
     )
     return Found(number + 1, problem)

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from llama_common.presets import HostConfig, Preset, Speed
 
-_HEADINGS = ("preset", "aliases", "description", "build", "model", "context", "KV cache", "generation", "prefill")
+_HEADINGS = (
+    "preset",
+    "aliases",
+    "description",
+    "build",
+    "model",
+    "context",
+    "KV cache",
+    "generation",
+    "prefill",
+)
 
 
 def preset_table(config: HostConfig) -> str:
     """The presets of one host as a Markdown table, in the order of the data, with a newline at its end."""
-    rows = [_HEADINGS, ("---",) * len(_HEADINGS), *(_row(name, preset) for name, preset in config.llama_presets.items())]
+    rows = [
+        _HEADINGS,
+        ("---",) * len(_HEADINGS),
+        *(_row(name, preset) for name, preset in config.llama_presets.items()),
+    ]
     return "".join(f"| {' | '.join(_cell(text) for text in row)} |\n" for row in rows)
 
 

@@ -26,7 +26,15 @@ _KINDS = {
     "model_attributes_type": "a mapping",
 }
 
-_TYPES = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping", type(None): "empty"}
+_TYPES = {
+    bool: "true/false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "empty",
+}
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
@@ -68,15 +76,30 @@ def _problem(details: ErrorDetails, data: Mapping[str, Any], model: type[BaseMod
         return Problem(path, MISSING, "this key is required", f"add '{path[-1]}:'{_about(model, path)}")
     if kind in _KINDS:
         wanted = _KINDS[kind]
-        return Problem(path, value, f"must be {wanted}, not {_TYPES.get(_plain_type(value), 'something else')}", _type_fix(kind, value, path[-1]))
+        return Problem(
+            path,
+            value,
+            f"must be {wanted}, not {_TYPES.get(_plain_type(value), 'something else')}",
+            _type_fix(kind, value, path[-1]),
+        )
     if kind == "literal_error":
         allowed = [item.strip().strip("'") for item in re.split(r", | or ", str(context["expected"]))]
         guess = closest(str(value), allowed)
-        return Problem(path, value, f"must be one of {', '.join(allowed)}", f"did you mean '{guess}'?" if guess else "write one of them")
+        return Problem(
+            path,
+            value,
+            f"must be one of {', '.join(allowed)}",
+            f"did you mean '{guess}'?" if guess else "write one of them",
+        )
     limit = _limit(kind, context, value)
     if limit is not None:
         return Problem(path, value, *limit)
-    return Problem(path, value, str(details["msg"]), "see the description of this key in docs/schema/llama_hosts.schema.json")
+    return Problem(
+        path,
+        value,
+        str(details["msg"]),
+        "see the description of this key in docs/schema/llama_hosts.schema.json",
+    )
 
 
 def _limit(kind: str, context: Mapping[str, Any], value: object) -> tuple[str, str] | None:
@@ -101,10 +124,20 @@ def _limit(kind: str, context: Mapping[str, Any], value: object) -> tuple[str, s
 
 def _type_fix(kind: str, value: object, key: str) -> str:
     """How to write a value of the wrong type."""
-    if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value):
+    if (
+        kind in ("int_type", "float_type")
+        and isinstance(value, str)
+        and re.fullmatch(r"-?\d+(\.\d+)?", value)
+    ):
         return f"write it without quotes: {key}: {value}"
-    if kind == "bool_type" and isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off"):
-        return f"write it without quotes: {key}: {'true' if value.lower() in ('true', 'yes', 'on') else 'false'}"
+    if (
+        kind == "bool_type"
+        and isinstance(value, str)
+        and value.lower() in ("true", "false", "yes", "no", "on", "off")
+    ):
+        return (
+            f"write it without quotes: {key}: {'true' if value.lower() in ('true', 'yes', 'on') else 'false'}"
+        )
     if kind == "bool_type":
         return f"write {key}: true or {key}: false"
     if kind == "string_type" and isinstance(value, int | float):
@@ -122,14 +155,12 @@ def _plain_type(value: object) -> type:
 
 
 def _locate(details: ErrorDetails, data: Any) -> tuple[tuple[str, ...], Any]:
-    """The path of an error through the data as written, without the names pydantic adds for unions, and the value there."""
+    """The path of an error through the data as written, without pydantic's names in it, and the value."""
     path: list[str] = []
     value: Any = data
     location = details["loc"]
     for position, step in enumerate(location):
-        if isinstance(value, Mapping) and step in value:
-            value = value[step]
-        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+        if (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int) and step < len(value)):
             value = value[step]
         elif position == len(location) - 1 and details["type"] == "missing":
             return (*path, str(step)), MISSING
@@ -162,7 +193,10 @@ def _container(annotation: Any) -> Any:
     """The model, mapping or list in an annotation that may be optional; otherwise the annotation."""
     if get_origin(annotation) in (Union, UnionType):
         members = [member for member in get_args(annotation) if member is not type(None)]
-        return next((member for member in members if _is_model(member) or get_origin(member) in (dict, list)), members[0])
+        return next(
+            (member for member in members if _is_model(member) or get_origin(member) in (dict, list)),
+            members[0],
+        )
     return annotation
 
 

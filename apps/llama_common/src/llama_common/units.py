@@ -11,7 +11,7 @@ _PROGRAM = re.compile(r"/[A-Za-z0-9_+=:,./-]+")
 
 
 def quote_argument(argument: str) -> str:
-    """One argument of ExecStart= so that systemd hands it over unchanged: no specifier, no variable, no word splitting.
+    """One argument of ExecStart=, handed over as it is: no specifier, no variable, no splitting.
 
     Raises ValueError for control characters, which a unit file cannot carry as they are.
     """
@@ -26,8 +26,8 @@ def quote_argument(argument: str) -> str:
 def systemd_quote(argv: Sequence[str]) -> str:
     """A whole command line for ExecStart=.
 
-    Raises ValueError when the program is not an absolute path of plain characters: systemd reads some characters before it
-    (@ - : + !) as settings, and expands none in it.
+    Raises ValueError when the program is not an absolute path of plain characters: systemd reads some
+    characters before it (@ - : + !) as settings.
     """
     if not argv or not _PROGRAM.fullmatch(argv[0]):
         raise ValueError(f"the program must be an absolute path of plain characters: {argv[:1]!r}")
