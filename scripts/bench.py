@@ -277,7 +277,7 @@ def page(
         + ". Counted is `ok` of the"
         " recap, so a skipped task counts for nothing on either side; gathering facts is one task.",
         "",
-        f"Memory is the peak of the sum over ansible-playbook's whole process tree ({memory.samples} samples, "
+        f"Memory is the peak of the sum over ansible-playbook's process tree ({memory.samples} samples, "
         f"one every {SAMPLE_S:g} s). RSS counts pages that processes share once for each of them, PSS once.",
         "",
     ]

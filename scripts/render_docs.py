@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     args.output.write_text(text)
     print(f"wrote {args.output}", file=sys.stderr)
+    print(text, end="")
     return 0
 
 
