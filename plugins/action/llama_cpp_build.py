@@ -187,7 +187,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "state": "present",
             "install_recommends": False,
             "update_cache": True,
-            "cache_valid_time": 3600,
         }
         self._checked(
             self._execute_module(
