@@ -1,4 +1,4 @@
-"""verify_health and fleet on the lab: content with a box that serves, and each fault found by its own check."""
+"""verify_health and fleet on the lab: content with a box that serves, and each fault named by its check."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_verification_is_content_with_a_box_that_serves(serving: str) -> None:
 
 
 def test_verification_names_what_fell_short(serving: str, on_host: OnHost) -> None:
-    """A model file cut short, a unit enabled at boot, and a stopped preset are found, each by its own check."""
+    """A model file of another size and a stopped preset are found, each by its own check."""
     model = on_host(LLM, "sudo find ~llm/models/gguf -name '*.gguf' | sort | head -1").check().stdout.strip()
     size = on_host(LLM, f"sudo stat -c %s {model}").check().stdout.strip()
     on_host(LLM, "sudo -u llm lmswitch off", timeout=60).check()
