@@ -216,7 +216,7 @@ def test_a_finished_release_is_whole_and_runs_wherever_it_lies(base: Builds) -> 
     found = stamp(release)
     assert release.startswith(f"{base.entry['commit']}-")
     assert found["commit"] == base.entry["commit"]
-    assert base.entry["commit"].startswith(found["version"][0].rpartition("(")[2].rstrip(")"))
+    assert base.entry["commit"][:7] in found["version"][0]
     assert found["cmake_options"]["GGML_NATIVE"] == "OFF"
     assert "llama-server" in found["targets"]
     assert "--model" in host(f"cat {BUILD_ROOT}/{BUILD}/current/help.txt")

@@ -280,3 +280,16 @@ def test_an_error_is_the_last_line_and_the_exit_code_is_1(
 )  # fmt: skip
 def test_the_cause_is_the_compilers_line(lines: list[str], expected: str) -> None:
     assert tool.cause(lines) == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "commit"),
+    [
+        ("version: 4589 (3f2a1b0c)\nbuilt with cc for x86_64", "3f2a1b0c"),
+        ("version: 0.6.0-dev (build 11434, commit 4ca1d6a)\nbuilt with GNU 12.2.0", "4ca1d6a"),
+    ],
+)
+def test_the_commit_is_read_from_either_kind_of_version_line(version: str, commit: str) -> None:
+    found = tool._VERSION_COMMIT.search(version)
+    assert found is not None
+    assert found["commit"] == commit
