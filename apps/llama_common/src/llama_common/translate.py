@@ -160,7 +160,7 @@ def _locate(details: ErrorDetails, data: Any) -> tuple[tuple[str, ...], Any]:
     value: Any = data
     location = details["loc"]
     for position, step in enumerate(location):
-        if (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int) and step < len(value)):
+        if _has(value, step):
             value = value[step]
         elif position == len(location) - 1 and details["type"] == "missing":
             return (*path, str(step)), MISSING
@@ -170,6 +170,13 @@ def _locate(details: ErrorDetails, data: Any) -> tuple[tuple[str, ...], Any]:
             continue
         path.append(str(step))
     return tuple(path), value
+
+
+def _has(value: object, step: str | int) -> bool:
+    """Whether `step` is a key or a position of `value`."""
+    if isinstance(value, Mapping):
+        return step in value
+    return isinstance(value, list) and isinstance(step, int) and step < len(value)
 
 
 def _model_at(model: type[BaseModel], path: Iterable[str]) -> type[BaseModel] | None:
