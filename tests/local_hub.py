@@ -28,6 +28,7 @@ class LocalRepository:
     files: dict[str, bytes]
     plain: set[str] = field(default_factory=set)
     branches: dict[str, str] = field(default_factory=dict)
+    past: set[str] = field(default_factory=set)  # former commits
     gated: str | bool = False
     private: bool = False
     closed: bool = False  # gated so that even the metadata is refused
@@ -35,11 +36,13 @@ class LocalRepository:
 
     def commit(self, revision: str) -> str | None:
         """The commit of a branch, or of itself."""
-        return self.branches.get(revision) or (revision if revision in self.branches.values() else None)
+        known = {*self.branches.values(), *self.past}
+        return self.branches.get(revision) or (revision if revision in known else None)
 
     def change(self, files: dict[str, bytes]) -> str:
         """Make a new commit of `main` that holds `files`. Returns it."""
         self.files = files
+        self.past.add(self.branches["main"])
         self.branches["main"] = commit_of(files)
         return self.branches["main"]
 

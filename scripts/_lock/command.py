@@ -38,7 +38,7 @@ def selected(requests: Requests, only: Sequence[str]) -> Requests:
     )
 
 
-def resolve_all(requests: Requests, hubs: Hubs) -> Lock:
+def resolve_all(requests: Requests, hubs: Hubs, old: Lock) -> Lock:
     """Ask for everything, so that one run reports everything that fails.
 
     Raises CannotRunError or RefusedError with a line for each failure.
@@ -49,7 +49,12 @@ def resolve_all(requests: Requests, hubs: Hubs) -> Lock:
             for one in requests.builds.values()
         ),
         *(
-            ("models", one.name, f"{one.revision} of {one.repo}", functools.partial(hubs.resolve, one))
+            (
+                "models",
+                one.name,
+                f"{one.revision} of {one.repo}",
+                functools.partial(hubs.resolve, one, old["models"].get(one.name)),
+            )
             for one in requests.models.values()
         ),
     ]
@@ -79,7 +84,7 @@ def update(arguments: argparse.Namespace) -> int:
     old = lockfile.read(path)
     requests = inventory.read(where)
     with Hubs(arguments.hub_endpoint, os.environ) as hubs:
-        answers = resolve_all(selected(requests, arguments.only), hubs)
+        answers = resolve_all(selected(requests, arguments.only), hubs, old)
         for note in hubs.notes:
             progress(f"note: {note}")
     # What nothing asks for any more goes, except in a partial run, which touches nothing else.

@@ -11,6 +11,7 @@ HEAD /<repo>/resolve/<commit>/<file>
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import ipaddress
@@ -24,7 +25,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import certifi
 import httpx
 
-from . import COMMIT, SHA256, CannotRunError, last_line, refuse
+from . import COMMIT, SHA256, CannotRunError, RefusedError, last_line, refuse
 from .inventory import ModelRequest
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -106,12 +107,12 @@ class Hubs:
         """What a person should know about what was found, once each."""
         return list(dict.fromkeys(note for hub in self._hubs.values() for note in hub.notes))
 
-    def resolve(self, request: ModelRequest) -> dict[str, Any]:
-        """The lock's entry for a model. Raises RefusedError or CannotRunError."""
+    def resolve(self, request: ModelRequest, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The lock's entry for a model, from the hub that it names. Raises RefusedError or CannotRunError."""
         endpoint = request.endpoint or self._main
         if endpoint not in self._hubs:
             self._hubs[endpoint] = self._stack.enter_context(Hub(endpoint))
-        return self._hubs[endpoint].resolve(request)
+        return self._hubs[endpoint].resolve(request, locked)
 
 
 class Hub:
@@ -130,14 +131,28 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
-    def resolve(self, request: ModelRequest) -> dict[str, Any]:
-        """The lock's entry for a model. Raises RefusedError or CannotRunError."""
+    def resolve(self, request: ModelRequest, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The lock's entry for a model; `locked` is the entry so far, kept while its files are the same.
+
+        Raises RefusedError or CannotRunError.
+        """
         commit = self._commit(request)
         files = []
         for name in request.files:
             known = self._file(request, commit, name)
             files.append({"file": name, "size": known.size, "sha256": known.sha256})
-        return {"repo": request.repo, "revision": request.revision, "commit": commit, "files": files}
+        entry = {"repo": request.repo, "revision": request.revision, "commit": commit, "files": files}
+        # A new text in a repository's README is a new commit, and no reason to change the lock.
+        if locked and {**locked, "commit": commit} == entry and self._still_has(request, locked["commit"]):
+            return dict(locked)
+        return entry
+
+    def _still_has(self, request: ModelRequest, commit: str) -> bool:
+        """Whether a commit can still be downloaded from: a repository's history can be squashed."""
+        try:
+            return self._commit(dataclasses.replace(request, revision=commit)) == commit
+        except RefusedError:
+            return False
 
     def _commit(self, request: ModelRequest) -> str:
         path = f"/api/models/{request.repo}/revision/{quote(request.revision, safe='')}"

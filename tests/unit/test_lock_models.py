@@ -251,6 +251,22 @@ def test_write_current_stale_and_again(box: Box, capsys: pytest.CaptureFixture[s
     assert lockfile.read(box.lock)["models"]["m"]["commit"] == commit
 
 
+def test_a_new_commit_with_the_same_files_changes_nothing(
+    box: Box, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = box.server.add("owner/m", {"m.gguf": b"one", "README.md": b"text"})
+    box.model("m")
+    box.run()
+    first = lockfile.read(box.lock)
+    commit = repository.change({"m.gguf": b"one", "README.md": b"more text"})
+    assert box.run("--check") == 0 and box.run() == 0
+    assert lockfile.read(box.lock) == first
+
+    repository.past.clear()  # the history was squashed: the locked commit is gone
+    assert box.run("--check") == 1 and box.run() == 0
+    assert lockfile.read(box.lock)["models"]["m"]["commit"] == commit
+
+
 def test_only_leaves_everything_else_as_it_is(box: Box, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("m", "n"):
         box.server.add(f"owner/{name}", {"m.gguf": name.encode()})
