@@ -1,4 +1,4 @@
-"""The role gguf_models on a real host, against a server on the lab's own address that misbehaves and counts."""
+"""The role gguf_models on a real host, against a server of the test that misbehaves and counts."""
 
 from __future__ import annotations
 
@@ -388,7 +388,7 @@ def test_the_sandbox_holds(owner: None, attempt: str, possible: bool) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(10))
 def test_interrupted_anywhere(role: Role, seed: int) -> None:
-    """The play or the download is killed at a random moment, up to three times; the last run finds all of it done."""
+    """The play or the download is killed at random moments, up to three times; then one run completes it."""
     chance = random.Random(seed)  # noqa: S311 - test data
     served = role.serve("m", random_bytes(seed), Served(random_bytes(seed), bytes_per_s=4 * MB))
     kills = chance.randint(1, 3)

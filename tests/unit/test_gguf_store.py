@@ -131,6 +131,14 @@ def test_another_locked_checksum_needs_no_hash_to_be_seen(tmp_path: Path) -> Non
     assert state(Plan(str(tmp_path), (local(sha256="0" * 64),))) == store.WRONG
 
 
+@pytest.mark.parametrize("name", ["size", "mtime_ns", "ctime_ns", "inode"])
+def test_every_figure_of_the_stamp_counts(tmp_path: Path, name: str) -> None:
+    plan = verified(tmp_path)
+    stamp = json.loads(store.stamp_path(tmp_path, "a.gguf").read_text())
+    store.stamp_path(tmp_path, "a.gguf").write_text(json.dumps({**stamp, name: stamp[name] + 1}))
+    assert state(plan) == store.UNVERIFIED
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"sha256": 5}', "x" * 10_000])
 def test_a_broken_stamp_is_no_stamp(tmp_path: Path, text: str) -> None:
     plan = verified(tmp_path)
