@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from types import FrameType
 
 from lab import hosts, network, packages, root, sources, supervisor
@@ -36,10 +35,9 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
     if anew:
         hosts.close_connections(lab)
         in_parallel({host.name: partial(hosts.remove_host, lab, host, keeper) for host in anew})
-    tars: list[Path] = []
     in_parallel(
         {
-            "root file system": lambda: tars.append(root.archive(lab)),
+            "root file system": lambda: root.base(lab, wanted),
             "sources": lambda: sources.prepare(lab.cache / "sources", REPO_ROOT),
         }
     )
@@ -49,7 +47,7 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
     for host in wanted:
         unit = hosts.unit_of(lab, host.short)
         claims.claim("unit", unit, exists=keeper.exists(unit))
-    in_parallel({host.name: partial(hosts.boot, lab, host, tars[0], keeper) for host in wanted})
+    in_parallel({host.name: partial(hosts.boot, lab, host, keeper) for host in wanted})
     say(f"lab {lab.name!r} is up ({lab.suite}): {', '.join(host.name for host in wanted)}")
 
 
@@ -95,7 +93,7 @@ def ssh(lab: Lab, name: str, command: list[str]) -> None:
 def start(lab: Lab, name: str) -> None:
     """Start a host that was powered off."""
     host = lab.host(name)
-    if not (lab.host_dir(host) / "root").exists():
+    if not root.made(lab, host):
         raise LabError(f"{host.name} was never made; fix: `python3 -m lab up`", 2)
     up(lab, [name])
 
@@ -149,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         actions: dict[str, Callable[[], None]] = {
             "up": lambda: up(lab, options.only, options.fresh),
             "down": lambda: down(lab),
-            "reboot": lambda: hosts.reboot(lab, lab.host(options.host)),
+            "reboot": lambda: hosts.reboot(lab, lab.host(options.host), supervisor.choose()),
             "poweroff": lambda: hosts.poweroff(lab, lab.host(options.host), supervisor.choose()),
             "start": lambda: start(lab, options.host),
         }

@@ -20,6 +20,16 @@ from lab.state import Claims, write_atomically
 from lab.supervisor import Supervisor
 
 _NSPAWN_DIR = Path("/run/systemd/nspawn")
+# No lock files: the lab has a lock of its own. The new cgroup layout even where the machine has the old one.
+_NSPAWN_ENV = {"SYSTEMD_NSPAWN_LOCK": "0", "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
+# Mounts a host's layers where nobody else sees them, then becomes systemd-nspawn.
+_BOOT = """cd "$0" || exit
+if [ -d upper ]; then
+  mkdir -p work mnt && mount -t overlay overlay -o lowerdir=base,upperdir=upper,workdir=work mnt || exit
+  exec systemd-nspawn --directory=mnt "$@"
+fi
+exec systemd-nspawn --directory=root "$@"
+"""
 BOOT_SECONDS = 120  # how long a host may take to answer over ssh; a loaded 2-core machine needs about 15
 
 
@@ -89,18 +99,16 @@ def start_servers(lab: Lab, claims: Claims, supervisor: Supervisor) -> None:
         time.sleep(0.1)
 
 
-def boot(lab: Lab, host: Host, tar: Path, supervisor: Supervisor) -> None:
+def boot(lab: Lab, host: Host, supervisor: Supervisor) -> None:
     """Make sure the host runs and answers over ssh."""
     unit = unit_of(lab, host.short)
     log = lab.host_dir(host) / "console.log"
     if not supervisor.alive(unit):
-        begun = time.monotonic()
         supervisor.stop(unit)
-        root.unpack(tar, lab, host)
-        root.refresh_resolver(lab.host_dir(host) / "root")
-        say(f"{host.name}: root file system unpacked, {time.monotonic() - begun:.1f} s")
+        root.make(lab, host)
+        root.refresh(lab, host)
         log.unlink(missing_ok=True)
-        supervisor.start(unit, nspawn_command(lab, host), {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}, log)
+        supervisor.start(unit, nspawn_command(lab, host), _NSPAWN_ENV, log)
     begun = time.monotonic()
     wait_for_ssh(lab, host, lambda: supervisor.alive(unit))
     say(f"{host.name}: answers at {host.address}, {time.monotonic() - begun:.1f} s")
@@ -129,8 +137,10 @@ def wait_for_ssh(lab: Lab, host: Host, alive: Callable[[], bool] = lambda: True,
         time.sleep(0.2)
 
 
-def reboot(lab: Lab, host: Host) -> None:
+def reboot(lab: Lab, host: Host, supervisor: Supervisor) -> None:
     """Reboot a host in order, from inside, and wait until it answers again."""
+    if not supervisor.alive(unit_of(lab, host.short)):
+        raise LabError(f"{host.name} does not run; fix: `python3 -m lab up`", 2)
     before = wait_for_ssh(lab, host)
     begun = time.monotonic()
     ssh(lab, host, ["sudo", "systemctl", "reboot"])
@@ -158,11 +168,11 @@ def nspawn_command(lab: Lab, host: Host) -> list[str | Path]:
         ccache.mkdir(parents=True, exist_ok=True)
         binds.append(f"--bind={ccache}:/var/cache/llama.cpp")
     return [
-        *("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--settings=no"),
+        *("unshare", "--mount", "sh", "-c", _BOOT, lab.host_dir(host)),
+        *("--quiet", "--boot", "--register=no", "--keep-unit", "--settings=no"),
         *(
             f"--machine={lab.machine(host)}",
             f"--hostname={host.name}",
-            f"--directory={lab.host_dir(host)}/root",
         ),
         *(f"--network-bridge={lab.bridge}", "--resolv-conf=off", "--timezone=off", "--link-journal=no"),
         *("--console=pipe", *binds),
@@ -189,11 +199,7 @@ def remove_host(lab: Lab, host: Host, supervisor: Supervisor) -> None:
         run(["umount", "--lazy", leftover], check=False)
         with contextlib.suppress(OSError):
             leftover.rmdir()
-    folder = lab.host_dir(host)
-    with contextlib.suppress(FileNotFoundError):
-        identity = (folder / "root").stat()
-        (_NSPAWN_DIR / f"locks/inode-{identity.st_dev}:{identity.st_ino}").unlink()
-    remove_tree(folder)
+    remove_tree(lab.host_dir(host))
 
 
 def _answers(address: str, port: int) -> bool:

@@ -1,4 +1,4 @@
-"""The hosts' root file system: made once per suite with mmdebstrap, unpacked and personalised per host."""
+"""The hosts' root file system: made once per suite with mmdebstrap, a thin layer of its own per host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lab.config import HTTP_PORT, SUDO_USER, Host, Lab
@@ -16,7 +16,7 @@ from lab.shell import LabError, remove_tree, run, say, ticking
 from lab.state import shared_cache, write_atomically
 
 # Nothing that a role has to install: a bare host must stay bare. python3-apt is part of every Ubuntu Server and
-# Debian cloud image, and Ansible's apt module cannot run in check mode without it.
+# Debian cloud image, and without it Ansible's apt module cannot run in check mode.
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "dbus-user-session", "libpam-systemd", "openssh-server"),
     *("sudo", "python3", "python3-apt", "iproute2", "ca-certificates", "procps"),
@@ -28,6 +28,7 @@ _APT_SETTINGS = re.compile(
     r'^(Acquire::(?:Check-Valid-Until|Check-Date|Retries|https?::(?:Proxy|Timeout)(?:::[^ ]+)?)) "(.+)";$',
     re.M,
 )
+_TARGET = "TARGET"  # stands for the folder in the command, so that the command can be compared
 _PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 
@@ -67,42 +68,51 @@ def archive_lines(sources: str, codename: str, suite: str) -> list[str]:
     return list(dict.fromkeys(lines)) if has_all else []
 
 
-def archive(lab: Lab) -> Path:
-    """Return the suite's root as a tar file, made when it is missing or was made differently."""
+def base(lab: Lab, hosts: Sequence[Host]) -> None:
+    """Make sure every host has its `base`: the suite's root file system, shared and never written to.
+
+    A host keeps the base it was made with; one that no host of any lab uses any more is deleted.
+    """
     folder = lab.cache / "roots"
-    tar, note = folder / f"{lab.suite}.tar", folder / f"{lab.suite}.json"
-    half = folder / f"{lab.suite}.partial.tar"  # mmdebstrap chooses the format by the name's end
     with shared_cache(folder, "the root file system"):
-        command, environment = _build_command(lab, half)
-        key = hashlib.sha256(
-            json.dumps([command, *(path.read_text() for path in _local_cas())]).encode()
-        ).hexdigest()
-        if tar.exists() and note.exists() and json.loads(note.read_text())["key"] == key:
-            return tar
-        say(f"making the {lab.suite} root file system (once)")
-        begun = time.monotonic()
-        work = folder / f"{lab.suite}.tmp"
-        remove_tree(work)
-        work.mkdir()
-        try:
-            # Namespaces of its own: killed at any moment, it leaves no mount and no process behind.
-            with ticking("mmdebstrap"):
-                run(
-                    ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *command],
-                    timeout=1200,
-                    env={**environment, "TMPDIR": str(work)},
-                )
-        finally:
-            remove_tree(work)
-        note.unlink(missing_ok=True)
-        half.replace(tar)
-        seconds = round(time.monotonic() - begun)
-        write_atomically(note, json.dumps({"key": key, "seconds": seconds}))
-        say(f"root file system made in {seconds} s ({tar.stat().st_size / 1e6:.0f} MB)")
-    return tar
+        command, cas = _build_command(lab), [path.read_text() for path in _local_cas()]
+        key = hashlib.sha256(json.dumps([command, cas]).encode()).hexdigest()[:12]
+        current = folder / f"{lab.suite}-{key}"
+        if not current.exists():
+            _build(command, current, folder / f"{lab.suite}.tmp")
+        for host in hosts:
+            place = lab.host_dir(host)
+            if not made(lab, host):
+                place.mkdir(parents=True, exist_ok=True)
+                (place / "base").unlink(missing_ok=True)
+                (place / "base").symlink_to(current)
+        used = {link.readlink().name for link in lab.cache.glob("lab/*/hosts/*/base")}
+        for old in folder.glob(f"{lab.suite}-*"):
+            if old != current and old.name not in used:
+                remove_tree(old)
 
 
-def _build_command(lab: Lab, target: Path) -> tuple[list[str], dict[str, str]]:
+def _build(command: list[str], target: Path, work: Path) -> None:
+    say(f"making the root file system {target.name} (once)")
+    begun = time.monotonic()
+    remove_tree(work)
+    work.mkdir()
+    # Namespaces of its own: killed at any moment, it leaves no mount and no process behind.
+    isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    with ticking("mmdebstrap"):
+        run(
+            [word if word != _TARGET else str(work / "root") for word in [*isolated, *command]],
+            timeout=1200,
+            env={"DEBIAN_FRONTEND": "noninteractive", "TMPDIR": str(work)},
+        )
+    # Emptied with the rest of the image: apt must not take the folder's date for that of fresh lists.
+    os.utime(work / "root/var/lib/apt/lists", (0, 0))
+    (work / "root").rename(target)
+    remove_tree(work)
+    say(f"root file system made, {time.monotonic() - begun:.0f} s")
+
+
+def _build_command(lab: Lab) -> list[str]:
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', Path("/etc/os-release").read_text(), re.M))
     places = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.*"))]
     text = "\n\n".join(
@@ -128,7 +138,7 @@ def _build_command(lab: Lab, target: Path) -> tuple[list[str], dict[str, str]]:
     ]
     if _local_cas():
         hooks.append(f'cp {_LOCAL_CAS}/*.crt "$1"{_LOCAL_CAS}/ && chroot "$1" update-ca-certificates')
-    command = [
+    return [
         *(
             "mmdebstrap",
             "--quiet",
@@ -137,42 +147,50 @@ def _build_command(lab: Lab, target: Path) -> tuple[list[str], dict[str, str]]:
             f"--keyring={_KEYRING}",
         ),
         *(f"--customize-hook={hook}" for hook in hooks),
-        *(lab.suite, str(target), *mirrors),
+        *(lab.suite, _TARGET, *mirrors),
     ]
-    return command, {"DEBIAN_FRONTEND": "noninteractive"}
 
 
 def _local_cas() -> list[Path]:
     return sorted(_LOCAL_CAS.glob("*.crt"))
 
 
-def unpack(tar: Path, lab: Lab, host: Host) -> None:
-    """Unpack and personalise a host's root; it appears under its name only when complete."""
-    target = lab.host_dir(host) / "root"
-    if target.exists():
+def made(lab: Lab, host: Host) -> bool:
+    """Whether the host's own files are complete."""
+    return any((lab.host_dir(host) / layer).exists() for layer in ("upper", "root"))
+
+
+def make(lab: Lab, host: Host) -> None:
+    """Make the host's own files: a layer above its base, or a copy of it where overlays cannot be mounted."""
+    if made(lab, host):
         return
-    half = lab.host_dir(host) / "root.partial"
+    place = lab.host_dir(host)
+    half = place / "partial"
     remove_tree(half)
-    half.mkdir(parents=True)
-    run(
-        [
-            "tar",
-            "--extract",
-            "--numeric-owner",
-            "--xattrs",
-            "--xattrs-include=*",
-            f"--file={tar}",
-            "-C",
-            half,
-        ],
-        timeout=300,
-    )
-    (lab.host_dir(host) / "log").mkdir(exist_ok=True)
+    half.mkdir()
+    layer = "upper" if _overlays_work(place) else "root"
+    if layer == "root":
+        run(["cp", "--archive", f"{place}/base/.", half], timeout=600)
     _personalise(half, lab, host)
-    half.rename(target)
+    half.rename(place / layer)
 
 
-def _personalise(root: Path, lab: Lab, host: Host) -> None:
+def _overlays_work(place: Path) -> bool:
+    """Whether this kernel and file system can stack one folder on another (not so inside most containers)."""
+    for name in ("try", "work"):
+        remove_tree(place / name)
+        (place / name).mkdir()
+    mount = ["mount", "-t", "overlay", "overlay", "-o", "lowerdir=base,upperdir=try,workdir=work", "try"]
+    done = run(["unshare", "--mount", *mount], cwd=place, check=False)
+    remove_tree(place / "try")
+    remove_tree(place / "work")
+    return done.returncode == 0
+
+
+def _personalise(layer: Path, lab: Lab, host: Host) -> None:
+    below = lab.host_dir(host) / "base"
+    environment = (below / "etc/environment").read_text() if (below / "etc/environment").exists() else ""
+    keys = lab.state / "ssh" / host.name
     files = {
         "etc/machine-id": uuid.uuid4().hex + "\n",
         "etc/hostname": host.name + "\n",
@@ -183,27 +201,38 @@ def _personalise(root: Path, lab: Lab, host: Host) -> None:
         "etc/apt/apt.conf.d/10lab-network": apt_network(
             run(["apt-config", "dump"], check=False).stdout, f"http://{lab.gateway}:{HTTP_PORT}"
         ),
+        "etc/environment": environment + environment_lines(os.environ, with_cas=bool(_local_cas())),
+        "etc/ssh/ssh_host_ed25519_key": (keys / "ssh_host_ed25519_key").read_text(),
+        "etc/ssh/ssh_host_ed25519_key.pub": (keys / "ssh_host_ed25519_key.pub").read_text(),
+        f"home/{SUDO_USER}/.ssh/authorized_keys": lab.ssh_key.with_suffix(".pub").read_text(),
     }
     for name, text in files.items():
-        write_atomically(root / name, text)
-    for key, mode in (("ssh_host_ed25519_key", 0o600), ("ssh_host_ed25519_key.pub", 0o644)):
-        write_atomically(root / "etc/ssh" / key, (lab.state / "ssh" / host.name / key).read_text(), mode)
-    home = root / "home" / SUDO_USER
-    write_atomically(home / ".ssh/authorized_keys", lab.ssh_key.with_suffix(".pub").read_text(), 0o600)
-    (home / ".ssh").chmod(0o700)
-    owner = home.stat()
-    for path in (home / ".ssh", home / ".ssh/authorized_keys"):
+        put(layer, below, name, text)
+    owner = (below / "home" / SUDO_USER).stat()
+    for name in (".ssh", ".ssh/authorized_keys"):
+        path = layer / "home" / SUDO_USER / name
         os.chown(path, owner.st_uid, owner.st_gid)
-    with (root / "etc/environment").open("a") as stream:
-        stream.write(environment_lines(os.environ, with_cas=bool(_local_cas())))
-    # Emptied with the rest of the image: apt must not take the folder's date for that of fresh lists.
-    os.utime(root / "var/lib/apt/lists", (0, 0))
-    refresh_resolver(root)
+        path.chmod(0o700)
+    (layer / "etc/ssh/ssh_host_ed25519_key").chmod(0o600)
 
 
-def refresh_resolver(root: Path) -> None:
-    """Give a host the machine's resolvers of this moment (they change when a laptop changes its network)."""
-    write_atomically(root / "etc/resolv.conf", resolv_conf(Path("/")))
+def put(layer: Path, below: Path, name: str, text: str) -> None:
+    """Write a file into a layer; folders made on the way look as they do in the layer below."""
+    for parent in reversed(Path(name).parents[:-1]):
+        if not (layer / parent).exists():
+            (layer / parent).mkdir()
+            if (below / parent).exists():
+                model = (below / parent).stat()
+                os.chown(layer / parent, model.st_uid, model.st_gid)
+                (layer / parent).chmod(model.st_mode & 0o7777)
+    write_atomically(layer / name, text)
+
+
+def refresh(lab: Lab, host: Host) -> None:
+    """Give a stopped host the machine's resolvers of this moment (a laptop changes its network)."""
+    place = lab.host_dir(host)
+    layer = place / ("upper" if (place / "upper").exists() else "root")
+    put(layer, place / "base", "etc/resolv.conf", resolv_conf(Path("/")))
 
 
 def resolv_conf(machine: Path) -> str:

@@ -1,7 +1,7 @@
 """A lab that is removed leaves the machine exactly as it was, whatever moment it was interrupted at.
 
-Every test runs in a world of its own (network, mount and process namespaces), where nothing but the lab can change
-anything: what is found there before and after is compared without exceptions.
+Every test runs in a world of its own (network, mount and process namespaces), where nothing but the lab can
+change anything: what is found there before and after is compared without exceptions.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ mine = {os.getpid(), os.getppid()}
 mounts = Path("/proc/self/mounts").read_text().splitlines()
 groups = [line.split()[1] for line in mounts if line.split()[2] in ("cgroup", "cgroup2")]
 ipv4 = Path("/proc/sys/net/ipv4")
+network = os.stat("/proc/self/ns/net").st_ino
 print(json.dumps({
     "interfaces": [" ".join(line.split()[1:3]) for line in said("ip", "-o", "link")],
     "addresses": [line.split()[3] for line in said("ip", "-o", "addr")],
@@ -56,10 +57,10 @@ print(json.dumps({
     "processes": sorted(filter(None, (command(p.name) for p in Path("/proc").iterdir()
                                       if p.name.isdigit() and int(p.name) not in mine))),
     "control groups": [str(path) for group in groups for path in Path(group).glob(f"llmbox-{name}-*")],
-    "sysctls": {str(path): path.read_text() for path in
-                (ipv4 / "ip_forward", *ipv4.glob("conf/*/forwarding"), *ipv4.glob("conf/*/accept_redirects"))},
+    "sysctls": {str(path): path.read_text() for path in (
+        ipv4 / "ip_forward", *ipv4.glob("conf/*/forwarding"), *ipv4.glob("conf/*/accept_redirects"))},
     "run": [str(path) for path in Path("/run").glob(f"systemd/nspawn/*/{name}-*")],
-    "ledger": [str(path) for path in Path("/run/llmbox-lab").glob(f"*-{os.stat('/proc/self/ns/net').st_ino}.json")],
+    "ledger": [str(path) for path in Path("/run/llmbox-lab").glob(f"*-{network}.json")],
     "state": [str(path) for path in Path(sys.argv[2]).glob("*")],
 }))
 """
@@ -127,7 +128,7 @@ class World:
 def caches() -> None:
     """What needs the network is made before, outside of the worlds."""
     lab = from_environment()
-    lab_root.archive(lab)
+    lab_root.base(lab, [])
     sources.prepare(lab.cache / "sources", REPO_ROOT)
 
 
@@ -154,7 +155,7 @@ def test_up_and_down_twice_leave_nothing(world: World) -> None:
         assert len([line for line in during["processes"] if line.endswith("systemd-nspawn")]) == 3
         again = world.lab("up")
         assert again.returncode == 0
-        assert "unpacked" not in again.stderr  # a repeat makes nothing
+        assert difference(during, world.snapshot()) == {}  # a repeat makes nothing
         down = world.lab("down")
         assert down.returncode == 0, down.stderr
         assert difference(before, world.snapshot()) == {}
@@ -166,7 +167,6 @@ def test_a_host_comes_back_from_a_reboot_and_from_poweroff(world: World) -> None
     rebooted = world.lab("reboot", "llm")
     assert (rebooted.returncode, "rebooted" in rebooted.stderr) == (0, True)
     assert world.lab("poweroff", "llm").returncode == 0
-    assert world.lab("ssh", "llm", "true").returncode == 255
     assert world.lab("ssh", "llm", "touch", "kept").returncode == 255
     assert world.lab("start", "llm").returncode == 0
     assert world.lab("ssh", "llm", "touch", "kept").returncode == 0
@@ -202,7 +202,7 @@ def test_a_subnet_in_use_is_refused(world: World) -> None:
 def test_a_firewall_that_drops_forwarded_packets_is_named(world: World) -> None:
     world.run(
         "nft",
-        "add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }",
+        "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }",
     )
     refused = world.lab("up")
     assert refused.returncode == 2
@@ -235,7 +235,7 @@ def cases(count: int) -> list[tuple[str, signal.Signals, float]]:
         (
             verbs[index % 3],
             numbers[index // 3 % 3] if index >= 3 else numbers[index],
-            round(dice.uniform(0.05, 4), 2),
+            round(dice.uniform(0.05, 2.5), 2),
         )
         for index in range(count)
     ]
