@@ -215,7 +215,7 @@ def is_shell(path: Path) -> bool:
 def lint() -> Outcome:
     """Each linter is one check."""
     checks = {
-        "ruff": ["ruff", "check", "."],
+        "ruff": ["ruff", "check", "--output-format=concise", "."],
         "mypy": ["mypy", "."],
         "yamllint": ["yamllint", "--strict", "."],
         "ansible-lint": ["ansible-lint"],
