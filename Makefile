@@ -9,6 +9,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## the controller's environment in .venv (a no-op when nothing changed)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; fix: make PYTHON=python3.12 ...")'
 	@$(PYTHON) scripts/setup.py
 
 lab: setup ## boot three lab hosts, provision them with site.yml, verify them, ask the model a question

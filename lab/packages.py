@@ -26,11 +26,11 @@ NEEDED = {
 }
 
 
-def missing() -> list[str]:
+def missing(needed: Mapping[str, str]) -> list[str]:
     """Return the packages whose program or file is not on this machine."""
     return [
         package
-        for sign, package in NEEDED.items()
+        for sign, package in needed.items()
         if not (Path(sign).exists() if sign.startswith("/") else shutil.which(sign, path=_path()))
     ]
 
@@ -40,14 +40,20 @@ def install_command(packages: list[str]) -> str:
     return "apt-get install --no-install-recommends " + " ".join(packages)
 
 
-def ensure(lab: Lab, environ: Mapping[str, str] = os.environ) -> None:
-    """Install what is missing, or with LAB_INSTALL=0 say the command and raise LabError (exit status 2)."""
+def ensure(
+    lab: Lab, needed: Mapping[str, str] = NEEDED, environ: Mapping[str, str] = os.environ
+) -> None:
+    """Install what is missing of `needed` ({program or file: package}).
+
+    Raises LabError (exit status 2) with the command to type when LAB_INSTALL=0 or who runs it is not root.
+    """
     put_units_to_rest(lab)  # of an installation that was interrupted
-    packages = missing()
+    packages = missing(needed)
     if not packages:
         return
-    if environ.get("LAB_INSTALL") == "0":
-        raise LabError(f"Debian packages are missing and LAB_INSTALL=0; type: {install_command(packages)}", 2)
+    if environ.get("LAB_INSTALL") == "0" or os.geteuid() != 0:
+        why = "LAB_INSTALL=0" if environ.get("LAB_INSTALL") == "0" else "this is not root"
+        raise LabError(f"Debian packages are missing and {why}; type: {install_command(packages)}", 2)
     if not shutil.which("apt-get"):
         raise LabError(
             f"Debian packages are missing and this machine has no apt-get: {' '.join(packages)}", 2

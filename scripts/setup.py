@@ -9,12 +9,17 @@ Exit codes: 0 done, 1 a step failed, 2 this machine cannot run it (the line says
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lab import config, packages  # noqa: E402 - found through the line above
+from lab.shell import LabError  # noqa: E402
+
 VENV = ROOT / ".venv"
 STAMP = VENV / "setup.sha256"
 REQUIREMENTS = ROOT / "requirements.txt"
@@ -44,24 +49,21 @@ def pip(*arguments: str) -> None:
 
 
 def ensure_venv_module() -> None:
-    """Install python3-venv where Debian leaves it out of the interpreter."""
-    if importlib.util.find_spec("ensurepip") is None:
-        sys.path.insert(0, str(ROOT))
-        from lab.packages import ensure_packages
-
-        ensure_packages(["python3-venv"])
+    """Install python3-venv where Debian leaves it out of the interpreter. Raises LabError when it may not."""
+    lab = config.from_environment()
+    packages.ensure(lab, {f"{sysconfig.get_path('stdlib')}/ensurepip/__init__.py": "python3-venv"})
 
 
 def main() -> int:
     """Make or refresh the environment."""
-    if sys.version_info < (3, 11):
-        print(f"setup: {sys.executable} is Python {sys.version.split()[0]}; 3.11 or newer is needed: "
-              "make setup PYTHON=python3.12", file=sys.stderr)
-        return 2
     wanted = fingerprint()
     if STAMP.is_file() and STAMP.read_text().strip() == wanted:
         return 0
-    ensure_venv_module()
+    try:
+        ensure_venv_module()
+    except LabError as error:
+        print(f"setup: {error}", file=sys.stderr)
+        return error.code
     print(f"setup: making {VENV.name} with Python {sys.version.split()[0]} (a few minutes the first time)", flush=True)
     STAMP.unlink(missing_ok=True)
     try:
