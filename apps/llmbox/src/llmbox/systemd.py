@@ -13,7 +13,8 @@ from llmbox.errors import LlmboxError, UsageError
 
 COMMAND_TIMEOUT_S = 30
 TICK_S = 0.1
-JOURNAL_SETTLE_S = 0.4
+JOURNAL_SETTLE_S = 0.6
+WAIT_PREFIX = "llmbox-wait-ready:"
 NOISE_FACTOR = 20
 PROPERTIES = (
     "Id,LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ActiveEnterTimestamp,StateChangeTimestamp,"
@@ -148,7 +149,9 @@ class Systemd:
         while True:
             before = lines
             lines = meaningful(self._run(command).stdout.splitlines(), count)
-            if (lines and lines == before) or time.monotonic() > deadline:
+            # Each process has its own stream to the journal: the wait's line may come before the server's last.
+            told = any(not line.startswith(WAIT_PREFIX) for line in lines)
+            if (told and lines == before) or time.monotonic() > deadline:
                 return lines
             time.sleep(TICK_S)
 
