@@ -344,7 +344,6 @@ CASES = (
         "required",
         "add 'context:'",
         shown="(missing)",
-        gate=True,
     ),
     Case(
         "missing-description",
@@ -471,9 +470,7 @@ CASES = (
         "kv_cache_type:",
         gate=True,
     ),
-    Case(
-        "kv-one-item", extra("-ctv q5_1"), f"{EXTRA}.0", "K and V cannot differ", "kv_cache_type:", gate=True
-    ),
+    Case("kv-one-item", extra("-ctv q5_1"), f"{EXTRA}.0", "K and V cannot differ", "kv_cache_type:"),
     Case(
         "kv-environment",
         extra("LLAMA_ARG_CACHE_TYPE_K=q8_0"),
@@ -525,7 +522,6 @@ CASES = (
         f"{CODER}.flash_attention",
         "needs flash attention",
         "flash_attention: true",
-        gate=True,
     ),
     # Flags that are data.
     *(
@@ -627,7 +623,6 @@ CASES = (
         f"{CODER}.draft",
         "not a key of gguf_models",
         "add it to gguf_models",
-        gate=True,
     ),
     Case(
         "own-draft",
@@ -679,7 +674,6 @@ CASES = (
         f"{CODER}.aliases.0",
         "already a word of lmswitch",
         "choose another",
-        gate=True,
     ),
     Case(
         "alias-too-long",
@@ -761,7 +755,6 @@ CASES = (
         f"{CODER}.context",
         "at most 1048576",
         "1048576 or less",
-        gate=True,
     ),
     Case(
         "context-no-multiple",
@@ -778,7 +771,7 @@ CASES = (
         "multiple of 768 for 3 slots",
         "write 16128",
     ),
-    Case("threads-zero", preset("threads", 0), f"{CODER}.threads", "at least 1", "1 or more", gate=True),
+    Case("threads-zero", preset("threads", 0), f"{CODER}.threads", "at least 1", "1 or more"),
     Case("n-cpu-moe-negative", preset("n_cpu_moe", -1), f"{CODER}.n_cpu_moe", "at least 0", "0 or more"),
     Case(
         "n-gpu-layers-negative",
@@ -795,7 +788,6 @@ CASES = (
         f"{CODER}.start_timeout",
         "at least 5",
         "5 or more",
-        gate=True,
     ),
     Case(
         "start-timeout-long",
@@ -1068,7 +1060,6 @@ CASES = (
         "whole number",
         "write a whole number",
         "models",
-        gate=True,
     ),
     Case(
         "size-zero", put(f"{MODEL}.size", 0, "models"), f"{MODEL}.size", "at least 1", "1 or more", "models"
@@ -1080,7 +1071,6 @@ CASES = (
         "40 lower-case hexadecimal",
         "git rev-parse",
         "builds",
-        gate=True,
     ),
     Case(
         "commit-and-ref",
@@ -1131,7 +1121,6 @@ CASES = (
         "the lock is for b11434",
         "scripts/lock_models.py",
         "builds",
-        gate=True,
     ),
     Case(
         "hub-without-lock",
@@ -1275,7 +1264,6 @@ CASES = (
         f"{CODER}.description",
         "U+001B",
         "remove it",
-        gate=True,
     ),
     Case(
         "description-bidi",
@@ -1298,7 +1286,6 @@ CASES = (
         f"{CODER}.description",
         "at most 120",
         "shorten it",
-        gate=True,
     ),
     # CMake.
     Case(
@@ -1325,7 +1312,6 @@ CASES = (
         "characters other than",
         "remove quotes",
         "builds",
-        gate=True,
     ),
     Case(
         "cmake-list",

@@ -35,7 +35,7 @@ def schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Builds, models and presets",
-        "description": "Variables of the group llama_hosts; playbooks/validate.yml checks more than this can.",
+        "description": "Variables of the group llama_hosts; playbooks/validate.yml checks more.",
         **{key: value for key, value in _with_templates(made).items() if key != "description"},
         "$defs": definitions,
     }
@@ -61,7 +61,7 @@ def text() -> str:
 
 
 def _with_templates(entry: dict[str, Any]) -> dict[str, Any]:
-    """An object whose properties may also be templates; their titles, which repeat the names, are left out."""
+    """An object whose properties may also be templates; titles, which repeat the names, are left out."""
     properties = {name: _or_template(value) for name, value in entry.get("properties", {}).items()}
     return {
         **{key: value for key, value in entry.items() if key != "title"},

@@ -1,0 +1,221 @@
+"""The real playbooks/validate.yml on every broken inventory: refused in one line, and no host is contacted.
+
+The inventories' hosts point at a listening socket of this test, and Ansible's ssh program is a script that writes
+down that it was called: both must see nothing. Needs no lab. How long a run takes is reported, never asserted.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import socket
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, PlaybookRun, ansible_playbook
+from tests.unit import broken_inventories as broken
+
+PLAYBOOK = "playbooks/validate.yml"
+TIMEOUT_S = 30  # a hang, not a slow day
+GATE = [case for case in broken.CASES if case.gate]
+REST = [case for case in broken.CASES if not case.gate]
+
+
+@dataclass
+class Bait:
+    """What a connection would run into."""
+
+    listener: socket.socket
+    calls: Path
+    ssh: Path
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def variables(self) -> dict[str, object]:
+        """Connection variables that lead every host here."""
+        return {
+            "ansible_host": "127.0.0.1",
+            "ansible_port": self.listener.getsockname()[1],
+            "ansible_user": "nobody",
+            "ansible_ssh_executable": str(self.ssh),
+        }
+
+    def touched(self) -> list[str]:
+        """Every sign of a connection, and a clean slate for the next look."""
+        signs = self.calls.read_text().splitlines() if self.calls.exists() else []
+        self.calls.unlink(missing_ok=True)
+        try:
+            connection, address = self.listener.accept()
+        except BlockingIOError:
+            return signs
+        connection.close()
+        return [*signs, f"connection from {address}"]
+
+
+@pytest.fixture(scope="module")
+def bait(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bait]:
+    """A listening socket and a script in ssh's place; at the end, how long the runs took."""
+    folder = tmp_path_factory.mktemp("bait")
+    script, calls = folder / "ssh", folder / "calls"
+    script.write_text(f'#!/bin/sh\necho "ssh $*" >> {calls}\nexit 255\n')
+    script.chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        made = Bait(listener, calls, script)
+        yield made
+    if made.seconds:
+        print(
+            f"\nvalidate.yml, {len(made.seconds)} runs: {spread(made.seconds)} wall, {spread(made.cpu_seconds)} CPU"
+        )
+
+
+def spread(values: list[float]) -> str:
+    """Minimum, median and maximum in seconds."""
+    return f"{min(values):.2f}/{statistics.median(values):.2f}/{max(values):.2f} s (min/median/max)"
+
+
+def validate(folder: Path, files: broken.Files, bait: Bait, *args: str) -> PlaybookRun:
+    """Write an inventory and run the playbook on it; its wall and CPU time are noted."""
+    broken.write(files, folder, bait.variables)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run = ansible_playbook(PLAYBOOK, *args, inventory=folder, timeout=TIMEOUT_S)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    bait.seconds.append(run.seconds)
+    bait.cpu_seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return run
+
+
+def refusals(run: PlaybookRun) -> list[str]:
+    """The lines that refuse something."""
+    return [line for line in (run.stdout + run.stderr).splitlines() if "refused:" in line]
+
+
+def check(case: broken.Case, folder: Path, bait: Bait) -> None:
+    """One line, which names file, key, value and fix; no traceback; no connection."""
+    run = validate(folder, broken.inventory(case), bait)
+    assert run.rc != 0, run.tail()
+    lines = refusals(run)
+    assert len(lines) == 1, run.tail()
+    line = lines[0].removeprefix("[ERROR]: ")
+    assert line.startswith(f"refused: {folder}"), line
+    assert f" {case.key} = " in line, line
+    assert case.says in line, line
+    assert case.fix in line.partition("; fix: ")[2], line
+    if case.name != "variable-not-set":  # no file sets it
+        assert f"{folder / broken.PATHS[case.file]}:" in line, line
+    if case.shown is not None:
+        assert f" = {case.shown}: " in line
+    assert line.isprintable()
+    assert "Traceback" not in run.stdout + run.stderr
+    assert "s3cret" not in run.stdout + run.stderr
+    assert "hunter2" not in run.stdout + run.stderr
+    assert bait.touched() == []
+
+
+@pytest.mark.parametrize("case", GATE, ids=lambda case: case.name)
+def test_refused(case: broken.Case, tmp_path: Path, bait: Bait) -> None:
+    """At least one case of every kind."""
+    check(case, tmp_path, bait)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", REST, ids=lambda case: case.name)
+def test_refused_rest(case: broken.Case, tmp_path: Path, bait: Bait) -> None:
+    """All other cases."""
+    check(case, tmp_path, bait)
+
+
+def test_the_sound_inventory_passes(tmp_path: Path, bait: Bait) -> None:
+    """What the cases break is accepted before, again without a connection."""
+    run = validate(tmp_path, broken.inventory(), bait).check()
+    assert refusals(run) == []
+    assert run.changed == 0
+    assert bait.touched() == []
+
+
+def test_all_problems_are_counted_and_shown_with_v(tmp_path: Path, bait: Bait) -> None:
+    """Three mistakes: one line and their number; with -v all of them."""
+    files = broken.inventory()
+    for key in ("contxt", "thraeds", "paralel"):
+        broken.preset(key, 1)(files)
+    run = validate(tmp_path, files, bait)
+    assert [line.endswith(" (+2 more)") for line in refusals(run)] == [True]
+    verbose = validate(tmp_path, files, bait, "-v")
+    assert len(refusals(verbose)) == 3
+
+
+def test_a_limit_does_not_skip_the_checks(tmp_path: Path, bait: Bait) -> None:
+    """--limit to another host, and a tag that no task has: the data is checked all the same."""
+    case = next(case for case in broken.CASES if case.name == "unknown-key")
+    for arguments in (("--limit", "ocr-box"), ("--tags", "nothing"), ("--check", "--diff")):
+        run = validate(tmp_path, broken.inventory(case), bait, *arguments)
+        assert run.rc != 0, arguments
+        assert len(refusals(run)) == 1, arguments
+    assert bait.touched() == []
+
+
+def test_a_refusal_ends_the_whole_run(tmp_path: Path, bait: Bait) -> None:
+    """A play that follows, as in site.yml, is not begun."""
+    case = next(case for case in broken.CASES if case.name == "unknown-key")
+    broken.write(broken.inventory(case), tmp_path / "inventory", bait.variables)
+    playbook = tmp_path / "site.yml"
+    playbook.write_text(
+        f"""---
+- name: Validate
+  ansible.builtin.import_playbook: {ROOT / PLAYBOOK}
+- name: Never reached
+  hosts: llama_hosts
+  gather_facts: false
+  tasks:
+    - name: Touch the host
+      ansible.builtin.raw: "true"
+"""
+    )
+    run = ansible_playbook(playbook, inventory=tmp_path / "inventory", timeout=TIMEOUT_S)
+    assert run.rc != 0
+    assert "Never reached" not in run.stdout
+    assert bait.touched() == []
+
+
+def test_extra_variables_are_checked_and_named(tmp_path: Path, bait: Bait) -> None:
+    """What -e brings in has no file; the line says where it came from."""
+    run = validate(tmp_path, broken.inventory(), bait, "-e", '{"llama_presets_listen": "everywhere"}')
+    (line,) = refusals(run)
+    assert line.startswith('refused: --extra-vars: llama_presets_listen = "everywhere": ')
+
+
+def test_a_later_file_wins_and_is_named(tmp_path: Path, bait: Bait) -> None:
+    """host_vars override group_vars: the line leads to the value that counts."""
+    files = broken.inventory()
+    broken.write(files, tmp_path, bait.variables)
+    override = tmp_path / "host_vars/box.yml"
+    override.parent.mkdir()
+    override.write_text("# why\nllama_presets_listen: nowhere\n")
+    run = validate(tmp_path, files, bait)
+    assert f"refused: {override}:2: llama_presets_listen" in refusals(run)[0]
+
+
+def test_the_bait_works(tmp_path: Path, bait: Bait) -> None:
+    """A play that does connect is noticed: by the script, and with the real ssh by the socket."""
+    broken.write(broken.inventory(), tmp_path / "inventory", bait.variables)
+    playbook = tmp_path / "connect.yml"
+    playbook.write_text(
+        "- {name: Connect, hosts: box, gather_facts: false,
+"
+        "   tasks: [{name: Touch, ansible.builtin.raw: 'true'}]}
+"
+    )
+    assert ansible_playbook(playbook, inventory=tmp_path / "inventory", timeout=TIMEOUT_S).rc != 0
+    assert any(sign.startswith("ssh ") for sign in bait.touched())
+    ssh = shutil.which("ssh")
+    if ssh is None:
+        pytest.skip("no ssh on this machine: the socket is not tried")
+    arguments = ("-e", f"ansible_ssh_executable={ssh}", "-e", "ansible_ssh_retries=0")
+    with pytest.raises(Exception, match="timed out"):
+        ansible_playbook(playbook, *arguments, inventory=tmp_path / "inventory", timeout=4)
+    assert any(sign.startswith("connection from") for sign in bait.touched())
