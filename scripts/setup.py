@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make the controller's environment: `.venv` with requirements.txt and the apps, installed editable.
 
-A no-op when nothing changed: the stamp in `.venv` is the hash of the interpreter, requirements.txt and the apps'
-pyproject files, and it is written last. Standard library only; run by `make setup`.
+A no-op when nothing changed: the stamp in `.venv` is the hash of the interpreter, requirements.txt and the
+apps' pyproject files, and it is written last. Standard library only; run by `make setup`.
 Exit codes: 0 done, 1 a step failed, 2 this machine cannot run it (the line says what to do).
 """
 
@@ -64,10 +64,13 @@ def main() -> int:
     except LabError as error:
         print(f"setup: {error}", file=sys.stderr)
         return error.code
-    print(f"setup: making {VENV.name} with Python {sys.version.split()[0]} (a few minutes the first time)", flush=True)
+    version = sys.version.split()[0]
+    print(f"setup: making {VENV.name} with Python {version} (a few minutes the first time)", flush=True)
     STAMP.unlink(missing_ok=True)
     try:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True, timeout=PIP_TIMEOUT_S)
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--clear", str(VENV)], check=True, timeout=PIP_TIMEOUT_S
+        )
         pip("install", "--quiet", "--requirement", str(REQUIREMENTS))
         editable = [argument for app in apps() for argument in ("--editable", str(app))]
         pip("install", "--quiet", "--no-build-isolation", "--no-deps", *editable)
