@@ -1,7 +1,7 @@
 """The real playbooks/validate.yml on every broken inventory: refused in one line, and no host is contacted.
 
-The inventories' hosts point at a listening socket of this test, and Ansible's ssh program is a script that writes
-down that it was called: both must see nothing. Needs no lab. How long a run takes is reported, never asserted.
+The hosts point at a listening socket of this test, and Ansible's ssh program is a script that writes down that it
+was called: both must see nothing. Needs no lab. How long a run takes is reported, never asserted.
 """
 
 from __future__ import annotations
@@ -204,12 +204,14 @@ def test_the_bait_works(tmp_path: Path, bait: Bait) -> None:
     """A play that does connect is noticed: by the script, and with the real ssh by the socket."""
     broken.write(broken.inventory(), tmp_path / "inventory", bait.variables)
     playbook = tmp_path / "connect.yml"
-    playbook.write_text(
-        "- {name: Connect, hosts: box, gather_facts: false,
-"
-        "   tasks: [{name: Touch, ansible.builtin.raw: 'true'}]}
-"
-    )
+    playbook.write_text("""---
+- name: Connect
+  hosts: box
+  gather_facts: false
+  tasks:
+    - name: Touch the host
+      ansible.builtin.raw: "true"
+""")
     assert ansible_playbook(playbook, inventory=tmp_path / "inventory", timeout=TIMEOUT_S).rc != 0
     assert any(sign.startswith("ssh ") for sign in bait.touched())
     ssh = shutil.which("ssh")
