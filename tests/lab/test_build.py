@@ -116,7 +116,7 @@ class Builds:
 
 
 @pytest.fixture(scope="module")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builds]:
+def builds(lab: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builds]:
     """The lab's build in a root of its own, built once."""
     remove_root()
     yield Builds(tmp_path_factory.mktemp("builds"), lab_build())

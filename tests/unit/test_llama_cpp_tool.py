@@ -218,7 +218,9 @@ def test_local_changes_and_leftovers_do_not_survive(spec: tool.Spec) -> None:
     (spec.source / "VERSION_LINE").write_text("tampered", encoding="utf-8")
     (spec.source / "extra").touch()
     (spec.source / ".git" / "index.lock").touch()
+    (spec.source / ".git" / "the-same-checkout").touch()
     tool.fetch(spec)
+    assert (spec.source / ".git" / "the-same-checkout").exists()
     assert not (spec.source / "extra").exists()
     assert (spec.source / "VERSION_LINE").read_text(encoding="utf-8").startswith("version:")
 
