@@ -272,6 +272,23 @@ def test_a_refused_sleep_brings_the_former_back(systemd: FakeSystemd) -> None:
     assert systemd.active() == ["llama-gemma.service"]
 
 
+def test_a_former_that_had_to_be_killed_does_not_stay_failed(
+    systemd: FakeSystemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    systemd.up("llama-gemma.service")
+    switcher, _ = make(systemd)
+    up = systemd.up
+
+    def kill_the_former(unit: str) -> None:
+        up(unit)
+        killed = UnitState("llama-gemma.service", active="failed", sub="failed")
+        systemd.states[killed.unit] = killed
+
+    monkeypatch.setattr(systemd, "up", kill_the_former)
+    assert switcher.switch("coder").ok
+    assert systemd.calls[-1] == "reset-failed llama-gemma.service"
+
+
 def test_progress_says_what_goes_on(systemd: FakeSystemd) -> None:
     systemd.up("llama-gemma.service")
     switcher, notes = make(systemd, health="loading")

@@ -112,6 +112,7 @@ class Switcher:
         except Interrupted:
             return self._give_up(wanted, back_to, began)
         if not said:
+            self._forgive(back_to)
             seconds = self.clock() - began
             return Outcome(True, f"{name} is ready ({seconds:.1f} s)", name, name, True, seconds)
         return self._failed(wanted, back_to, began, said)
@@ -242,6 +243,11 @@ class Switcher:
             self.clock() - began,
             ["interrupted"],
         )
+
+    def _forgive(self, unit: str | None) -> None:
+        """A server that had to be killed counts as failed, though it was told to go."""
+        if unit and self.manager.show([unit])[unit].failed:
+            self.manager.reset_failed(unit)
 
     def _return_to(self, unit: str | None) -> str | None:
         """Start what ran before. Returns its name when it serves again."""

@@ -149,7 +149,7 @@ class Systemd:
         while True:
             before = lines
             lines = meaningful(self._run(command).stdout.splitlines(), count)
-            # Each process has its own stream to the journal: the wait's line may come before the server's last.
+            # Streams are independent: the line of the wait may come before the last one of the server.
             told = any(not line.startswith(WAIT_PREFIX) for line in lines)
             if (told and lines == before) or time.monotonic() > deadline:
                 return lines
