@@ -1,7 +1,7 @@
 """The real playbooks/validate.yml on every broken inventory: refused in one line, and no host is contacted.
 
-The hosts point at a listening socket of this test, and Ansible's ssh program is a script that writes down that it
-was called: both must see nothing. Needs no lab. How long a run takes is reported, never asserted.
+The hosts point at a listening socket of this test, and Ansible's ssh program is a script that writes down its
+calls: both must see nothing. Needs no lab. How long a run takes is reported, never asserted.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ def bait(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bait]:
         made = Bait(listener, calls, script)
         yield made
     if made.seconds:
-        print(
-            f"\nvalidate.yml, {len(made.seconds)} runs: {spread(made.seconds)} wall, {spread(made.cpu_seconds)} CPU"
-        )
+        times = f"{spread(made.seconds)} wall, {spread(made.cpu_seconds)} CPU"
+        print(f"\nvalidate.yml, {len(made.seconds)} runs: {times}")
 
 
 def spread(values: list[float]) -> str:

@@ -53,7 +53,9 @@ def command_line(
     if preset.threads is not None:
         command += ["--threads", str(preset.threads)]
     if preset.n_cpu_moe:
-        _need(dialect, "--n-cpu-moe", name, preset, "n_cpu_moe", "use a newer build, or write n_cpu_moe: 0")
+        if not dialect.knows("--n-cpu-moe"):
+            fix = "use a newer build, or write n_cpu_moe: 0"
+            raise _unsupported("--n-cpu-moe", name, preset, "n_cpu_moe", fix)
         command += ["--n-cpu-moe", str(preset.n_cpu_moe)]
     command += _flash_attention(preset, dialect)
     # Left on, it would shrink the context to what fits: the server would start with less than promised.
@@ -87,7 +89,7 @@ def _draft(path: str, name: str, preset: Preset, dialect: Dialect) -> list[str]:
     model = dialect.first_known("--spec-draft-model", "--model-draft")
     if model is None:
         raise _unsupported(
-            "--spec-draft-model", name, "draft", preset.draft, "use a newer build, or write draft: none"
+            "--spec-draft-model", name, preset, "draft", "use a newer build, or write draft: none"
         )
     layers = dialect.first_known("--spec-draft-ngl", "--n-gpu-layers-draft", "--gpu-layers-draft")
     command = [model, path]
@@ -152,19 +154,7 @@ def _check_extra_args(name: str, preset: Preset, dialect: Dialect) -> None:
         raise InventoryError(problems)
 
 
-def _need(dialect: Dialect, flag: str, name: str, preset: Preset, key: str, fix: str) -> None:
-    if not dialect.knows(flag):
-        raise _unsupported(flag, name, key, getattr(preset, key), fix, preset.build)
-
-
-def _unsupported(flag: str, name: str, key: str, value: object, fix: str, build: str = "") -> InventoryError:
-    return InventoryError(
-        [
-            Problem(
-                ("llama_presets", name, key),
-                value,
-                f"llama-server of the build {build} does not know {flag}".replace("  ", " "),
-                fix,
-            )
-        ]
-    )
+def _unsupported(flag: str, name: str, preset: Preset, key: str, fix: str) -> InventoryError:
+    """The refusal of a key that this binary has no flag for."""
+    message = f"llama-server of the build {preset.build} does not know {flag}"
+    return InventoryError([Problem(("llama_presets", name, key), getattr(preset, key), message, fix)])

@@ -9,7 +9,9 @@ from typing import Final
 
 from llama_common.translate import closest
 
-_HEAD: Final = re.compile(r"^ {0,2}(?P<flags>-[^\s,]+(?:, +-[^\s,]+)*)(?P<rest>.*)$")
+_HEAD: Final = re.compile(
+    r"^ {0,2}(?P<flags>--?[A-Za-z0-9][^\s,]*(?:, +--?[A-Za-z0-9][^\s,]*)*)(?P<rest>.*)$"
+)
 _HELP_COLUMN: Final = re.compile(r" {2,}")
 _REMOVED: Final = "argument has been removed"
 _TWO_VALUES: Final = re.compile(r"[A-Z]+ [A-Z]+")
