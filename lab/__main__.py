@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 
@@ -24,7 +25,7 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
     anew = [lab.host(name) for name in fresh]
     packages.ensure(lab)
     keeper = supervisor.choose()
-    claims = Claims(lab.state / "claims.json")
+    claims = Claims(lab.claims)
     if claims.suite not in (None, lab.suite):
         raise LabError(
             f"lab {lab.name!r} runs {claims.suite}; fix: `python3 -m lab down`, or another LAB_NAME",
@@ -32,6 +33,7 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
         )
     claims.suite = lab.suite
     claims.save()
+    network.up(lab, claims)
     if anew:
         hosts.close_connections(lab)
         in_parallel({host.name: partial(hosts.remove_host, lab, host, keeper) for host in anew})
@@ -41,7 +43,6 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
             "sources": lambda: sources.prepare(lab.cache / "sources", REPO_ROOT),
         }
     )
-    network.up(lab, claims)
     hosts.make_keys(lab)
     hosts.start_servers(lab, claims, keeper)
     for host in wanted:
@@ -54,7 +55,7 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
 def down(lab: Lab) -> None:
     """Remove everything this lab made; what is gone already is fine."""
     packages.put_units_to_rest(lab)
-    claims = Claims(lab.state / "claims.json")
+    claims = Claims(lab.claims)
     existed = lab.state.exists()
     if existed:
         keeper = supervisor.choose()
@@ -71,7 +72,7 @@ def down(lab: Lab) -> None:
 def status(lab: Lab) -> int:
     """Print one line per host and server; return 0 when the whole lab runs, else 1."""
     keeper = supervisor.choose()
-    claims = Claims(lab.state / "claims.json")
+    claims = Claims(lab.claims)
     print(f"lab {lab.name} ({claims.suite or 'not up'})  {lab.subnet}  {lab.source_git}  {lab.source_http}")
     parts = {host.short: f"{host.name:<11} {host.address:<15}" for host in lab.hosts}
     parts |= {part: f"{part + ' server':<11} {lab.gateway:<15}" for part in ("git", "http")}
@@ -132,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.version_info < (3, 11):  # noqa: UP036 - the machine's own Python may be older
             raise LabError(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}", 2)
         lab = from_environment(suite=getattr(options, "suite", None))
+        if not (getattr(options, "suite", None) or os.environ.get("LAB_SUITE")):
+            lab = replace(lab, suite=Claims(lab.claims).suite or lab.suite)  # a repeat keeps what is there
         if options.verb == "inventory":
             print(json.dumps(inventory(lab), indent=1))
             return 0

@@ -71,6 +71,11 @@ class Lab:
         return self.cache / "lab" / self.name
 
     @property
+    def claims(self) -> Path:
+        """The list of what this lab made on the machine."""
+        return self.state / "claims.json"
+
+    @property
     def ssh_key(self) -> Path:
         return self.state / "ssh/id_ed25519"
 

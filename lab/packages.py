@@ -40,9 +40,7 @@ def install_command(packages: list[str]) -> str:
     return "apt-get install --no-install-recommends " + " ".join(packages)
 
 
-def ensure(
-    lab: Lab, needed: Mapping[str, str] = NEEDED, environ: Mapping[str, str] = os.environ
-) -> None:
+def ensure(lab: Lab, needed: Mapping[str, str] = NEEDED, environ: Mapping[str, str] = os.environ) -> None:
     """Install what is missing of `needed` ({program or file: package}).
 
     Raises LabError (exit status 2) with the command to type when LAB_INSTALL=0 or who runs it is not root.

@@ -15,8 +15,8 @@ from lab.config import HTTP_PORT, SUDO_USER, Host, Lab
 from lab.shell import LabError, remove_tree, run, say, ticking
 from lab.state import shared_cache, write_atomically
 
-# Nothing that a role has to install: a bare host must stay bare. python3-apt is part of every Ubuntu Server and
-# Debian cloud image, and without it Ansible's apt module cannot run in check mode.
+# Nothing that a role has to install: a bare host must stay bare. python3-apt is part of every Ubuntu Server
+# and Debian cloud image; without it the apt module of Ansible cannot run in check mode.
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "dbus-user-session", "libpam-systemd", "openssh-server"),
     *("sudo", "python3", "python3-apt", "iproute2", "ca-certificates", "procps"),
@@ -132,20 +132,14 @@ def _build_command(lab: Lab) -> list[str]:
         f'chmod 0440 "$1"/etc/sudoers.d/{SUDO_USER}',
         'chroot "$1" systemctl enable systemd-networkd',
         'chroot "$1" systemctl mask console-getty.service systemd-networkd-wait-online.service',
-        # A lab host is thrown away: packages need not survive a power cut.
-        'echo force-unsafe-io > "$1"/etc/dpkg/dpkg.cfg.d/lab',
         'echo \'Acquire::Languages "none";\' > "$1"/etc/apt/apt.conf.d/10lab',
     ]
     if _local_cas():
         hooks.append(f'cp {_LOCAL_CAS}/*.crt "$1"{_LOCAL_CAS}/ && chroot "$1" update-ca-certificates')
     return [
-        *(
-            "mmdebstrap",
-            "--quiet",
-            "--variant=minbase",
-            f"--include={','.join(PACKAGES)}",
-            f"--keyring={_KEYRING}",
-        ),
+        *("mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}"),
+        # A lab host is thrown away: packages need not survive a power cut.
+        *(f"--keyring={_KEYRING}", "--dpkgopt=force-unsafe-io"),
         *(f"--customize-hook={hook}" for hook in hooks),
         *(lab.suite, _TARGET, *mirrors),
     ]
