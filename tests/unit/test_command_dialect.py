@@ -13,10 +13,10 @@ HELP = Dialect.from_help(CURRENT_HELP)
 @pytest.mark.parametrize(
     ("flag", "values"),
     [
-        ("-h", 0), ("--usage", 0), ("-t", 1), ("--threads", 1), ("-ctk", 1), ("--mlock", 0), ("--override-tensor", 1),
-        ("-ncmoe", 1), ("--n-cpu-moe", 1), ("-fit", 1), ("--fit", 1), ("--control-vector-layer-range", 2), ("--temperature", 1),
-        ("--spec-draft-model", 1), ("-md", 1), ("--spec-type", 1), ("--no-webui", 0), ("--slots", 0), ("--no-slots", 0),
-        ("--flash-attn", 1),
+        ("-h", 0), ("--usage", 0), ("-t", 1), ("--threads", 1), ("-ctk", 1), ("--mlock", 0),
+        ("--override-tensor", 1), ("-ncmoe", 1), ("--n-cpu-moe", 1), ("-fit", 1), ("--fit", 1),
+        ("--control-vector-layer-range", 2), ("--temperature", 1), ("--spec-draft-model", 1), ("-md", 1),
+        ("--spec-type", 1), ("--no-webui", 0), ("--slots", 0), ("--no-slots", 0), ("--flash-attn", 1),
     ],
 )  # fmt: skip
 def test_every_spelling_is_known_with_its_values(flag: str, values: int) -> None:
