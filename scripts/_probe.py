@@ -135,6 +135,15 @@ def units(names: list[str], user: str | None) -> dict[str, dict[str, str]] | Non
     return {block["Id"]: block for block in blocks if "Id" in block}
 
 
+def boot_links(user: str) -> list[str]:
+    """Preset units that a link made by hand starts with the user's systemd; `UnitFileState` is silent on those."""
+    try:
+        folder = Path(pwd.getpwnam(user).pw_dir, ".config/systemd/user")
+        return sorted({link.name for link in folder.glob("*.*/llama-*.service") if link.is_symlink()})
+    except (KeyError, OSError):
+        return []
+
+
 def builds(root: str, names: list[str]) -> dict[str, dict[str, Any]]:
     """For each build the release that `current` and `previous` point to, and the stamp of the current one."""
     found = {}
@@ -216,6 +225,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
             "presets": read_json(llm["presets_json"]),
             "servers": servers(),
             "user_units": units(llm["user_units"], user),
+            "boot_links": boot_links(user),
             "system_units": units(llm["system_units"], None),
             "builds": builds(llm["builds_root"], llm["builds"]),
             "files": file_sizes(llm["models_dir"], llm["files"]),

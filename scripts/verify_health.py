@@ -140,9 +140,7 @@ def build_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
     for name, commit in box.commits().items():
         release = (seen["builds"].get(name) or {}).get("release") or {}
         detail = f"{box.builds_root}/{name}/current is not the pinned commit; fix: run site.yml"
-        checks.append(
-            equal(f"build_{name}", str(release.get("commit", ""))[:12], commit[:12], detail, "commit")
-        )
+        checks.append(equal(f"build_{name}", str(release.get("commit", ""))[:12], commit[:12], detail))
     return checks
 
 
@@ -215,7 +213,11 @@ def preset_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
                 )
             )
         if scope == "user":
-            enabled = [name for name in names if units.get(name, {}).get("UnitFileState") == "enabled"]
+            enabled = [
+                name
+                for name in names
+                if name in seen["boot_links"] or units.get(name, {}).get("UnitFileState") == "enabled"
+            ]
             checks.append(
                 Check(
                     "units_enabled",
@@ -264,7 +266,6 @@ def serving_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
                 running_commit(user_servers)[:12],
                 wanted[:12],
                 f"an older release still runs; fix: lmswitch --restart {active}",
-                "commit",
             )
         )
     return checks
