@@ -136,7 +136,7 @@ def units(names: list[str], user: str | None) -> dict[str, dict[str, str]] | Non
 
 
 def boot_links(user: str) -> list[str]:
-    """Preset units that a link made by hand starts with the user's systemd; `UnitFileState` is silent on those."""
+    """Preset units that a hand-made link starts at boot: `UnitFileState` is silent on those."""
     try:
         folder = Path(pwd.getpwnam(user).pw_dir, ".config/systemd/user")
         return sorted({link.name for link in folder.glob("*.*/llama-*.service") if link.is_symlink()})
