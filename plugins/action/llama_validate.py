@@ -25,7 +25,7 @@ from llama_common.plain import scalar
 from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem, redact
 from llama_common.rules import LOCK_COMMAND
-from llama_common.source import Document
+from llama_common.source import Document, shown
 from llama_common.translate import misspelt
 
 DATA = tuple(HostConfig.model_fields)
@@ -55,7 +55,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         lines = list(
             dict.fromkeys(line for host in hosts for line in self._refusals(host, variables["hostvars"]))
         )
-        result.update(changed=False, hosts=hosts)
+        result.update(changed=False)
+        if not hosts:
+            Display().warning("no host in this group: nothing was checked; fix: put hosts into its children")
         if lines:
             more = f" (+{len(lines) - 1} more)" if len(lines) > 1 else ""
             display = Display()
@@ -71,7 +73,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         files = list(self._files(host, hostvars))
         broken = [(file, found) for file in files for found in self._document(file).problems]
         if broken:
-            yield from (found.problem.line(f"{_shown(file)}:{found.line}") for file, found in broken)
+            yield from (found.problem.line(f"{shown(file)}:{found.line}") for file, found in broken)
             return
         for file in files:
             for key, line in self._document(file).variables():
@@ -80,7 +82,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                     problem = Problem(
                         (key,), "…", "is no variable of any role here", f"did you mean '{meant}'?"
                     )
-                    yield problem.line(f"{_shown(file)}:{line}")
+                    yield problem.line(f"{shown(file)}:{line}")
         try:
             data = self._data(hostvars.raw_get(host))
             HostConfig.load(data)
@@ -127,7 +129,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _line(self, problem: Problem, files: list[Path], host: str, hostvars: Any) -> str:
         """The refusal, with file and line of the value, and this inventory's name in commands."""
-        inventory = _shown(Path(hostvars._inventory._sources[0]))
+        inventory = shown(Path(hostvars._inventory._sources[0]))
         fix = problem.fix.replace(LOCK_COMMAND, LOCK_COMMAND.replace("DIR", inventory))
         located = Problem(problem.path, problem.value, problem.message, fix)
         top = problem.path[0]
@@ -136,7 +138,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         for file in reversed(files):
             line = self._document(file).line(problem.path)
             if line is not None:
-                return located.line(f"{_shown(file)}:{line}")
+                return located.line(f"{shown(file)}:{line}")
         return located.line(f"{inventory} ({host})")
 
 
@@ -160,11 +162,3 @@ def _resolve(value: Any, path: tuple[str, ...], templar: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_resolve(child, (*path, str(index)), templar) for index, child in enumerate(value)]
     return scalar(value)
-
-
-def _shown(path: Path) -> str:
-    """A path as a person in this folder would type it."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

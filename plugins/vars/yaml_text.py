@@ -15,7 +15,7 @@ from ansible.plugins.vars import BaseVarsPlugin  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
 
-from llama_common.source import Document
+from llama_common.source import Document, shown
 
 DOCUMENTATION = """
 name: yaml_text
@@ -44,5 +44,5 @@ class VarsModule(BaseVarsPlugin):  # type: ignore[misc]
                 file = Path(name)
                 document = Document.read(file.read_text(encoding="utf-8", errors="replace"))
                 for found in document.problems:
-                    raise AnsibleParserError(found.problem.line(f"{file}:{found.line}"))
+                    raise AnsibleParserError(found.problem.line(f"{shown(file)}:{found.line}"))
         return {}

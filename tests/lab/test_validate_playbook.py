@@ -199,6 +199,23 @@ def test_a_later_file_wins_and_is_named(tmp_path: Path, bait: Bait) -> None:
     assert f"refused: {override}:2: llama_presets_listen" in refusals(run)[0]
 
 
+def test_the_lab_s_inventory_passes() -> None:
+    """The data that `make lab` works with."""
+    assert refusals(ansible_playbook(PLAYBOOK, timeout=TIMEOUT_S).check()) == []
+
+
+def test_production_without_a_lock_is_refused_with_the_command(tmp_path: Path) -> None:
+    """Nobody has verified its commits and checksums: the line says what writes the lock."""
+    folder = tmp_path / "production"
+    shutil.copytree(ROOT / "inventory/production", folder, ignore=shutil.ignore_patterns("lock.yml"))
+    run = ansible_playbook(PLAYBOOK, inventory=folder, timeout=TIMEOUT_S)
+    assert run.rc != 0
+    (line,) = refusals(run)
+    assert (
+        f"not in the lock (llama_lock.builds); fix: run scripts/lock_models.py --inventory {folder} " in line
+    )
+
+
 def test_the_bait_works(tmp_path: Path, bait: Bait) -> None:
     """A play that does connect is noticed: by the script, and with the real ssh by the socket."""
     broken.write(broken.inventory(), tmp_path / "inventory", bait.variables)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from llama_common import derive
 from llama_common.fields import Address
 from llama_common.plain import plain
@@ -12,6 +13,7 @@ from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem, show
 from llama_common.tables import preset_table
 
+from tests.support import ROOT
 from tests.unit import broken_inventories as broken
 from tests.unit.test_validate_data import variables
 
@@ -122,6 +124,14 @@ def test_one_variable_moves_every_user_preset(config: HostConfig) -> None:
     assert {entry["health_url"] for entry in moved.values()} == {"unix:///run/user/1500/llama.sock"}
     data = {**variables(broken.inventory(), "box"), "llama_presets_listen": "[::]:4321"}
     assert {entry["health_url"] for entry in plan(HostConfig.load(data)).values()} == {"http://[::1]:4321"}
+
+
+def test_the_role_s_default_is_the_model_s() -> None:
+    """Where user presets listen when nothing says so."""
+    defaults = yaml.safe_load((ROOT / "roles/llama_presets/defaults/main.yml").read_text(encoding="utf-8"))
+    empty = HostConfig.load({})
+    assert defaults["llama_presets_listen"] == empty.llama_presets_listen
+    assert defaults["llama_presets_foreign_units"] == empty.llama_presets_foreign_units
 
 
 def test_a_new_preset_is_one_entry() -> None:

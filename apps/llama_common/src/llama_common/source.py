@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -59,6 +60,14 @@ class Document:
                 break
             found = mark.line + 1
         return found
+
+
+def shown(path: Path) -> str:
+    """A path as a person in the current folder would type it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 def _child(node: yaml.Node | None, step: str) -> tuple[yaml.Mark | None, yaml.Node | None]:
