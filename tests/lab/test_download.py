@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -281,6 +282,20 @@ def test_a_killed_download_resumes(role: Role) -> None:
 
     assert role.run().check().changed == 1
     assert role.server.requests[1].range is not None
+    assert role.served("m") <= 1.05 * SIZE
+    assert checksum("m") == role.models["m"]["sha256"]
+
+
+@pytest.mark.long
+def test_a_rebooted_host_resumes(role: Role) -> None:
+    role.settings["gguf_models_stall_timeout"] = 300
+    role.serve("m", random_bytes(1), Served(random_bytes(1), stall_at=[SIZE // 3], stall_seconds=300))
+    play = role.start()
+    role.wait_until_served("m", SIZE // 3)
+    kill_play(play)
+    support.run(sys.executable, "-m", "lab", "reboot", support.LLM, timeout=120).check()
+
+    assert role.run().check().changed == 1
     assert role.served("m") <= 1.05 * SIZE
     assert checksum("m") == role.models["m"]["sha256"]
 

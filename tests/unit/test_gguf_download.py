@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -303,21 +304,36 @@ def test_a_second_run_at_once_is_refused(server: FlakyServer, models: Path, tmp_
     assert server.requests == []
 
 
-def test_after_a_reboot_only_what_was_synced_is_trusted(
+def test_after_a_power_failure_only_what_was_synced_is_trusted(
     server: FlakyServer, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "SYNC_BYTES", 200_000)
-    monkeypatch.setattr(download, "CHUNK_BYTES", 50_000)
     server.files["/a.gguf"] = Served(CONTENT, cut_at=[500_000, 500_000])
     plan = plan_for(models, model_file(server), retries=0)
     assert bring_in(plan, tmp_path)["refusals"]
-    part = store.part_path(models, "a.gguf")
-    synced = json.loads(store.part_note_path(models, "a.gguf").read_text())["synced"]
-    assert 200_000 <= synced < 500_000
-    part.write_bytes(part.read_bytes()[:synced] + bytes(part.stat().st_size - synced))
+    part, note = store.part_path(models, "a.gguf"), store.part_note_path(models, "a.gguf")
+    part.write_bytes(part.read_bytes()[:200_000] + bytes(300_000))
+    note.write_text(json.dumps({**json.loads(note.read_text()), "synced": 200_000}))
     for module in (store, download):
-        monkeypatch.setattr(module, "boot_id", lambda: "after the reboot")
+        monkeypatch.setattr(module, "boot_id", lambda: "after the failure")
     assert bring_in(plan, tmp_path)["installed"] == ["a.gguf"]
+    assert server.requests[-1].range == "bytes=200000-"
+
+
+def test_a_long_download_is_synced_on_the_way(
+    server: FlakyServer, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "SYNC_BYTES", 200_000)
+    synced: list[int] = []
+    remember = download.Part._write_note
+
+    def spy(part: download.Part) -> None:
+        synced.append(part.synced)
+        remember(part)
+
+    monkeypatch.setattr(download.Part, "_write_note", spy)
+    server.files["/a.gguf"] = Served(CONTENT, cut_at=[250_000, 500_000])
+    assert bring_in(plan_for(models, model_file(server)), tmp_path)["installed"] == ["a.gguf"]
+    assert [at for at in sorted(set(synced)) if 200_000 <= at < SIZE]
 
 
 def test_a_local_file_is_copied_and_verified(models: Path, tmp_path: Path) -> None:
@@ -344,7 +360,10 @@ def test_a_local_file_is_copied_and_verified(models: Path, tmp_path: Path) -> No
     assert "cannot be read: No such file" in result["refusals"][2]
 
 
-def test_a_killed_worker_resumes(server: FlakyServer, models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_worker_resumes(
+    how: signal.Signals, server: FlakyServer, models: Path, tmp_path: Path
+) -> None:
     server.files["/a.gguf"] = Served(CONTENT, stall_at=[SIZE // 3])
     plan = plan_for(models, model_file(server), stall_timeout=60.0)
     credentials, runtime = tmp_path / "credentials", tmp_path / "runtime"
@@ -368,9 +387,11 @@ def test_a_killed_worker_resumes(server: FlakyServer, models: Path, tmp_path: Pa
         )
         assert second.returncode == 1
         assert "another run is writing models there" in second.stderr
-        first.kill()
+        first.send_signal(how)
 
     assert not (models / "a.gguf").exists()
+    synced = json.loads(store.part_note_path(models, "a.gguf").read_text())["synced"]
+    assert synced == (SIZE // 3 if how == signal.SIGTERM else 0)
     (runtime / worker.RESULT_NAME).unlink()
     subprocess.run(command, cwd=ROOT, env=env, timeout=10, check=True)
     result = json.loads((runtime / worker.RESULT_NAME).read_text())

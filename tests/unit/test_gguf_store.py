@@ -135,6 +135,7 @@ def test_another_locked_checksum_needs_no_hash_to_be_seen(tmp_path: Path) -> Non
 def test_every_figure_of_the_stamp_counts(tmp_path: Path, name: str) -> None:
     plan = verified(tmp_path)
     stamp = json.loads(store.stamp_path(tmp_path, "a.gguf").read_text())
+    assert stamp[name] == getattr((tmp_path / "a.gguf").stat(), {"inode": "st_ino"}.get(name, f"st_{name}"))
     store.stamp_path(tmp_path, "a.gguf").write_text(json.dumps({**stamp, name: stamp[name] + 1}))
     assert state(plan) == store.UNVERIFIED
 

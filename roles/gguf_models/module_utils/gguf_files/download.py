@@ -442,8 +442,12 @@ class Part:
                 etag=etag if isinstance(etag, str) else None,
             )
             part._write_note()
-            yield part
-            part._sync()
+            try:
+                yield part
+            finally:
+                if lstat(path) is not None:
+                    with contextlib.suppress(OSError):  # the part is usable in this boot without it
+                        part._sync()
         finally:
             os.close(descriptor)
 

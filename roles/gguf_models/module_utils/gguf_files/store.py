@@ -1,5 +1,4 @@
-"""The models directory: names, stamps, what is verified, what is unused, whether the rest fits on the disk.
-"""
+"""The models directory: names, stamps, what is verified, what is unused, whether the rest fits."""
 
 from __future__ import annotations
 

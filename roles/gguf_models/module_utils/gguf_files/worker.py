@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -157,6 +158,8 @@ def main() -> int:
 
     Reads the plan and the token from systemd's credentials; writes into its runtime directory.
     """
+    # `systemctl stop` and a shutdown end in order, so that what came is on the disk.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     credentials, runtime = Path(os.environ["CREDENTIALS_DIRECTORY"]), Path(os.environ["RUNTIME_DIRECTORY"])
     plan = Plan.from_json((credentials / PLAN_CREDENTIAL).read_text(encoding="utf-8"))
     secret = credentials / TOKEN_CREDENTIAL
