@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> module.Host:
     return module.Host(
         {
             "root": str(tmp_path / "opt"),
+            "user": None,
             "keep_releases": 2,
             "base_options": {},
             "owned_options": {},
@@ -308,3 +311,21 @@ def test_the_cuda_version_is_that_of_the_configured_compiler(
 def test_the_cpu_target_counts_unless_the_build_is_for_any_cpu(compiler: dict[str, str]) -> None:
     assert module.toolchain("up", compiler).cpu_target is None
     assert module.toolchain("up", {**compiler, "GGML_NATIVE": "ON"}).cpu_target
+
+
+def test_root_runs_what_was_built_as_the_build_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = make_release(tmp_path, "r")
+    asked: dict[str, Any] = {}
+
+    def recorded(argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        asked.update(options, argv=argv)
+        return subprocess.CompletedProcess(argv, 0, "version: 1", "")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(subprocess, "run", recorded)
+    assert module.damage(release, "daemon") is None
+    assert asked["argv"][1] == "--version"
+    assert asked["user"] == pwd.getpwnam("daemon").pw_uid
+    assert asked["extra_groups"] == ()
+    assert module.damage(release, "no-such-user") is None
+    assert asked["user"] == pwd.getpwnam("nobody").pw_uid

@@ -286,11 +286,15 @@ def _sha256(path: Path) -> str:
 # -- the host
 
 
-def run(argv: Sequence[str], timeout_s: float = 60, check: bool = True) -> str:
-    """Run a program and return its two outputs. Raises HostError with its last line when it fails."""
+def run(argv: Sequence[str], timeout_s: float = 60, check: bool = True, user: str | None = None) -> str:
+    """Run a program and return its two outputs, as `user` where one is named and root asks.
+
+    Raises HostError with the program's last line when it fails.
+    """
     try:
-        done = subprocess.run(
+        done: subprocess.CompletedProcess[str] = subprocess.run(
             argv,
+            **(unprivileged(user) if user and os.geteuid() == 0 else {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -308,6 +312,15 @@ def run(argv: Sequence[str], timeout_s: float = 60, check: bool = True) -> str:
         last = (done.stdout.strip().splitlines() or ["it printed nothing"])[-1]
         raise HostError(f"{' '.join(argv[:3])}: exit code {done.returncode}: {last}")
     return done.stdout
+
+
+def unprivileged(user: str) -> dict[str, Any]:
+    """Arguments of subprocess.run that make a program run as `user`, or as nobody where there is none."""
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        entry = pwd.getpwnam("nobody")
+    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": (), "cwd": "/"}
 
 
 def missing_packages(packages: Sequence[str]) -> list[str]:
@@ -365,8 +378,8 @@ def cpu_target(compiler: str) -> str:
     return f"{march[1] if march else 'native'} flags {digest}"
 
 
-def damage(release: Path) -> str | None:
-    """None for a finished, whole release whose server starts; otherwise what is wrong.
+def damage(release: Path, user: str | None = None) -> str | None:
+    """None for a finished, whole release whose server starts as `user`; otherwise what is wrong.
 
     `absent` means that there is no such release, or none that was ever finished.
     """
@@ -382,7 +395,7 @@ def damage(release: Path) -> str | None:
     if wrong:
         return wrong
     try:
-        run([str(server), "--version"], timeout_s=60)
+        run([str(server), "--version"], timeout_s=60, user=user)
     except HostError as error:
         return f"llama-server does not start: {error}"
     return None
@@ -522,7 +535,7 @@ class Host:
             if not packages_missing:
                 raise
             return {**entry, "release": None, "action": "build", "reason": str(error)}
-        wrong = damage(directory / "releases" / release)
+        wrong = self._damage(build, release)
         entry["release"] = release
         if wrong:
             return {**entry, "action": "build", "reason": wrong}
@@ -568,7 +581,7 @@ class Host:
             if is_running(state):
                 return {"changed": False, "unit": unit, "release": release, "found_running": True}
             stopped = self._stop_unwanted()
-            wrong = damage(directory / "releases" / release)
+            wrong = self._damage(build, release)
             if wrong is None:
                 return {
                     "changed": False,
@@ -613,7 +626,7 @@ class Host:
             started_us = int(state.get("ExecMainStartTimestampMonotonic") or 0)
             elapsed = time.clock_gettime(time.CLOCK_MONOTONIC) - started_us / 1e6 if started_us else 0.0
             return {"state": "running", "elapsed": elapsed, **progress(journal_of(invocation, 400))}
-        wrong = damage(self.directory(build) / "releases" / release)
+        wrong = self._damage(build, release)
         if wrong is None:
             return {"state": "ready"}
         run(["journalctl", "--sync"], check=False)
@@ -635,7 +648,7 @@ class Host:
         release = self.release(build)
         directory = self.directory(build)
         with one_play():
-            wrong = damage(directory / "releases" / release)
+            wrong = self._damage(build, release)
             if wrong:
                 raise HostError(f"{directory}/releases/{release}: {wrong}; run the play again")
             changed = _give_to_root(directory / "releases" / release)
@@ -652,6 +665,10 @@ class Host:
         return {"changed": changed or bool(stale), "removed": stale, "former": former}
 
     # -- parts of phases
+
+    def _damage(self, build: Build, release: str) -> str | None:
+        # What an unprivileged user built is not run by root.
+        return damage(self.directory(build) / "releases" / release, self.params["user"])
 
     def _stale(self, build: Build, release: str) -> list[str]:
         """Releases that pruning would remove once `release` is current."""
