@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from llama_common import derive
-from llama_common.fields import Address
+from llama_common.fields import OWNED_CMAKE_OPTIONS, Address
 from llama_common.plain import plain
 from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem, show
@@ -132,6 +132,12 @@ def test_the_role_s_default_is_the_model_s() -> None:
     empty = HostConfig.load({})
     assert defaults["llama_presets_listen"] == empty.llama_presets_listen
     assert defaults["llama_presets_foreign_units"] == empty.llama_presets_foreign_units
+
+
+def test_options_that_the_build_role_sets_cannot_be_data() -> None:
+    """What the role owns is refused in cmake_options."""
+    internal = yaml.safe_load((ROOT / "roles/llama_cpp/vars/main.yml").read_text(encoding="utf-8"))
+    assert set(internal["_llama_cpp_owned_options"]) <= set(OWNED_CMAKE_OPTIONS)
 
 
 def test_a_new_preset_is_one_entry() -> None:

@@ -373,12 +373,22 @@ class _ForeignUnit:
 ForeignUnit = Annotated[str, _ForeignUnit()]
 
 _CMAKE_VALUE = re.compile(r"[A-Za-z0-9 _.,;:=+/@-]*")
+OWNED_CMAKE_OPTIONS: Final = (
+    "CMAKE_INSTALL_PREFIX",
+    "CMAKE_INSTALL_RPATH",
+    "CMAKE_BUILD_WITH_INSTALL_RPATH",
+    "CMAKE_C_COMPILER_LAUNCHER",
+    "CMAKE_CXX_COMPILER_LAUNCHER",
+)
+"""CMake variables that the role llama_cpp sets: releases run wherever they lie, ccache serves all."""
+
 CmakeName = Annotated[
     str,
     Text(
-        r"(?!CMAKE_INSTALL_PREFIX$)[A-Z][A-Z0-9_]{0,63}",
-        "a CMake variable in capitals (A-Z, 0-9, _), other than CMAKE_INSTALL_PREFIX, which the role sets",
-        "write it as llama.cpp's docs/build.md does, for example GGML_CUDA",
+        rf"(?!(?:{'|'.join(OWNED_CMAKE_OPTIONS)})$)[A-Z][A-Z0-9_]{{0,63}}",
+        "a CMake variable in capitals (A-Z, 0-9, _), other than those the role sets: "
+        + ", ".join(OWNED_CMAKE_OPTIONS),
+        "remove it, or write it as llama.cpp's docs/build.md does, for example GGML_CUDA",
     ),
 ]
 
