@@ -29,6 +29,11 @@ from types import FrameType
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lab import config, packages
+from lab.shell import LabError
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 RESULTS = ROOT / "build" / "test-results"
@@ -148,12 +153,18 @@ def environment(**extra: str) -> dict[str, str]:
     }
 
 
+def shown(argv: Sequence[str]) -> str:
+    """A command line for a person: what follows the first words is counted when it is long."""
+    words = [word.removeprefix(f"{ROOT}/") for word in argv]
+    return " ".join(words) if len(words) <= 16 else f"{' '.join(words[:4])} … (+{len(words) - 4} more)"
+
+
 def execute(argv: Sequence[str], *, timeout: float, env: dict[str, str] | None = None) -> int | None:
     """Run a program with its output shown. Returns its exit code, None when it ran past `timeout` seconds.
 
     An interruption is passed on to the program's whole group, which gets time to clean up after itself.
     """
-    print(f"+ {' '.join(argv)}", flush=True)
+    print(f"+ {shown(argv)}", flush=True)
     with subprocess.Popen(argv, cwd=ROOT, env=env or environment(), start_new_session=True) as process:
         try:
             return process.wait(timeout)
@@ -194,12 +205,11 @@ def command_stage(
 # --- lint ---
 
 
-def shell_scripts() -> list[str]:
-    """Tracked shell scripts: by name, or by what their first line says."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=MINUTE
-    )
-    return [name for name in listed.stdout.split("\0") if name and is_shell(ROOT / name)]
+def sources() -> list[str]:
+    """Files of the repository, new ones included, without what git ignores."""
+    argv = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True, timeout=MINUTE)
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 def is_shell(path: Path) -> bool:
@@ -214,14 +224,21 @@ def is_shell(path: Path) -> bool:
 
 def lint() -> Outcome:
     """Each linter is one check."""
+    files = sources()
+    yaml_files = [name for name in files if name.endswith((".yml", ".yaml"))]
+    shell_files = [name for name in files if is_shell(ROOT / name)]
     checks = {
         "ruff": ["ruff", "check", "--output-format=concise", "."],
         "mypy": ["mypy", "."],
-        "yamllint": ["yamllint", "--strict", "."],
+        "yamllint": ["yamllint", "--strict", *yaml_files],
         "ansible-lint": ["ansible-lint"],
-        "shellcheck": ["shellcheck", *shell_scripts()],
+        "shellcheck": ["shellcheck", *shell_files],
     }
     outcome = NOTHING
+    try:
+        packages.ensure(config.from_environment(), {"shellcheck": "shellcheck"})
+    except LabError as error:
+        print(error, file=sys.stderr)
     for name, argv in checks.items():
         program = shutil.which(name, path=environment()["PATH"])
         if program is None:
