@@ -116,6 +116,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         }
         to_do = [entry for entry in probed["plan"] if entry["action"] != "none"]
         if self._task.check_mode:
+            if probed["missing_packages"]:
+                self._say(f"would install {', '.join(probed['missing_packages'])}")
             for entry in to_do:
                 self._say(
                     f"would {entry['action']} {entry['build']} {entry['commit'][:12]}: {entry['reason']}"

@@ -110,7 +110,7 @@ def test_check_mode_only_looks() -> None:
     result = host.plugin(check_mode=True)._converge()
     assert host.asked == ["probe"]
     assert result["changed"] is True
-    assert host.said == ["  [box] would build up 3f2a3f2a3f2a: r"]
+    assert host.said == ["  [box] would install ninja-build", "  [box] would build up 3f2a3f2a3f2a: r"]
     assert (result["diff"]["before"], result["diff"]["after"]) == ("up: none\n", "up: new\n")
 
 
