@@ -471,6 +471,7 @@ CASES = (
         gate=True,
     ),
     Case("kv-one-item", extra("-ctv q5_1"), f"{EXTRA}.0", "K and V cannot differ", "kv_cache_type:"),
+    Case("kv-padded", extra(" -ctk", "q8_0"), f"{EXTRA}.0", "K and V cannot differ", "set kv_cache_type:"),
     Case(
         "kv-environment",
         extra("LLAMA_ARG_CACHE_TYPE_K=q8_0"),

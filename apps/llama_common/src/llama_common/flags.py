@@ -130,7 +130,7 @@ class ArgumentProblem:
 
 def is_flag(item: str) -> bool:
     """Whether an item is a flag; a negative number is a value."""
-    return _FLAG.match(item) is not None
+    return _FLAG.match(item.lstrip()) is not None
 
 
 def normalize(item: str) -> str:
