@@ -1,0 +1,89 @@
+"""One place per fact: a preset added to the data file appears everywhere, and no other file changes."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import support
+
+pytestmark = pytest.mark.usefixtures("lab")
+
+NAME = "added"
+PRESETS = "group_vars/llm_servers/presets.yml"
+
+
+@pytest.fixture
+def copied_inventory() -> Iterator[Path]:
+    """A copy of the lab inventory with one more preset; the host is put back afterwards."""
+    copy = support.ROOT / "build" / "inventory-with-one-more"  # hosts.py finds the repository two folders up
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(support.LAB_INVENTORY, copy)
+    data = yaml.safe_load((copy / PRESETS).read_text())
+    data["llama_presets"][NAME] = {
+        **data["llama_presets"]["smol"],
+        "description": "One more preset",
+        "aliases": ["ad"],
+    }
+    (copy / PRESETS).write_text("---\n" + yaml.safe_dump(data, sort_keys=False))
+    yield copy
+    support.ansible_playbook("playbooks/llm_server.yml").check()
+    shutil.rmtree(copy)
+
+
+def lmswitch(*words: str) -> dict[str, object]:
+    """Run `lmswitch … --json` on the box as its user."""
+    done = support.on_host(
+        support.LLM, f"sudo -iu llm lmswitch {' '.join(words)} --json", timeout=120
+    ).check()
+    answer: dict[str, object] = json.loads(done.stdout)
+    return answer
+
+
+def unit(preset: str) -> str:
+    """The text of a preset's unit on the box."""
+    path = f"/home/llm/.config/systemd/user/llama-{preset}.service"
+    return support.on_host(support.LLM, f"sudo cat {path}").check().stdout
+
+
+def test_one_entry_appears_everywhere(copied_inventory: Path) -> None:
+    compared = filecmp.dircmp(support.LAB_INVENTORY, copied_inventory)
+    assert compared.left_only == compared.right_only == []
+
+    support.ansible_playbook("playbooks/llm_server.yml", inventory=copied_inventory).check()
+
+    others = list(yaml.safe_load((support.LAB_INVENTORY / PRESETS).read_text())["llama_presets"])
+    own = unit(NAME)
+    for other in others:
+        conflicts = [line for line in unit(other).splitlines() if line.startswith("Conflicts=")]
+        assert f"llama-{NAME}.service" in " ".join(conflicts), f"{other} does not exclude {NAME}"
+        assert f"llama-{other}.service" in own
+
+    assert NAME in json.dumps(lmswitch("list"))
+    lmswitch("ad")  # by its alias
+    status = lmswitch("status")
+    assert (status["active"], status["state"]) == (NAME, "ready")
+
+    table = support.run(
+        support.BIN / "python",
+        "scripts/render_docs.py",
+        "--inventory",
+        copied_inventory,
+        "--output",
+        copied_inventory / "presets.md",
+    ).check()
+    assert f"`{NAME}`" in table.stdout
+
+
+def test_a_removed_entry_disappears(copied_inventory: Path) -> None:
+    support.ansible_playbook("playbooks/llm_server.yml", inventory=copied_inventory).check()
+    support.ansible_playbook("playbooks/llm_server.yml").check()
+    gone = support.on_host(support.LLM, f"sudo test ! -e /home/llm/.config/systemd/user/llama-{NAME}.service")
+    gone.check()
+    assert NAME not in json.dumps(lmswitch("list"))

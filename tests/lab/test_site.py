@@ -1,0 +1,80 @@
+"""The whole site on the lab: a second run changes nothing, a dry run says so, damage is found and mended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests import support
+
+pytestmark = pytest.mark.usefixtures("lab")
+
+MODEL = "/home/llm/models/gguf/smollm2-135m-instruct-q4_1.gguf"
+# Each line damages something that a role made; the second command proves that it is whole again.
+DAMAGE = {
+    "a file of the venv": (
+        "echo 'raise SystemExit(9)' >> $(echo /opt/llmbox/lib/python3*/site-packages/llmbox/__init__.py)",
+        "lmswitch --help > /dev/null",
+    ),
+    "a library of a release": (
+        "f=$(find /opt/llama.cpp/upstream/current/ -name 'libggml-base.so*' -type f | head -n 1); : > $f",
+        "/opt/llama.cpp/upstream/current/bin/llama-server --version",
+    ),
+    "the link current": (
+        "rm /opt/llama.cpp/tq3/current",
+        "/opt/llama.cpp/tq3/current/bin/llama-server --version",
+    ),
+    "a unit": (
+        "sed -i '/^Conflicts=/d' ~llm/.config/systemd/user/llama-smol.service",
+        "grep -q '^Conflicts=.*llama-gemma' ~llm/.config/systemd/user/llama-smol.service",
+    ),
+    "a model": (
+        f"printf X | dd of={MODEL} bs=1 seek=5000 conv=notrunc status=none",
+        f"test $(sha256sum < {MODEL} | cut -c1-8) = b179c952",
+    ),
+    "the command's link": ("rm /usr/local/bin/lmswitch", "test -x /usr/local/bin/lmswitch"),
+    "the sudo rule": (
+        "echo 'llm ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/llmbox",
+        "! sudo -u llm sudo -n /usr/bin/true",
+    ),
+    "lingering": (
+        "rm -f /var/lib/systemd/linger/llm",
+        "test -e /var/lib/systemd/linger/llm",
+    ),
+}
+
+
+def as_root(command: str, timeout: float = 60) -> support.Run:
+    """Run a shell command as root on the LLM box."""
+    return support.on_host(support.LLM, "sudo sh -s", stdin=command + "\n", timeout=timeout)
+
+
+def test_second_run_changes_nothing(ansible_playbook: Callable[..., support.PlaybookRun]) -> None:
+    second = ansible_playbook("site.yml").check()
+    assert second.changed == 0, second.tail()
+    assert set(second.recap) == {"localhost", support.LLM, support.OCR, support.CLIENT}
+
+
+def test_dry_run_of_a_converged_site_reports_no_change(
+    ansible_playbook: Callable[..., support.PlaybookRun],
+) -> None:
+    dry = ansible_playbook("site.yml", "--check", "--diff").check()
+    assert dry.changed == 0, dry.tail()
+
+
+def test_damage_is_found_and_mended(ansible_playbook: Callable[..., support.PlaybookRun]) -> None:
+    """No stamp skips a check of state: what somebody changed behind Ansible's back is put right."""
+    for what, (damage, proof) in DAMAGE.items():
+        as_root(damage).check()
+        assert as_root(proof).rc != 0, f"damaging {what} had no effect: the proof cannot fail"
+
+    dry = ansible_playbook("site.yml", "--check").check()
+    assert dry.changed >= len(DAMAGE) - 2, f"the dry run overlooks damage\n{dry.tail()}"
+    ansible_playbook("site.yml", timeout=1200).check()
+
+    broken = {
+        what: as_root(proof, timeout=120).tail(3) for what, (_, proof) in DAMAGE.items() if as_root(proof).rc
+    }
+    assert not broken, broken
+    assert ansible_playbook("site.yml").check().changed == 0
