@@ -605,7 +605,6 @@ class Host:
                 [
                     "systemd-run",
                     "--quiet",
-                    "--no-block",
                     f"--unit={unit}",
                     "--service-type=exec",
                     f"--description=Build of llama.cpp {build.name} {build.commit[:12]}",
