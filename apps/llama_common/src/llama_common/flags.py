@@ -48,7 +48,7 @@ OWNED: Final[dict[str, tuple[str, ...]]] = {
 }
 """Flags that a key of the preset sets, by key."""
 
-_FIXED: Final[dict[str, tuple[str, ...]]] = {
+FIXED: Final[dict[str, tuple[str, ...]]] = {
     "every preset runs with --fit off, so that the context is the one written here": (
         "-fit",
         "--fit",
@@ -89,6 +89,8 @@ _FIXED: Final[dict[str, tuple[str, ...]]] = {
         "--list-devices",
     ),
 }
+"""Flags that no preset may carry, by reason."""
+
 _FIXES: Final = {"--api-key": "use --api-key-file with a file that only the service can read"}
 
 REPEATABLE: Final = frozenset(
@@ -111,7 +113,7 @@ REPEATABLE: Final = frozenset(
 """Flags whose values add up when they are given more than once."""
 
 _OWNER: Final = {flag: key for key, flags in OWNED.items() for flag in flags}
-_REASON: Final = {flag: reason for reason, flags in _FIXED.items() for flag in flags}
+_REASON: Final = {flag: reason for reason, flags in FIXED.items() for flag in flags}
 
 _DRAFT_K: Final = ("-ctkd", "--cache-type-k-draft", "--spec-draft-type-k")
 _DRAFT_V: Final = ("-ctvd", "--cache-type-v-draft", "--spec-draft-type-v")
