@@ -111,7 +111,19 @@ def boot(lab: Lab, host: Host, supervisor: Supervisor) -> None:
         supervisor.start(unit, nspawn_command(lab, host), _NSPAWN_ENV, log)
     begun = time.monotonic()
     wait_for_ssh(lab, host, lambda: supervisor.alive(unit))
+    _check_source_server(lab, host)
     say(f"{host.name}: answers at {host.address}, {time.monotonic() - begun:.1f} s")
+
+
+def _check_source_server(lab: Lab, host: Host) -> None:
+    """Raise LabError when a host cannot reach the source server, which only a firewall can cause."""
+    probe = f"timeout 5 bash -c '</dev/tcp/{lab.gateway}/{HTTP_PORT}'"
+    if ssh(lab, host, [probe]).returncode != 0:
+        raise LabError(
+            f"cannot reach {lab.source_http}: a firewall of this machine drops what enters at {lab.bridge}; "
+            f"fix: let it through, for example `iptables -I INPUT -i {lab.bridge} -j ACCEPT`",
+            2,
+        )
 
 
 def wait_for_ssh(lab: Lab, host: Host, alive: Callable[[], bool] = lambda: True, unlike: str = "") -> str:
@@ -181,7 +193,7 @@ def nspawn_command(lab: Lab, host: Host) -> list[str | Path]:
 
 def ssh(lab: Lab, host: Host, command: list[str], timeout: float = 30) -> subprocess.CompletedProcess[str]:
     """Run a command on a host as the sudo user, without a shared connection."""
-    argv = ["ssh", *lab.ssh_options(), "-oControlPath=none", "-oBatchMode=yes", "-i", str(lab.ssh_key)]
+    argv = ["ssh", "-oControlPath=none", "-oBatchMode=yes", *lab.ssh_options(), "-i", str(lab.ssh_key)]
     return run([*argv, f"{SUDO_USER}@{host.address}", *command], check=False, timeout=timeout)
 
 

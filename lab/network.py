@@ -33,43 +33,44 @@ def table_text(lab: Lab) -> str:
 """
 
 
-def forward_block(ruleset: dict[str, Any], lab: Lab) -> str | None:
-    """Name the other table that drops forwarded packets, with the fix, or None.
+def firewall_block(ruleset: dict[str, Any], lab: Lab) -> str | None:
+    """Name the tables that drop what the lab sends to or through this machine, and the fix, or None.
 
-    `ruleset` is what `nft -j list ruleset` prints.
+    `ruleset` is what `nft -j list ruleset` prints. A drop counts unless a rule for that hook names the bridge.
     """
-    chains = [item["chain"] for item in ruleset["nftables"] if "chain" in item]
-    for chain in chains:
-        ours = chain["table"] == lab.table
-        if (
-            ours
-            or chain.get("hook") != "forward"
-            or chain.get("policy") != "drop"
-            or chain["family"] == "ip6"
-        ):
-            continue
-        if f'"{lab.bridge}"' in json.dumps(
-            [item for item in ruleset["nftables"] if "rule" in item and item["rule"]["table"] != lab.table]
-        ):
-            continue  # somebody has let the bridge through already
-        names = {item["name"] for item in chains}
-        if "ufw-before-forward" in names:
-            owner, fix = "ufw", f"ufw route allow in on {lab.bridge}; ufw route allow out on {lab.bridge}"
-        elif "DOCKER-USER" in names:
-            owner, fix = (
-                "Docker",
-                " ; ".join(f"iptables -I DOCKER-USER {way} {lab.bridge} -j ACCEPT" for way in ("-i", "-o")),
-            )
-        else:
-            owner, fix = (
-                "a firewall",
-                " ; ".join(f"iptables -I FORWARD {way} {lab.bridge} -j ACCEPT" for way in ("-i", "-o")),
-            )
-        return (
-            f"{owner} drops forwarded packets (chain {chain['family']} {chain['table']} {chain['name']}): "
-            f"the lab hosts would reach nothing; fix: {fix}"
+    found = ruleset["nftables"]
+    chains = [item["chain"] for item in found if "chain" in item]
+    rules = [item["rule"] for item in found if "rule" in item and item["rule"]["table"] != lab.table]
+    names = {chain["name"] for chain in chains}
+    owner = "ufw" if "ufw-before-forward" in names else "Docker" if "DOCKER-USER" in names else "a firewall"
+    dropping: list[str] = []
+    fixes: list[str] = []
+    for hook in ("input", "forward"):
+        let_through = any(
+            f'"{lab.bridge}"' in json.dumps(rule)
+            and (hook in rule["chain"].lower() or (hook == "forward" and rule["chain"] == "DOCKER-USER"))
+            for rule in rules
         )
-    return None
+        places = [
+            f"{chain['family']} {chain['table']} {chain['name']}"
+            for chain in chains
+            if chain.get("hook") == hook and chain.get("policy") == "drop" and chain["family"] != "ip6"
+        ]
+        if places and not let_through:
+            dropping += places
+            fixes += _firewall_fixes(owner, hook, lab.bridge)
+    if not dropping:
+        return None
+    return f"{owner} drops packets of the lab hosts (chain {', '.join(dropping)}); fix: {'; '.join(fixes)}"
+
+
+def _firewall_fixes(owner: str, hook: str, bridge: str) -> list[str]:
+    if owner == "ufw":
+        kinds = {"input": ["allow in"], "forward": ["route allow in", "route allow out"]}[hook]
+        return [f"ufw {kind} on {bridge}" for kind in kinds]
+    chain = "DOCKER-USER" if owner == "Docker" and hook == "forward" else hook.upper()
+    ways = ["-i"] if hook == "input" else ["-i", "-o"]
+    return [f"iptables -I {chain} {way} {bridge} -j ACCEPT" for way in ways]
 
 
 def overlapping(routes: list[dict[str, Any]], lab: Lab) -> str | None:
@@ -91,7 +92,7 @@ def overlapping(routes: list[dict[str, Any]], lab: Lab) -> str | None:
 def up(lab: Lab, claims: Claims) -> None:
     """Make bridge, table and forwarding what the lab needs; a no-op when they are."""
     ruleset = json.loads(run(["nft", "-j", "list", "ruleset"]).stdout or '{"nftables": []}')
-    blocked = forward_block(ruleset, lab)
+    blocked = firewall_block(ruleset, lab)
     if blocked:
         raise LabError(blocked, 2)
     clash = overlapping(

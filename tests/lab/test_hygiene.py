@@ -199,15 +199,27 @@ def test_a_subnet_in_use_is_refused(world: World) -> None:
     assert f"{subnet} is in use already" in refused.stderr
 
 
-def test_a_firewall_that_drops_forwarded_packets_is_named(world: World) -> None:
+def test_a_firewall_that_drops_the_labs_packets_is_named(world: World) -> None:
     world.run(
         "nft",
         "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }",
     )
     refused = world.lab("up")
     assert refused.returncode == 2
-    assert "drops forwarded packets (chain ip filter FORWARD)" in refused.stderr
+    assert "drops packets of the lab hosts (chain ip filter FORWARD)" in refused.stderr
     assert "fix: iptables -I FORWARD" in refused.stderr
+
+
+def test_a_host_that_cannot_reach_the_source_server_is_named(world: World) -> None:
+    """Whatever drops its packets: here a rule, not a policy."""
+    bridge = from_environment({**os.environ, "LAB_NAME": NAME}).bridge
+    rule = f'iifname "{bridge}" tcp dport 8088 drop'
+    world.run("nft", f"table inet wall {{ chain in {{ type filter hook input priority 0; {rule}; }}; }}")
+    refused = world.lab("up", "--only", "llm")
+    assert refused.returncode == 2
+    assert (
+        f"a firewall of this machine drops what enters at {bridge}; fix:" in refused.stderr.splitlines()[-1]
+    )
 
 
 def test_a_second_command_is_refused_at_once(world: World) -> None:

@@ -32,8 +32,8 @@ def forward(policy: str, *more: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_machine_that_forwards_is_fine() -> None:
-    assert network.forward_block({"nftables": []}, LAB) is None
-    assert network.forward_block(forward("accept"), LAB) is None
+    assert network.firewall_block({"nftables": []}, LAB) is None
+    assert network.firewall_block(forward("accept"), LAB) is None
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_machine_that_forwards_is_fine() -> None:
     ],
 )
 def test_a_drop_is_named_with_its_owner_and_the_fix(marker: str, owner: str, fix: str) -> None:
-    line = network.forward_block(forward("drop", chain("ip", "filter", marker)), LAB)
+    line = network.firewall_block(forward("drop", chain("ip", "filter", marker)), LAB)
     assert line is not None
     assert line.startswith(owner)
     assert fix in line
@@ -61,19 +61,34 @@ def test_a_drop_that_lets_the_bridge_through_is_fine() -> None:
             "expr": [{"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "llmbox-t1"}}],
         }
     }
-    assert network.forward_block(forward("drop", chain("ip", "filter", "DOCKER-USER"), rule), LAB) is None
+    assert network.firewall_block(forward("drop", chain("ip", "filter", "DOCKER-USER"), rule), LAB) is None
 
 
 def test_a_rule_in_the_labs_own_table_lets_nothing_through_elsewhere() -> None:
     rule = {
         "rule": {"family": "ip", "table": LAB.table, "chain": "forward", "expr": [{"iifname": "llmbox-t1"}]}
     }
-    assert network.forward_block(forward("drop", rule), LAB) is not None
+    assert network.firewall_block(forward("drop", rule), LAB) is not None
+
+
+def test_ufw_drops_what_hosts_send_to_the_machine_too() -> None:
+    """Seen on Ubuntu 24.04: with only `route allow`, hosts reached the world but not the source server."""
+    incoming = chain("ip", "filter", "INPUT", type="filter", hook="input", policy="drop")
+    marker = chain("ip", "filter", "ufw-before-forward")
+    forwarding = {
+        "rule": {"family": "ip", "table": "filter", "chain": "ufw-user-forward", "expr": ["llmbox-t1"]}
+    }
+    line = network.firewall_block(forward("drop", marker, incoming, forwarding), LAB)
+    assert line == (
+        "ufw drops packets of the lab hosts (chain ip filter INPUT); fix: ufw allow in on llmbox-t1"
+    )
+    allowed = {"rule": {"family": "ip", "table": "filter", "chain": "ufw-user-input", "expr": ["llmbox-t1"]}}
+    assert network.firewall_block(forward("drop", marker, incoming, forwarding, allowed), LAB) is None
 
 
 def test_a_drop_for_ipv6_alone_is_no_matter() -> None:
     six = chain("ip6", "filter", "FORWARD", type="filter", hook="forward", policy="drop")
-    assert network.forward_block({"nftables": [six]}, LAB) is None
+    assert network.firewall_block({"nftables": [six]}, LAB) is None
 
 
 @pytest.mark.parametrize(
