@@ -342,7 +342,6 @@ def test_unused_models_are_reported_and_removed_on_request(role: Role) -> None:
         "m.gguf",
         "notes.txt",
     ]
-    assert role.run().check().changed == 0
 
 
 @pytest.mark.long
