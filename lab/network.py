@@ -36,7 +36,7 @@ def table_text(lab: Lab) -> str:
 def firewall_block(ruleset: dict[str, Any], lab: Lab) -> str | None:
     """Name the tables that drop what the lab sends to or through this machine, and the fix, or None.
 
-    `ruleset` is what `nft -j list ruleset` prints. A drop counts unless a rule for that hook names the bridge.
+    `ruleset` is what `nft -j list ruleset` prints. A rule for that hook that names the bridge settles it.
     """
     found = ruleset["nftables"]
     chains = [item["chain"] for item in found if "chain" in item]

@@ -16,7 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,12 +146,12 @@ def tree_of_sdist(sdist: Path, prefix: str) -> Iterator[TreeFile]:
                 yield TreeFile(path, "100755" if member.mode & 0o111 else "100644", content.read())
 
 
-def fast_import_stream(files: Iterator[TreeFile] | list[TreeFile], message: str, tag: str) -> Iterator[bytes]:
+def fast_import_stream(files: Iterable[TreeFile], message: str, tag: str) -> Iterator[bytes]:
     """Yield a `git fast-import` stream of one tagged commit; equal files give an equal hash anywhere."""
     yield b"feature done\ncommit refs/heads/master\nmark :1\n"
     yield b"author " + _AUTHOR + b"\ncommitter " + _AUTHOR + b"\n"
     yield _data(message.encode())
-    for file in sorted(files, key=lambda item: item.path):
+    for file in files:
         quoted = file.path.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         yield f'M {file.mode} inline "{quoted}"\n'.encode()
         yield _data(file.data)
@@ -162,7 +162,7 @@ def _data(content: bytes) -> bytes:
     return f"data {len(content)}\n".encode() + content + b"\n"
 
 
-def make_repository(target: Path, files: list[TreeFile], message: str, tag: str) -> str:
+def make_repository(target: Path, files: Iterable[TreeFile], message: str, tag: str) -> str:
     """Make the bare repository `target` (replacing it at once when complete) and return its commit's hash."""
     half = target.with_name(target.name + ".partial")
     shutil.rmtree(half, ignore_errors=True)
@@ -217,7 +217,7 @@ def _prepare_repository(repository: Repository, directory: Path, repo_root: Path
             return
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         (sdist,) = _download([repository.package], Path(folder), repo_root)
-        files = list(tree_of_sdist(sdist, repository.prefix))
+        files = tree_of_sdist(sdist, repository.prefix)
         message = f"{repository.package.name} {repository.package.version}: {repository.prefix}"
         commit = make_repository(target, files, message, repository.tag)
     if commit != repository.commit:
