@@ -214,11 +214,13 @@ def measure(inventory: str, repetitions: int, progress: bool = True) -> tuple[Se
 
 
 def machine() -> str:
-    """Processor, cores and memory of this machine."""
+    """Processor, cores, memory and load of this machine."""
     cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     total = int(re.findall(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[0])
+    name = cpu[1] if cpu else platform.machine()
+    load = os.getloadavg()[0]
     return (
-        f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {total / 2**20:.0f} GiB of memory"
+        f"{name}, {os.cpu_count()} cores, {total / 2**20:.0f} GiB of memory, load average {load:.1f} before"
     )
 
 
@@ -245,6 +247,7 @@ def page(
 ) -> str:
     """The Markdown page."""
     ratio = series.middle(SITE) / series.middle(STAT)
+    pairs = ", ".join(f"{a / b:.2f}" for a, b in zip(series.seconds[SITE], series.seconds[STAT], strict=True))
     rows = [
         f"| {what} | {min(values):.1f} s | {median(values):.1f} s | {max(values):.1f} s | "
         f"{median(values) / series.middle(STAT):.2f} |"
@@ -262,6 +265,8 @@ def page(
         "| run | fastest | median | slowest | ratio to stat |",
         "|---|---:|---:|---:|---:|",
         *rows,
+        "",
+        f"site.yml to stat in each repetition: {pairs}. Ratios above and below are of the medians.",
         "",
         "| bar | measured | |",
         "|---|---:|---|",
@@ -299,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.repetitions < 1:
         print(f"bench: --repetitions {args.repetitions}: must be at least 1", file=sys.stderr)
         return 2
+    where = machine()
     try:
         series, tasks, memory = measure(args.inventory, args.repetitions)
     except NoMeasurement as error:
@@ -309,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     args.output.mkdir(parents=True, exist_ok=True)
     day = time.strftime("%Y-%m-%d", time.gmtime())
-    text = page(series, tasks, memory, where=machine(), revision=commit(), day=day)
+    text = page(series, tasks, memory, where=where, revision=commit(), day=day)
     (args.output / "site-noop.md").write_text(text)
     bars = [series.bar(what) for what in series.seconds]
     chart = bar_chart("A no-op site.yml beside as many stat tasks", "s", bars)
