@@ -503,9 +503,35 @@ def long_tests() -> list[str]:
     return [line for line in listed.stdout.splitlines() if "::" in line]
 
 
-def long_stage(case: str, env: dict[str, str]) -> Stage:
+def keep_result(case: str, head: str, outcome: Outcome, seconds: float) -> None:
+    """Store what a case found as soon as it is known: a run that is killed later goes on from there."""
+    tally = outcome.tally
+    counts = (tally.passed, tally.failed, tally.skipped)
+    store(Result(case, head, now(), round(seconds, 1), *counts, outcome.notes))
+
+
+def long_stage(case: str, head: str, env: dict[str, str]) -> Stage:
     """One long test as a stage."""
-    return Stage(case, lambda: pytest(case, case, timeout=60 * MINUTE, env=env), ("site",))
+
+    def run() -> Outcome:
+        started = time.monotonic()
+        outcome = pytest(case, case, timeout=60 * MINUTE, env=env)
+        keep_result(case, head, outcome, time.monotonic() - started)
+        return outcome
+
+    return Stage(case, run, ("site",))
+
+
+def debian_13(report: Report, head: str, *, keep: bool) -> None:
+    """Everything the gate does on hosts, on Debian 13, as one row of `report`."""
+    inner = Report()
+    started = time.monotonic()
+    try:
+        run_stages(lab_stages(DEBIAN_13_LAB, suite="trixie", keep=keep), inner)
+    finally:
+        outcome = sum((row[1] for row in inner.rows), NOTHING)
+        report.rows.append((DEBIAN_13, outcome, time.monotonic() - started))
+        keep_result(DEBIAN_13, head, outcome, time.monotonic() - started)
 
 
 def run_long(start: str | None, issue: str, *, keep: bool) -> Report:
@@ -524,37 +550,13 @@ def run_long(start: str | None, issue: str, *, keep: bool) -> Report:
         by_name = {stage.name: stage for stage in lab_stages(LONG_LAB, keep=keep)}
         env = environment(LAB_NAME=LONG_LAB)
         stages += [by_name["lab up"], by_name["site"]]
-        stages += [long_stage(case, env) for case in on_lab]
+        stages += [long_stage(case, head, env) for case in on_lab]
         stages += [by_name["lab down"]]
     try:
         run_stages(stages, report)
         if DEBIAN_13 in todo:
-            inner = Report()
-            try:
-                run_stages(lab_stages(DEBIAN_13_LAB, suite="trixie", keep=keep), inner)
-            finally:
-                report.rows.append(
-                    (
-                        DEBIAN_13,
-                        sum((row[1] for row in inner.rows), NOTHING),
-                        sum(row[2] for row in inner.rows),
-                    )
-                )
+            debian_13(report, head, keep=keep)
     finally:
-        for name, outcome, seconds in report.rows:
-            if name in cases:
-                store(
-                    Result(
-                        name,
-                        head,
-                        now(),
-                        round(seconds, 1),
-                        outcome.tally.passed,
-                        outcome.tally.failed,
-                        outcome.tally.skipped,
-                        outcome.notes,
-                    )
-                )
         write_summary(ROOT / "docs" / "test-runs" / f"{issue}.md", issue, cases, head)
     return report
 
