@@ -56,9 +56,7 @@ def test_a_commit_other_than_the_pinned_one_is_named(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(sources, "_download", fake_download)
     pinned = REPOSITORIES[0]
-    with pytest.raises(
-        LabError, match=rf"upstream.git: commit is [0-9a-f]{{40}}, expected {pinned.commit}"
-    ):
+    with pytest.raises(LabError, match=rf"upstream.git: commit is [0-9a-f]{{40}}, expected {pinned.commit}"):
         sources.prepare(tmp_path, tmp_path)
 
 
