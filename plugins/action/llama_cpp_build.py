@@ -6,6 +6,7 @@ next play finds its unit and follows it.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         """Start one build, or find it running, and follow it to its end."""
         name, commit = entry["build"], entry["commit"]
         reporter = Reporter()
+        controller = os.getppid()
         for attempt in range(1, MAX_STARTS + 1):
             started = self._call("start", build=name)
             for unit in started.get("stopped", []):
@@ -151,6 +153,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             if started["found_running"]:
                 self._say(f"llama.cpp {name} {commit[:12]}: following {started['unit']}, which runs already")
             while True:
+                if os.getppid() != controller:  # ansible-playbook was killed; its workers would go on following
+                    raise StepFailed({"failed": True, "msg": "the play was killed; the build goes on"})
                 step = self._follow(name)
                 if step["state"] != "running":
                     break
