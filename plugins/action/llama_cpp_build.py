@@ -153,7 +153,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             if started["found_running"]:
                 self._say(f"llama.cpp {name} {commit[:12]}: following {started['unit']}, which runs already")
             while True:
-                if os.getppid() != controller:  # ansible-playbook was killed; its workers would go on following
+                if os.getppid() != controller:  # a killed ansible-playbook leaves its workers
                     raise StepFailed({"failed": True, "msg": "the play was killed; the build goes on"})
                 step = self._follow(name)
                 if step["state"] != "running":
