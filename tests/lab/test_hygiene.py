@@ -224,13 +224,16 @@ def test_a_host_that_cannot_reach_the_source_server_is_named(world: World) -> No
 
 
 def test_a_second_command_is_refused_at_once(world: World) -> None:
+    lock = from_environment({**os.environ, "LAB_NAME": NAME}).cache / "lab" / f".{NAME}.lock"
+    lock.unlink(missing_ok=True)
     with subprocess.Popen(
         [*world._enter, sys.executable, "-m", "lab", "up", "--only", "llm"],
         env={**os.environ, "LAB_NAME": NAME},
         stderr=subprocess.PIPE,
         text=True,
     ) as first:
-        time.sleep(1)
+        while first.poll() is None and not (lock.exists() and lock.read_text()):
+            time.sleep(0.01)
         second = world.lab("down")
         assert second.returncode == 3
         assert second.stderr.startswith(f"lab: another command works on lab '{NAME}' (up, pid ")

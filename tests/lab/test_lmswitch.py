@@ -172,15 +172,29 @@ def test_the_ready_preset_is_left_alone(box: Box) -> None:
     assert box.status()["since"] == before["since"]
 
 
+HOLD_THE_LOCK = """
+import os, pathlib, time
+from llmbox.lock import held
+flag = pathlib.Path("/tmp/switch-lock")
+with held(pathlib.Path(os.environ["XDG_RUNTIME_DIR"]), "another"):
+    flag.touch()
+    while flag.exists():
+        time.sleep(0.05)
+"""
+
+
 def test_two_at_once(box: Box) -> None:
-    box.lmswitch(box.first).check()
+    """While one switch holds the lock, which is all that the other one sees of it."""
+    before = box.status()["active"]
     done = box.run(
-        f"sudo -u llm lmswitch {box.second} >/dev/null 2>&1 & sleep 0.6; "
-        f"sudo -u llm lmswitch {box.first}; echo rc=$?; wait"
+        "hold() { sudo -u llm XDG_RUNTIME_DIR=/run/user/$(id -u llm) /opt/llmbox/bin/python -I -c "
+        f"{shlex.quote(HOLD_THE_LOCK)}; }}; hold & "
+        "until test -e /tmp/switch-lock; do sleep 0.05; done; "
+        f"sudo -u llm lmswitch {box.second}; echo rc=$?; sudo rm /tmp/switch-lock; wait"
     )
     assert "rc=3" in done.stdout, done.tail()
-    assert f"lmswitch {box.second}, pid" in done.stderr
-    assert box.status()["active"] == box.second
+    assert "another switch is under way (lmswitch another, pid" in done.stderr
+    assert box.status()["active"] == before
 
 
 def test_ctrl_c_in_mid_switch_goes_back(box: Box) -> None:
