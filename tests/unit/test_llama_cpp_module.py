@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +128,20 @@ def test_pruning_keeps_the_newest_and_never_touches_current_and_previous(
 # -- on a directory of releases
 
 
-def make_release(releases: Path, name: str, finished_at: float = 1000.0) -> Path:
-    """A release whose server is a shell script."""
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """As the build tool has it."""
+    former = os.umask(0o022)
+    yield
+    os.umask(former)
+
+
+def make_release(releases: Path, name: str, finished_at: float = 1000.0, end: int = 0) -> Path:
+    """A release whose server is a shell script that ends with this exit code."""
     release = releases / name
     (release / "bin").mkdir(parents=True)
     server = release / "bin" / "llama-server"
-    server.write_text("#!/bin/sh\necho 'version: 1 (3f2a3f2)'\n", encoding="utf-8")
+    server.write_text(f"#!/bin/sh\necho 'version: 1 (3f2a3f2)'\nexit {end}\n", encoding="utf-8")
     server.chmod(0o755)
     (release / "bin" / "libggml.so").symlink_to("libggml.so.0")
     (release / "bin" / "libggml.so.0").write_bytes(b"library")
@@ -192,9 +202,54 @@ def test_a_link_to_elsewhere_is_found(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_start_is_found_though_every_file_is_whole(tmp_path: Path) -> None:
-    release = make_release(tmp_path, "r")
-    (release / "bin/llama-server").chmod(0o644)
+    release = make_release(tmp_path, "r", end=1)
     assert "llama-server does not start" in str(module.damage(release))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "expected"),
+    [
+        ("bin/llama-server", 0o644, "has mode 0644: not everybody can run it"),
+        ("bin/llama-server", 0o744, "has mode 0744: not everybody can run it"),
+        ("bin/llama-server", 0o775, "has mode 0775: others than its owner can change it"),
+        ("bin/libggml.so.0", 0o646, "has mode 0646: others than its owner can change it"),
+        ("bin/libggml.so.0", 0o600, "has mode 0600: not everybody can read it"),
+        ("bin", 0o777, "has mode 0777: others than its owner can change it"),
+        ("bin", 0o700, "has mode 0700: not everybody can run it"),
+        (module.STAMP, 0o664, "has mode 0664: others than its owner can change it"),
+        (".", 0o775, "has mode 0775: others than its owner can change it"),
+    ],
+)
+def test_a_mode_that_lets_too_many_or_too_few_in_is_found(
+    tmp_path: Path, name: str, mode: int, expected: str
+) -> None:
+    release = make_release(tmp_path, "r")
+    (release / name).chmod(mode)
+    assert module.damage(release) == f"{'the release' if name == '.' else name} {expected}"
+
+
+@pytest.mark.parametrize(
+    ("owner", "release_owner", "expected"),
+    [
+        (0, 0, None),
+        (999, 0, "belongs to user 999 instead of root"),
+        (999, 999, None),
+        (0, 999, None),
+        (1500, 999, "belongs to user 1500 instead of 999"),
+    ],
+)
+@pytest.mark.parametrize("kind", [stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777])
+def test_a_foreign_owner_is_found(kind: int, owner: int, release_owner: int, expected: str | None) -> None:
+    info = os.stat_result((kind, 1, 1, 1, owner, 0, 0, 0, 0, 0))
+    assert module.wrong_access(info, release_owner) == expected
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("name", ["bin/llama-server", "bin/libggml.so", "bin", module.STAMP])
+def test_a_file_of_another_user_in_a_release_of_root_is_found(tmp_path: Path, name: str) -> None:
+    release = make_release(tmp_path, "r")
+    os.chown(release / name, 12345, 0, follow_symlinks=False)
+    assert module.damage(release) == f"{name} belongs to user 12345 instead of root"
 
 
 def test_a_broken_stamp_is_found(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -49,6 +50,14 @@ ln -s libggml.so.0.1 "$out/bin/libggml.so"
 echo object > "$out/bin/leftover.o"
 """
 FAKE_LDD = "#!/bin/sh\necho 'libggml.so => '\"$(dirname \"$1\")\"'/libggml.so (0x1)'\n"
+
+
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """As the tool's main sets it."""
+    former = os.umask(0o022)
+    yield
+    os.umask(former)
 
 
 @pytest.fixture

@@ -258,11 +258,19 @@ def unit_properties(user: str, directory: Path, *, nice: int, memory_max: str, t
     ]
 
 
-def wrong_file(release: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+def wrong_file(
+    release: Path, files: Mapping[str, Mapping[str, Any]], programs: Sequence[str] = ()
+) -> str | None:
     """None when every file of the manifest is there and whole, or what is wrong with the first that is not.
 
     A file with the size and time of the manifest is taken for unchanged; one with another time is read.
+    `programs` are the names of those files that everybody must be able to run.
     """
+    owner = release.lstat().st_uid
+    for name in (".", "bin", STAMP):
+        wrong = wrong_access((release / name).lstat(), owner)
+        if wrong:
+            return f"{'the release' if name == '.' else name} {wrong}"
     for name, wanted in files.items():
         path = release / name
         try:
@@ -276,6 +284,27 @@ def wrong_file(release: Path, files: Mapping[str, Mapping[str, Any]]) -> str | N
             return f"{name} has {info.st_size} bytes instead of {wanted['size']}"
         elif info.st_mtime_ns != wanted["mtime_ns"] and _sha256(path) != wanted["sha256"]:
             return f"{name} has another content than when it was built"
+        wrong = wrong_access(info, owner, program=name in programs)
+        if wrong:
+            return f"{name} {wrong}"
+    return None
+
+
+def wrong_access(info: os.stat_result, owner: int, program: bool = False) -> str | None:
+    """None when only root, or the build user before root has the release, can change it and all can use it.
+
+    `owner` is the release's; while root takes it over, files of both are in it.
+    """
+    if info.st_uid not in (0, owner):
+        return f"belongs to user {info.st_uid} instead of {'root' if owner == 0 else owner}"
+    if stat.S_ISLNK(info.st_mode):
+        return None
+    mode = stat.S_IMODE(info.st_mode)
+    if mode & 0o022:
+        return f"has mode {mode:04o}: others than its owner can change it"
+    needed = 0o555 if program or stat.S_ISDIR(info.st_mode) else 0o444
+    if mode & needed != needed:
+        return f"has mode {mode:04o}: not everybody can {'run' if needed & 0o111 else 'read'} it"
     return None
 
 
@@ -386,12 +415,16 @@ def damage(release: Path, user: str | None = None) -> str | None:
     try:
         stamp = json.loads((release / STAMP).read_text(encoding="utf-8"))
         files = dict(stamp["files"])
-        server = release / "bin" / stamp["targets"][0]
+        programs = [f"bin/{target}" for target in stamp["targets"]]
+        server = release / programs[0]
     except FileNotFoundError:
         return "absent"
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         return f"{STAMP} cannot be read: {error!r}"
-    wrong = wrong_file(release, files)
+    try:
+        wrong = wrong_file(release, files, programs)
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
     if wrong:
         return wrong
     try:
