@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llama_common.derive import unit_name
+from llama_common.derive import builds_plan, unit_name
 from llama_common.fields import Address
 from llama_common.presets import HostConfig
+
+from roles.llama_cpp.library.llama_cpp_build import merge_options
 
 GROUP = "llm_servers"
 
@@ -24,6 +26,8 @@ class LlmBox:
     models_dir: str
     reserve_bytes: int
     presets_json: str
+    base_options: Mapping[str, str]
+    owned_options: Mapping[str, str]
     install_all_models: bool = False
 
     @classmethod
@@ -38,6 +42,8 @@ class LlmBox:
             models_dir=str(variables["gguf_models_dir"]),
             reserve_bytes=int(variables["gguf_models_reserve_bytes"]),
             presets_json=f"{variables['llama_presets_dir']}/presets.json",
+            base_options=variables["_llama_cpp_base_options"],
+            owned_options=variables["_llama_cpp_owned_options"],
             install_all_models=variables["gguf_models_install"] == "all",
         )
 
@@ -52,6 +58,13 @@ class LlmBox:
     def commits(self) -> dict[str, str]:
         """The pinned commit of each build."""
         return {name: self.config.commit(name) for name in self.config.llama_cpp_builds}
+
+    def cmake_options(self) -> dict[str, dict[str, str]]:
+        """The CMake options of each build, as the role merges them: what release.json must say."""
+        return {
+            name: merge_options(name, build["cmake_options"], self.base_options, self.owned_options)
+            for name, build in builds_plan(self.config).items()
+        }
 
     def model_sizes(self) -> dict[str, int]:
         """Bytes of each model file that must be on the box."""

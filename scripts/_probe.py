@@ -29,7 +29,8 @@ def command(argv: list[str], timeout: float = COMMAND_TIMEOUT_S) -> dict[str, An
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            universal_newlines=True,
+            encoding="utf-8",
+            errors="replace",
         )
     except OSError:
         return None
@@ -53,15 +54,20 @@ def as_user(user: str, argv: list[str]) -> dict[str, Any] | None:
 
 
 def parsed(answer: dict[str, Any] | None) -> Any:
-    """The JSON that a program printed, or None."""
+    """The JSON object that a program printed, or None."""
     try:
-        return json.loads(answer["out"]) if answer else None
+        return as_object(json.loads(answer["out"])) if answer else None
     except ValueError:
         return None
 
 
+def as_object(value: Any) -> Any:
+    """`value` when it is a JSON object, else None: what reads it relies on that."""
+    return value if isinstance(value, dict) else None
+
+
 def failed_units() -> list[str] | None:
-    """System units in the state failed; None where there is no systemd."""
+    """System units in the state failed; None when systemctl does not say."""
     answer = command(["systemctl", "list-units", "--failed", "--plain", "--no-legend", "--no-pager"])
     if answer is None or answer["rc"] != 0:
         return None
@@ -135,13 +141,13 @@ def units(names: list[str], user: str | None) -> dict[str, dict[str, str]] | Non
     return {block["Id"]: block for block in blocks if "Id" in block}
 
 
-def boot_links(user: str) -> list[str]:
+def boot_links(user: str) -> list[str] | None:
     """Preset units that a hand-made link starts at boot: `UnitFileState` is silent on those."""
     try:
         folder = Path(pwd.getpwnam(user).pw_dir, ".config/systemd/user")
         return sorted({link.name for link in folder.glob("*.*/llama-*.service") if link.is_symlink()})
     except (KeyError, OSError):
-        return []
+        return None
 
 
 def builds(root: str, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -157,24 +163,30 @@ def builds(root: str, names: list[str]) -> dict[str, dict[str, Any]]:
             try:
                 written = json.loads(Path(links["current"], "release.json").read_text())
                 stamp = {key: written.get(key) for key in ("commit", "cmake_options")}
-            except (OSError, ValueError):
+            except (OSError, ValueError, AttributeError):
                 stamp = None
         found[name] = {**links, "release": stamp}
     return found
 
 
 def file_sizes(folder: str, names: list[str]) -> dict[str, int | None]:
-    """Bytes of each file; None where it is missing."""
-    files = {name: Path(folder, name) for name in names}
-    return {name: file.stat().st_size if file.is_file() else None for name, file in files.items()}
+    """Bytes of each file; None where it is missing or cannot be read."""
+    found: dict[str, int | None] = dict.fromkeys(names)
+    for name in names:
+        file = Path(folder, name)
+        try:
+            found[name] = file.stat().st_size if file.is_file() else None
+        except OSError:
+            continue
+    return found
 
 
 def disk(path: str) -> dict[str, int] | None:
     """Free and total bytes of the file system that holds `path` or its nearest existing parent."""
     place = Path(path)
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
         usage = shutil.disk_usage(str(place))
     except OSError:
         return None
@@ -200,9 +212,9 @@ def gpu() -> str | None:
 
 
 def read_json(path: str) -> Any:
-    """A JSON file, or None."""
+    """The object in a JSON file, or None."""
     try:
-        return json.loads(Path(path).read_text())
+        return as_object(json.loads(Path(path).read_text()))
     except (OSError, ValueError):
         return None
 

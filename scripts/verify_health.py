@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_common.problems import InventoryError
 
+from roles.llama_cpp.library.llama_cpp_build import HostError
 from scripts._ask_host import Unreachable, ask, reach
 from scripts._inventory import Host, InventoryUnreadable, load
 from scripts._llm_box import GROUP, LlmBox
@@ -94,6 +95,11 @@ class Answers:
 # --- pure: what was seen against what the inventory wants ---
 
 
+def as_dict(value: object) -> Mapping[str, Any]:
+    """`value` when it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def equal(name: str, value: Value, wanted: Value, detail: str, unit: str = "") -> Check:
     """A check that two values are the same."""
     return Check(name, value == wanted, value, unit, wanted, "" if value == wanted else detail)
@@ -101,11 +107,13 @@ def equal(name: str, value: Value, wanted: Value, detail: str, unit: str = "") -
 
 def host_checks(seen: Mapping[str, Any], offset_s: float) -> list[Check]:
     """What every host must fulfil."""
-    checks = []
     failed = seen["failed_units"]
-    if failed is not None:
+    if failed is None:
+        detail = "systemctl on the host gave no answer; look with: systemctl list-units --failed"
+    else:
         detail = f"{', '.join(failed)}; look with: systemctl status {failed[0]}" if failed else ""
-        checks.append(Check("failed_units", not failed, len(failed), "units", 0, detail))
+    count = None if failed is None else len(failed)
+    checks = [Check("failed_units", count == 0, count, "units", 0, detail)]
     offset = round(abs(offset_s), 1)
     detail = (
         ""
@@ -135,12 +143,27 @@ def account_checks(seen: Mapping[str, Any]) -> list[Check]:
 
 
 def build_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
-    """Each build's current release is the pinned commit."""
+    """Each build's current release is the pinned commit, built with the options of the inventory."""
     checks = []
+    options = box.cmake_options()
     for name, commit in box.commits().items():
-        release = (seen["builds"].get(name) or {}).get("release") or {}
-        detail = f"{box.builds_root}/{name}/current is not the pinned commit; fix: run site.yml"
-        checks.append(equal(f"build_{name}", str(release.get("commit", ""))[:12], commit[:12], detail))
+        stamp = (seen["builds"].get(name) or {}).get("release") or {}
+        found = stamp.get("cmake_options") or {}
+        differing = [
+            key
+            for key in sorted(found.keys() | options[name].keys())
+            if found.get(key) != options[name].get(key)
+        ]
+
+        def told(commit: str, values: Mapping[str, str], keys: Sequence[str] = tuple(differing)) -> str:
+            return " ".join([commit[:12], *(f"{key}={values.get(key, 'unset')}" for key in keys)])
+
+        if found:
+            value, wanted = told(str(stamp.get("commit", "")), found), told(commit, options[name])
+        else:
+            value, wanted = str(stamp.get("commit") or "")[:12], f"{commit[:12]} with its CMake options"
+        detail = f"{box.builds_root}/{name}/current is not what the inventory pins; fix: run site.yml"
+        checks.append(equal(f"build_{name}", value, wanted, detail))
     return checks
 
 
@@ -153,15 +176,16 @@ def model_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
         checks.append(
             equal(f"model_{name}", found, wanted, f"{box.models_dir}/{name} {state}; fix: run site.yml", "B")
         )
-    free = (seen["disk"] or {}).get("free", 0)
-    detail = (
-        ""
-        if free >= box.reserve_bytes
-        else (
+    free = (seen["disk"] or {}).get("free")
+    if free is None:
+        detail = f"the free space of {box.models_dir} cannot be read; look with: df {box.models_dir}"
+    elif free < box.reserve_bytes:
+        detail = (
             f"{size(free)} free in {box.models_dir}, {size(box.reserve_bytes)} wanted; "
             "fix: remove models that no preset uses, or lower gguf_models_reserve_bytes"
         )
-    )
+    else:
+        detail = ""
     checks.append(Check("disk_free", not detail, free, "B", box.reserve_bytes, detail))
     return checks
 
@@ -169,13 +193,14 @@ def model_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
 def preset_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
     """presets.json, lmswitch and the units know the inventory's presets and nothing else."""
     wanted = ",".join(sorted(box.names()))
-    written = (seen["presets"] or {}).get("presets") or {}
-    listed = [str(one["name"]) for one in (seen["list"] or {}).get("presets", [])]
+    written = as_dict((seen["presets"] or {}).get("presets"))
+    presets = (seen["list"] or {}).get("presets")
+    listed = [str(as_dict(one).get("name")) for one in presets] if isinstance(presets, list) else []
     differing = [
         f"{name}.{key}"
         for name, preset in box.config.llama_presets.items()
         for key, value in preset.model_dump(mode="json").items()
-        if name in written and value is not None and written[name].get(key) != value
+        if value is not None and as_dict(written.get(name)).get(key) != value
     ]
     checks = [
         equal(
@@ -186,7 +211,7 @@ def preset_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
         ),
         equal(
             "presets_data",
-            ",".join(differing),
+            f"{len(differing)}: {', '.join(differing[:5])}" if differing else "",
             "",
             f"{box.presets_json} differs from the inventory; fix: run site.yml",
         ),
@@ -213,28 +238,22 @@ def preset_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
                 )
             )
         if scope == "user":
-            enabled = [
-                name
-                for name in names
-                if name in seen["boot_links"] or units.get(name, {}).get("UnitFileState") == "enabled"
-            ]
-            checks.append(
-                Check(
-                    "units_enabled",
-                    not enabled,
-                    len(enabled),
-                    "units",
-                    0,
-                    f"they would start at boot; fix: systemctl --user disable {' '.join(enabled)}"
-                    if enabled
-                    else "",
-                )
-            )
+            checks.append(boot_check(names, units, seen["boot_links"]))
     return checks
 
 
+def boot_check(names: Sequence[str], units: Mapping[str, Any], links: Sequence[str] | None) -> Check:
+    """None of the user's units `names` starts at boot: whoever logs in decides what serves."""
+    if links is None or any("UnitFileState" not in units.get(name, {}) for name in names):
+        detail = "what starts at boot cannot be read; look with: systemctl --user list-unit-files 'llama-*'"
+        return Check("units_enabled", False, None, "units", 0, detail)
+    enabled = [name for name in names if name in links or units[name]["UnitFileState"] == "enabled"]
+    fix = f"they would start at boot; fix: systemctl --user disable {' '.join(enabled)}" if enabled else ""
+    return Check("units_enabled", not enabled, len(enabled), "units", 0, fix)
+
+
 def serving_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
-    """One known preset is ready, and one llama-server of the pinned commit runs."""
+    """One known preset is ready, and one llama-server of the current release runs."""
     status = seen["status"] or {}
     active, state = status.get("active"), status.get("state")
     choice = "|".join(box.names("user"))
@@ -258,33 +277,37 @@ def serving_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
             "processes",
         )
     )
-    if active is not None and known:
-        wanted = box.config.commit(box.config.llama_presets[active].build)
-        checks.append(
-            equal(
-                "running_commit",
-                running_commit(user_servers)[:12],
-                wanted[:12],
-                f"an older release still runs; fix: lmswitch --restart {active}",
-            )
-        )
+    if known:
+        current = (seen["builds"].get(box.config.llama_presets[str(active)].build) or {}).get("current")
+        wanted = Path(str(current)).name if current else None
+        running = running_release(user_servers)
+        detail = f"another release than `current` still runs; fix: lmswitch --restart {active}"
+        good = running is not None and running == wanted
+        checks.append(Check("running_release", good, running, "", wanted, "" if good else detail))
+    else:
+        checks.append(Check("running_release", False, None, "", "that of the active preset", unknown))
     return checks
 
 
-def running_commit(servers: Sequence[Mapping[str, Any]]) -> str:
-    """The commit in the running executable's path: …/releases/<commit>-<config hash>/bin/llama-server."""
+def running_release(servers: Sequence[Mapping[str, Any]]) -> str | None:
+    """The release in the running executable's path: …/releases/<commit>-<config hash>/bin/llama-server."""
     for server in servers:
         parts = Path(str(server["exe"])).parts
         if "releases" in parts[:-1]:
-            return parts[parts.index("releases") + 1].partition("-")[0]
-    return ""
+            return parts[parts.index("releases") + 1]
+    return None
 
 
 def answer_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers | None) -> list[Check]:
     """What came over HTTP, through the port that clients use."""
     active = (seen["status"] or {}).get("active")
     if answers is None or active not in box.names():
-        return []
+        detail = f"there is nothing to ask; fix: lmswitch {'|'.join(box.names('user'))}"
+        return [
+            Check("health", False, None, "HTTP status", 200, detail),
+            Check("n_ctx", False, None, "tokens", "that of the active preset", detail),
+            Check("chat", False, None, "", "a non-empty answer", detail),
+        ]
     address = box.address(active)
     where = f"{address.host}:{address.port}" if address.port else address.host
     props = answers.props or {}
@@ -351,9 +374,7 @@ def verify(host: Host) -> HostReport:
         checks = host_checks(seen, offset)
         if box:
             checks += llm_checks(box, seen["llm"], over_http(host, box, seen["llm"]))
-    except InventoryError as error:
-        return HostReport(host.name, error=str(error))
-    except Unreachable as error:
+    except (InventoryError, HostError, Unreachable) as error:
         return HostReport(host.name, error=str(error))
     return HostReport(host.name, tuple(checks))
 
@@ -448,13 +469,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    report = Path(args.json) if args.json and args.json != "-" else None
+    try:
+        if report is not None:
+            ensure_writable(report)
+    except OSError as error:
+        print(
+            f"verify_health: --json {report}: {error.strerror}; fix: give a file that can be written",
+            file=sys.stderr,
+        )
+        return 2
     try:
         progress(f"reading {args.inventory}")
         hosts = load(args.inventory, limit=args.limit)
         progress(f"asking {', '.join(host.name for host in hosts)}")
         reports = verify_all(hosts, progress)
-        if args.json and args.json != "-":
-            Path(args.json).write_text(as_json(reports))
     except (InventoryUnreadable, OSError) as error:
         print(f"verify_health: {error}", file=sys.stderr)
         return 2
@@ -463,7 +492,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         end="" if args.json == "-" else "\n",
         flush=True,
     )
+    if report is not None:
+        try:
+            report.write_text(as_json(reports))
+        except OSError as error:
+            print(f"verify_health: --json {report}: {error.strerror}", file=sys.stderr)
+            return 2
     return exit_code(reports)
+
+
+def ensure_writable(report: Path) -> None:
+    """Find out before the checks whether the report can be written. Raises OSError; leaves no file."""
+    new = not report.exists()
+    report.open("a").close()
+    if new:
+        report.unlink()
 
 
 def run() -> None:

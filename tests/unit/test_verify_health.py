@@ -29,7 +29,13 @@ VARIABLES: dict[str, Any] = {
     "gguf_models_install": "used",
     "llama_presets_dir": "/etc/llmbox",
     "llama_presets_listen": "0.0.0.0:1234",
-    "llama_cpp_builds": {"upstream": {"repo": "git://host/upstream.git", "commit": COMMIT}},
+    "llama_cpp_builds": {
+        "upstream": {
+            "repo": "git://host/upstream.git", "commit": COMMIT, "cmake_options": {"GGML_NATIVE": False},
+        },
+    },
+    "_llama_cpp_base_options": {"CMAKE_BUILD_TYPE": "Release"},
+    "_llama_cpp_owned_options": {"CMAKE_C_COMPILER_LAUNCHER": "ccache"},
     "gguf_models": {
         "small": {"url": "http://host/small.gguf", "sha256": "0" * 64, "size": 77},
         "unused": {"url": "http://host/unused.gguf", "sha256": "1" * 64, "size": 78},
@@ -46,6 +52,8 @@ VARIABLES: dict[str, Any] = {
     },
 }  # fmt: skip
 BOX = LlmBox.of(VARIABLES)
+OPTIONS = {"CMAKE_BUILD_TYPE": "Release", "CMAKE_C_COMPILER_LAUNCHER": "ccache", "GGML_NATIVE": "OFF"}
+RELEASE = f"/opt/llama.cpp/upstream/releases/{COMMIT}-0123abcd"
 
 
 def preset_data(name: str) -> dict[str, Any]:
@@ -61,16 +69,18 @@ def seen() -> dict[str, Any]:
         "list": {"presets": [{"name": "one"}, {"name": "two"}]},
         "presets": {"presets": {"one": preset_data("one"), "two": preset_data("two")}},
         "servers": [{"pid": 7, "uid": 1500, "listen": ["0.0.0.0:1234"],
-                     "exe": f"/opt/llama.cpp/upstream/releases/{COMMIT}-0123abcd/bin/llama-server"}],
+                     "exe": f"{RELEASE}/bin/llama-server"}],
         "user_units": {"llama-one.service": dict(unit), "llama-two.service": dict(unit)},
         "boot_links": [],
         "system_units": {},
-        "builds": {"upstream": {"current": "/x", "previous": None, "release": {"commit": COMMIT}}},
+        "builds": {"upstream": {"current": RELEASE, "previous": None,
+                                "release": {"commit": COMMIT, "cmake_options": dict(OPTIONS)}}},
         "files": {"small.gguf": 77},
         "disk": {"free": 5000, "total": 10000},
     }  # fmt: skip
 
 
+SERVING = ("running_release", "health", "n_ctx", "chat")
 GOOD = Answers(200, {"default_generation_settings": {"n_ctx": 4096}}, "one two three")
 
 
@@ -89,22 +99,32 @@ def test_a_box_as_its_inventory_wants_it_is_well() -> None:
     ("path", "value", "names"),
     [
         (("account", "linger"), False, {"lingering"}),
-        (("account",), None, {"lingering", "llama_servers", "running_commit"}),
+        (("account",), None, {"lingering", "llama_servers", "running_release"}),
         (("status", "state"), "loading", {"state"}),
-        (("status", "active"), None, {"active_preset"}),
-        (("status",), None, {"active_preset", "state"}),
+        (("status", "active"), None, {"active_preset", *SERVING}),
+        (("status",), None, {"active_preset", "state", *SERVING}),
         (("list", "presets"), [{"name": "one"}], {"lmswitch_list"}),
         (("list",), None, {"lmswitch_list"}),
         (("presets", "presets", "three"), {}, {"presets_json"}),
         (("presets", "presets", "two", "context"), 8192, {"presets_data"}),
-        (("presets",), None, {"presets_json"}),
-        (("servers",), [], {"llama_servers", "running_commit"}),
+        (("presets",), None, {"presets_json", "presets_data"}),
+        (("presets", "presets"), ["one"], {"presets_json", "presets_data"}),
+        (("presets", "presets", "two"), None, {"presets_data"}),
+        (("list", "presets"), {}, {"lmswitch_list"}),
+        (("servers",), [], {"llama_servers", "running_release"}),
         (("user_units", "llama-two.service", "LoadState"), "not-found", {"user_units"}),
         (("user_units", "llama-two.service", "UnitFileState"), "enabled", {"units_enabled"}),
-        (("user_units",), None, {"user_units"}),
+        (("user_units",), None, {"user_units", "units_enabled"}),
+        (("user_units", "llama-two.service"), {"LoadState": "loaded"}, {"units_enabled"}),
+        (("boot_links",), None, {"units_enabled"}),
         (("boot_links",), ["llama-two.service"], {"units_enabled"}),
         (("builds", "upstream", "release", "commit"), "f" * 40, {"build_upstream"}),
+        (("builds", "upstream", "release", "cmake_options", "GGML_NATIVE"), "ON", {"build_upstream"}),
+        (("builds", "upstream", "release", "cmake_options", "GGML_CUDA"), "ON", {"build_upstream"}),
+        (("builds", "upstream", "release", "cmake_options"), None, {"build_upstream"}),
         (("builds", "upstream", "release"), None, {"build_upstream"}),
+        (("builds", "upstream", "current"), None, {"running_release"}),
+        (("builds", "upstream", "current"), f"{RELEASE[:-1]}e", {"running_release"}),
         (("files", "small.gguf"), 76, {"model_small.gguf"}),
         (("files", "small.gguf"), None, {"model_small.gguf"}),
         (("disk", "free"), 999, {"disk_free"}),
@@ -122,6 +142,31 @@ def test_each_fault_is_found_and_nothing_else(path: tuple[str, ...], value: obje
     assert all("fix" in check.detail or "look with" in check.detail for check in found.values())
 
 
+def test_a_build_with_other_options_names_them() -> None:
+    data = seen()
+    data["builds"]["upstream"]["release"]["cmake_options"]["GGML_NATIVE"] = "ON"
+    (check,) = failing(data).values()
+    assert (check.value, check.limit) == (f"{COMMIT[:12]} GGML_NATIVE=ON", f"{COMMIT[:12]} GGML_NATIVE=OFF")
+
+
+def test_a_disk_that_cannot_be_read_is_no_pass_for_lack_of_a_reserve() -> None:
+    box = LlmBox.of({**VARIABLES, "gguf_models_reserve_bytes": 0})
+    checks = verify_health.model_checks(box, {**seen(), "disk": None})
+    assert [check.name for check in checks if not check.ok] == ["disk_free"]
+
+
+@pytest.mark.parametrize("status", [None, {"active": None}, {"active": "else"}])
+def test_no_check_is_absent_when_nothing_serves(status: object) -> None:
+    wanted = [check.name for check in verify_health.llm_checks(BOX, seen(), GOOD)]
+    nothing: dict[str, Any] = {
+        **seen(), "account": None, "status": status, "list": None, "presets": None, "servers": [],
+        "user_units": None, "boot_links": None, "builds": {}, "files": {}, "disk": None,
+    }  # fmt: skip
+    checks = verify_health.llm_checks(BOX, nothing, None)
+    assert [check.name for check in checks] == wanted
+    assert not [check.name for check in checks if check.ok]
+
+
 def test_two_servers_are_one_too_many_but_those_of_others_do_not_count() -> None:
     data = seen()
     data["servers"].append({**data["servers"][0], "pid": 8, "uid": 999})
@@ -133,7 +178,7 @@ def test_two_servers_are_one_too_many_but_those_of_others_do_not_count() -> None
 def test_an_old_release_that_still_runs_is_found() -> None:
     data = seen()
     data["servers"][0]["exe"] = f"/opt/llama.cpp/upstream/releases/{'a' * 40}-1/bin/llama-server (deleted)"
-    assert set(failing(data)) == {"running_commit"}
+    assert set(failing(data)) == {"running_release"}
 
 
 @pytest.mark.parametrize(
@@ -157,8 +202,7 @@ def test_what_every_host_must_fulfil() -> None:
     assert bad([], 0.2) == set()
     assert bad(["x.service"], 0.2) == {"failed_units"}
     assert bad([], -60) == {"clock_offset"}
-    assert bad(None, 0) == set()
-    assert len(verify_health.host_checks({"failed_units": None}, 0)) == 1
+    assert bad(None, 0) == {"failed_units"}, "systemctl that fails or hangs is no proof of health"
 
 
 def test_exit_codes_and_json() -> None:
@@ -277,6 +321,43 @@ def test_the_probe_never_waits_for_a_program_that_hangs() -> None:
     answer = _probe.command(["sleep", "30"], timeout=0.2)
     assert answer is not None and answer["rc"] is None
     assert _probe.command(["no-such-program"]) is None
+
+
+@pytest.mark.parametrize("script", ["exit 1", "sleep 30"])
+def test_systemctl_that_fails_or_hangs_is_said(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "systemctl"
+    program.write_text(f"#!/bin/sh\nexec {script}\n" if "sleep" in script else f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(_probe.command, "__defaults__", (0.3,))
+    assert _probe.failed_units() is None
+    assert _probe.units(["a.service"], None) is None
+
+
+def test_json_that_is_no_object_is_as_good_as_none(tmp_path: Path) -> None:
+    for text in ("[]", "null", "3", "{"):
+        (tmp_path / "x.json").write_text(text)
+        assert _probe.read_json(str(tmp_path / "x.json")) is None
+        assert _probe.parsed({"out": text}) is None
+        release = tmp_path / "build" / "current"
+        release.mkdir(parents=True, exist_ok=True)
+        (release / "release.json").write_text(text)
+        assert _probe.builds(str(tmp_path), ["build"])["build"]["release"] is None
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_health, "load", lambda *_args, **_more: pytest.fail("the checks began"))
+    for report in (tmp_path, tmp_path / "nowhere" / "x.json"):
+        assert verify_health.main(["--inventory", "inventory/lab", "--json", str(report)]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert len(shown.err.splitlines()) == 1 and f"--json {report}: " in shown.err
+    verify_health.ensure_writable(tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
 
 
 def test_hosts_are_read_from_what_the_playbook_prints() -> None:
