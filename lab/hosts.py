@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab import root, source_server
-from lab.config import HTTP_PORT, REPO_ROOT, SUDO_USER, Host, Lab
+from lab.config import GIT_PORT, HTTP_PORT, REPO_ROOT, SUDO_USER, Host, Lab
 from lab.shell import LabError, last_line, remove_tree, run, say
 from lab.state import Claims, write_atomically
 from lab.supervisor import Supervisor
@@ -92,7 +92,7 @@ def start_servers(lab: Lab, claims: Claims, supervisor: Supervisor) -> None:
         supervisor.stop(unit)
         supervisor.start(unit, command, env, lab.state / f"{part}.log")
     deadline = time.monotonic() + 20
-    while not (_answers(lab.gateway, 9418) and _http_version(lab) == source_server.version()):
+    while not (_answers(lab.gateway, GIT_PORT) and _http_version(lab) == source_server.version()):
         if time.monotonic() > deadline:
             said = _tail(lab.state / "git.log", lab.state / "http.log")
             raise LabError(f"the lab's source server does not answer: {said}")
