@@ -80,6 +80,14 @@ class Lab:
         return self.state / "ssh/id_ed25519"
 
     @property
+    def ssh_public_key(self) -> str:
+        """The key as a line of authorized_keys; empty while there is no lab, or none of this user's."""
+        try:
+            return self.ssh_key.with_suffix(".pub").read_text().strip()
+        except OSError:
+            return ""
+
+    @property
     def known_hosts(self) -> Path:
         return self.state / "ssh/known_hosts"
 

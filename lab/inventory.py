@@ -24,7 +24,11 @@ def inventory(lab: Lab) -> dict[str, Any]:
         "_meta": {"hostvars": hostvars},
         "all": {
             "children": ["lab"],
-            "vars": {"lab_source_git": lab.source_git, "lab_source_http": lab.source_http},
+            "vars": {
+                "lab_source_git": lab.source_git,
+                "lab_source_http": lab.source_http,
+                "lab_ssh_public_key": lab.ssh_public_key,
+            },
         },
         "lab": {"children": ["llama_hosts", "clients"]},
         "llama_hosts": {"children": ["llm_servers", "ocr_servers"]},

@@ -235,29 +235,52 @@ def test_status_list_logs_off(box: Box) -> None:
 
 
 def test_over_ssh_without_a_login_shell(box: Box) -> None:
-    """The real thing: ssh llm@HOST lmswitch status."""
-    box.run(
-        "sudo install -d -o llm -g llm -m 700 /home/llm/.ssh && "
-        "sudo install -o llm -g llm -m 600 ~ops/.ssh/authorized_keys /home/llm/.ssh/authorized_keys"
-    ).check()
-    try:
-        done = subprocess.run(
-            [
-                "ssh",
-                *shlex.split(box.hostvars["ansible_ssh_common_args"]),
-                *("-o", "ControlPath=none", "-i", box.hostvars["ansible_ssh_private_key_file"]),
-                f"llm@{box.hostvars['ansible_host']}",
-                "lmswitch status --json",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    finally:
-        box.run("sudo rm -rf /home/llm/.ssh").check()
+    """The real thing, with the key that the role put there: ssh llm@HOST lmswitch status."""
+    done = subprocess.run(
+        [
+            "ssh",
+            *shlex.split(box.hostvars["ansible_ssh_common_args"]),
+            *("-o", "ControlPath=none", "-i", box.hostvars["ansible_ssh_private_key_file"]),
+            f"llm@{box.hostvars['ansible_host']}",
+            "lmswitch status --json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["state"] in {"ready", "stopped"}
+
+
+def test_keys_are_a_block_beside_the_user_s_own(box: Box, tmp_path: Path) -> None:
+    own = "ssh-ed25519 AAAAOWN own"
+    keys = "/home/llm/.ssh/authorized_keys"
+    kept = box.run(f"sudo cat {keys}").check().stdout
+
+    def play(*words: str, listed: list[str]) -> support.PlaybookRun:
+        playbook = tmp_path / "play.yml"
+        playbook.write_text(PLAY.replace("ROLES", "llm_user"))
+        variables = json.dumps({"llm_user_authorized_keys": listed})
+        return support.ansible_playbook(playbook, "--limit", support.LLM, "-e", variables, *words, timeout=120)
+
+    ours = box.hostvars["lab_ssh_public_key"]
+    try:
+        box.run(f"echo {shlex.quote(own)} | sudo -u llm tee -a {keys}").check()
+        assert play(listed=[ours, "ssh-rsa AAAAB new"]).check().changed == 1
+        assert play("--check", listed=[ours, "ssh-rsa AAAAB new"]).check().changed == 0
+        assert play(listed=[ours]).check().changed == 1
+        lines = box.run(f"sudo cat {keys}").check().stdout.splitlines()
+        assert [line for line in lines if not line.startswith("#")] == [ours, own]
+        assert box.run(f"sudo stat -c '%U %a' {keys} /home/llm/.ssh").stdout.split() == [
+            *("llm", "600"),
+            *("llm", "700"),
+        ]
+        refused = play(listed=[ours, "-----BEGIN OPENSSH PRIVATE KEY-----"])
+        assert refused.rc != 0
+        assert "refused: llm_user_authorized_keys = -----BEGIN OPENSSH" in refused.stdout
+    finally:
+        box.run(f"sudo -u llm tee {keys}", stdin=kept).check()
 
 
 def test_another_user_is_told_what_to_type(box: Box) -> None:

@@ -82,6 +82,7 @@ def test_the_inventory_has_the_groups_of_production() -> None:
     assert found["all"]["vars"] == {
         "lab_source_git": "git://10.213.179.1",
         "lab_source_http": "http://10.213.179.1:8088",
+        "lab_ssh_public_key": "",
     }
     llm = found["_meta"]["hostvars"]["lab-llm"]
     assert (llm["ansible_host"], llm["ansible_user"]) == ("10.213.179.11", "ops")
@@ -92,6 +93,13 @@ def test_the_inventory_has_the_groups_of_production() -> None:
         "ControlPath=",
     ):
         assert wanted in llm["ansible_ssh_common_args"]
+
+
+def test_the_inventory_has_the_key_of_a_lab_that_is_there(tmp_path: Path) -> None:
+    lab = make("t1", cache=str(tmp_path))
+    lab.ssh_key.parent.mkdir(parents=True)
+    lab.ssh_key.with_suffix(".pub").write_text("ssh-ed25519 AAAAC3 lab\n")
+    assert inventory(lab)["all"]["vars"]["lab_ssh_public_key"] == "ssh-ed25519 AAAAC3 lab"
 
 
 def test_the_inventory_script_runs_without_root_from_anywhere(root: Path, tmp_path: Path) -> None:
