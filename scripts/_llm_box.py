@@ -10,8 +10,6 @@ from llama_common.derive import builds_plan, unit_name
 from llama_common.fields import Address
 from llama_common.presets import HostConfig
 
-from roles.llama_cpp.library.llama_cpp_build import merge_options
-
 GROUP = "llm_servers"
 
 
@@ -61,6 +59,9 @@ class LlmBox:
 
     def cmake_options(self) -> dict[str, dict[str, str]]:
         """The CMake options of each build, as the role merges them: what release.json must say."""
+        # Here and not above: beside this import, fleet.py (gevent) shows a traceback for a host that is not there.
+        from roles.llama_cpp.library.llama_cpp_build import merge_options
+
         return {
             name: merge_options(name, build["cmake_options"], self.base_options, self.owned_options)
             for name, build in builds_plan(self.config).items()

@@ -155,12 +155,19 @@ def timed(argv: Sequence[str], memory: Memory | None = None) -> tuple[float, str
 def executed(output: str) -> dict[str, int]:
     """Tasks that really ran on each host (`ok` of the recap: what was skipped does not count).
 
-    Raises NoMeasurement when something changed: then it was no run without work.
+    Raises NoMeasurement when something changed or failed, or when no host but this machine took part: then it
+    was no run without work.
     """
     _, _, recap = output.rpartition("PLAY RECAP")
     rows = list(_RECAP.finditer(recap))
-    if not rows:
-        raise NoMeasurement("site.yml printed no recap")
+    if not [row for row in rows if row["host"] != "localhost" and int(row["ok"])]:
+        raise NoMeasurement(
+            "site.yml ran on no host of the inventory; fix: --inventory DIR with hosts "
+            "(`ansible-inventory -i DIR --graph` shows them)"
+        )
+    failed = [row["host"] for row in rows if int(row["failed"]) or int(row["gone"])]
+    if failed:
+        raise NoMeasurement(f"site.yml failed on {', '.join(failed)}: mend that, then measure")
     changed = [row["host"] for row in rows if int(row["changed"])]
     if changed:
         raise NoMeasurement(
@@ -186,6 +193,8 @@ def stat_playbook(tasks: Mapping[str, int]) -> str:
 
 def measure(inventory: str, repetitions: int, progress: bool = True) -> tuple[Series, dict[str, int], Memory]:
     """Run everything in turn. Raises NoMeasurement."""
+    if not (ROOT / inventory).exists():
+        raise NoMeasurement(f"--inventory {inventory}: no such file or directory; give one with hosts")
     playbook = ["ansible-playbook", "-i", inventory]
     memory = Memory()
     series = Series()

@@ -2,7 +2,7 @@
 """`make lab`: boot the lab, provision it with site.yml, verify it, print one answer through its port.
 
 Safe to repeat and to interrupt: every step converges on what is there already.
-Exit codes: 0 all done, 130 interrupted, otherwise that of the step that failed.
+Exit codes: 0 all done, 1 no answer or no inventory, 130 interrupted, otherwise that of the step that failed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import httpx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_common.fields import Address
+from llama_common.problems import InventoryError
 
-from scripts._inventory import ROOT, environment, load
+from scripts._inventory import ROOT, InventoryUnreadable, environment, load
 from scripts._llm_box import GROUP, LlmBox
 
 BIN = Path(sys.executable).parent
@@ -28,42 +29,68 @@ STEP_TIMEOUT_S = 5400
 CHAT_TIMEOUT_S = 120
 
 
-def step(title: str, *command: str) -> float:
-    """Run one step with its output shown. Returns its seconds; exits with its code when it fails."""
+class NotDone(Exception):
+    """A step failed; the message is one line. `code` becomes the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def step(title: str, *command: str, timeout: float = STEP_TIMEOUT_S) -> float:
+    """Run one step with its output shown. Returns its seconds. Raises NotDone when it fails or hangs."""
     print(f"\n== {title}", flush=True)
     started = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, timeout=STEP_TIMEOUT_S, env=environment(), check=False)
+    try:
+        done = subprocess.run(command, cwd=ROOT, timeout=timeout, env=environment(), check=False)
+    except subprocess.TimeoutExpired:
+        raise NotDone(f"'{title}' was not done after {timeout:g} s; run it again, it goes on there") from None
     if done.returncode != 0:
-        print(
-            f"make lab: '{title}' ended with exit code {done.returncode};"
+        raise NotDone(
+            f"'{title}' ended with exit code {done.returncode};"
             " mend what it says above and run `make lab` again, it goes on from there",
-            file=sys.stderr,
+            done.returncode if done.returncode > 0 else 1,
         )
-        sys.exit(done.returncode)
     return time.monotonic() - started
 
 
-def ask(url: str, question: str) -> tuple[str, float]:
-    """Ask the model behind `url`. Returns its answer and the generation speed in tokens per second."""
-    reply = httpx.post(
-        f"{url}/v1/chat/completions",
-        json={"messages": [{"role": "user", "content": question}], "max_tokens": 60, "temperature": 0.0},
-        timeout=CHAT_TIMEOUT_S,
-        trust_env=False,  # a proxy of the machine does not lead to a lab host
-    )
-    reply.raise_for_status()
-    body = reply.json()
-    return body["choices"][0]["message"]["content"].strip(), body["timings"]["predicted_per_second"]
+def ask(url: str, question: str, timeout: float = CHAT_TIMEOUT_S) -> tuple[str, float]:
+    """Ask the model behind `url`. Returns its answer and the generation speed in tokens per second.
+
+    Raises NotDone when there is no answer, or an empty one.
+    """
+    try:
+        reply = httpx.post(
+            f"{url}/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": question}], "max_tokens": 60, "temperature": 0.0},
+            timeout=timeout,
+            trust_env=False,  # a proxy of the machine does not lead to a lab host
+        )
+        body = reply.raise_for_status().json()
+        answer = str(body["choices"][0]["message"]["content"] or "").strip()
+        speed = float(body["timings"]["predicted_per_second"])
+    except httpx.HTTPError as error:
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise NotDone(f"no answer from {url}: {said}; look with: lmswitch logs on the host") from None
+    except (ValueError, LookupError, TypeError):
+        raise NotDone(
+            f"{url} did not answer as llama-server does; look with: lmswitch logs on the host"
+        ) from None
+    if not answer:
+        raise NotDone(f"the answer from {url} was empty; look with: lmswitch logs on the host")
+    return answer, speed
 
 
-def main() -> int:
-    """Run the steps and print the summary."""
+def main() -> None:
+    """Run the steps and print the summary. Raises NotDone, InventoryUnreadable, InventoryError."""
     started = time.monotonic()
     python, playbook = sys.executable, str(BIN / "ansible-playbook")
     seconds = {"boot": step("Boot three hosts", python, "-m", "lab", "up")}
     seconds["provision"] = step("Provision them (site.yml)", playbook, "-i", INVENTORY, "site.yml")
 
-    host = next(host for host in load(ROOT / INVENTORY) if GROUP in host.groups)
+    host = next((host for host in load(ROOT / INVENTORY) if GROUP in host.groups), None)
+    if host is None:
+        raise NotDone(f"{INVENTORY} has no host in the group {GROUP}")
     box = LlmBox.of(host.variables)
     preset = box.names("user")[0]
     switch = f"sudo -iu {box.user} lmswitch"
@@ -83,12 +110,20 @@ def main() -> int:
   one screen    .venv/bin/python scripts/fleet.py --inventory {INVENTORY}
   run it again  make lab          (changes nothing)
   remove it     make lab-down""")
+
+
+def run() -> int:
+    """Entry point: one line about what failed, and its exit code."""
+    try:
+        main()
+    except (NotDone, InventoryUnreadable, InventoryError) as error:
+        print(f"make lab: {error}", file=sys.stderr)
+        return error.code if isinstance(error, NotDone) else 1
+    except KeyboardInterrupt:
+        print("make lab: interrupted; run it again, it goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("make lab: interrupted; run it again, it goes on from there", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,31 @@ def test_only_tasks_that_ran_are_counted() -> None:
 def test_a_run_that_changed_something_is_no_measurement() -> None:
     with pytest.raises(bench.NoMeasurement, match="changed lab-llm"):
         bench.executed(RECAP.replace("changed=0", "changed=1", 1))
-    with pytest.raises(bench.NoMeasurement, match="no recap"):
-        bench.executed("")
+    for fault in ("failed", "unreachable"):
+        with pytest.raises(bench.NoMeasurement, match="failed on lab-llm"):
+            bench.executed(RECAP.replace(f"{fault}=0", f"{fault}=1", 1))
+
+
+@pytest.mark.parametrize("recap", ["", "PLAY RECAP *****\n", RECAP.replace("lab-llm  ", "localhost")])
+def test_a_run_without_hosts_is_no_measurement(recap: str) -> None:
+    with pytest.raises(bench.NoMeasurement, match="on no host of the inventory; fix: "):
+        bench.executed(recap)
+
+
+@pytest.mark.parametrize("ran", ["nowhere", "localhost alone"])
+def test_nothing_is_written_about_nothing(
+    ran: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = "PLAY RECAP *****\nlocalhost : ok=1    changed=0    unreachable=0    failed=0    skipped=0\n"
+    monkeypatch.setattr(bench, "timed", lambda *_args: (1.0, local))
+    inventory = tmp_path / "hosts.yml"
+    if ran != "nowhere":
+        inventory.write_text("all: {hosts: {}}\n")
+    assert bench.main(["--inventory", str(inventory), "--output", str(tmp_path / "page")]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert not (tmp_path / "page").exists()
 
 
 def test_the_stat_play_has_as_many_tasks() -> None:
