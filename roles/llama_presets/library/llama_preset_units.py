@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 restart:
-  description: Names of the presets that run with another command than their unit now has.
+  description:
+    - Names of the presets that run with another command than their unit has, or after a dry run would have.
   type: list
   returned: always
 """
@@ -57,6 +58,7 @@ MARKER = "# Managed by llmbox: roles/llama_presets."
 SYSTEM_DIR = Path("/etc/systemd/system")
 TIMEOUT_S = 60
 MANAGER_TIMEOUT_S = 20
+SHOWN = ("ActiveState", "MainPID", "ExecStart", "NeedDaemonReload", "DropInPaths")
 
 
 class Refused(Exception):
@@ -214,32 +216,41 @@ class Scope:
         ).stdout.split()
         return "NeedDaemonReload=yes" in shown or "LoadState=not-found" in shown
 
-    def running_otherwise(self) -> list[str]:
-        """Active units whose process was started with another command than the unit now has."""
+    def running_otherwise(self, written: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, str]]:
+        """Active units whose process was started with another command than the unit has: both commands.
+
+        `written` holds the commands of the wanted units. They count in a dry run, where systemd has yet to
+        read a unit, unless a drop-in has a command of its own.
+        """
         if not self.wanted or not self.manager_runs:
-            return []
+            return {}
         names = sorted(self.wanted)
-        blocks = (
-            self.systemctl("show", "--property=ActiveState,MainPID,ExecStart", *names)
-            .stdout.strip()
-            .split("\n\n")
-        )
-        found = []
-        for name, block in zip(names, blocks, strict=False):
+        shown = self.systemctl("show", f"--property={','.join(SHOWN)}", *names).stdout
+        found = {}
+        for name, block in zip(names, shown.strip().split("\n\n"), strict=False):
             values = dict(line.partition("=")[::2] for line in block.splitlines())
             command = values.get("ExecStart", "").partition("argv[]=")[2].partition(" ; ignore_errors=")[0]
+            to_read = name in self.differing or values.get("NeedDaemonReload") == "yes"
+            own = any(map(sets_command, values.get("DropInPaths", "").split()))
+            if to_read and name in written and not own:
+                command = " ".join(written[name])
             if values.get("ActiveState") != "active" or not command or "$" in command:
                 continue
             with contextlib.suppress(OSError):
-                argv = (
-                    Path(f"/proc/{values['MainPID']}/cmdline")
-                    .read_text(errors="replace")
-                    .rstrip("\0")
-                    .split("\0")
-                )
-                if " ".join(argv) != command:
-                    found.append(name)
+                argv = Path(f"/proc/{values['MainPID']}/cmdline").read_text(errors="replace")
+                running = " ".join(argv.rstrip("\0").split("\0"))
+                if running != command:
+                    found[name] = (running, command)
         return found
+
+
+def sets_command(drop_in: str) -> bool:
+    """True when this drop-in says what a unit runs."""
+    try:
+        lines = Path(drop_in).read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.partition("=")[0].strip() == "ExecStart" for line in lines)
 
 
 def replace(path: Path, text: str) -> None:
@@ -347,8 +358,24 @@ def apply(module: AnsibleModule) -> dict[str, Any]:
                 done = scope.systemctl("daemon-reload")
                 if done.returncode != 0:
                     raise Refused(f"systemctl daemon-reload failed: {done.stderr.strip()}")
-    names = {preset["unit"]: name for name, preset in wanted["presets"]["presets"].items()}
-    result["restart"] = [names[unit] for unit in scopes[0].running_otherwise()]
+            scope.present = {**scope.wanted}
+    presets_wanted = wanted["presets"]["presets"]
+    names = {preset["unit"]: name for name, preset in presets_wanted.items()}
+    commands = {preset["unit"]: preset["command"] for preset in presets_wanted.values()}
+    otherwise = scopes[0].running_otherwise(commands)
+    result["restart"] = [names[unit] for unit in otherwise]
+    for unit, (running, command) in otherwise.items():
+        where = f"lmswitch --restart {names[unit]}"
+        result["diff"].append(
+            {
+                "before_header": where,
+                "after_header": where,
+                "before": f"{running}\n",
+                "after": f"{command}\n",
+            }
+        )
+    if module.check_mode and (otherwise or any(scope.unread() for scope in scopes)):
+        result["changed"] = True  # a dry run skips the task that restarts, and nobody reloads
     return result
 
 

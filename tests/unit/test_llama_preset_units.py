@@ -1,0 +1,129 @@
+"""What a dry run of the presets' units says of the preset that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from roles.llama_presets.library import llama_preset_units as module
+
+UNIT = "llama-coder.service"
+RUNS = ["sleep", "60"]
+
+
+def text_of(command: list[str]) -> str:
+    return f"{module.MARKER}\n[Service]\nExecStart={' '.join(command)}\n"
+
+
+class Box:
+    """A host whose user systemd runs one unit, with the command RUNS."""
+
+    def __init__(self, folder: Path, pid: int) -> None:
+        self.folder, self.pid = folder, pid
+        self.units = folder / ".config/systemd/user"
+        self.units.mkdir(parents=True)
+        self.state, self.read, self.reload, self.drop_ins = "active", RUNS, "no", ""
+        self.said: list[tuple[str, ...]] = []
+
+    def systemctl(self, *argv: str) -> SimpleNamespace:
+        self.said.append(argv)
+        shown = (
+            f"ActiveState={self.state}\nMainPID={self.pid}\nLoadState=loaded\n"
+            f"ExecStart={{ path=/x ; argv[]={' '.join(self.read)} ; ignore_errors=no ; pid=1 }}\n"
+            f"NeedDaemonReload={self.reload}\nDropInPaths={self.drop_ins}\n"
+        )
+        return SimpleNamespace(stdout=shown, stderr="", returncode=0)
+
+    def dry_run(self, command: list[str], on_disk: list[str] | None) -> dict[str, Any]:
+        """The data says `command`, the disk holds `on_disk`; nothing may be written or reloaded."""
+        presets = {"version": 1, "presets": {"coder": {"unit": UNIT, "command": command}}}
+        if on_disk is not None:
+            (self.units / UNIT).write_text(text_of(on_disk))
+        before = {each: each.read_bytes() for each in self.folder.rglob("*") if each.is_file()}
+        wanted = {
+            "user": "llm",
+            "units": {UNIT: {"scope": "user", "text": text_of(command)}},
+            "presets": presets,
+            "path": str(self.folder / "presets.json"),
+            "checker": ["false"],
+        }
+        result = module.apply(SimpleNamespace(params=wanted, check_mode=True))
+        assert {each: each.read_bytes() for each in self.folder.rglob("*") if each.is_file()} == before
+        assert {words[0] for words in self.said} <= {"show"}
+        return result
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
+    entry = SimpleNamespace(pw_uid=1500, pw_gid=1500, pw_dir=str(tmp_path))
+    monkeypatch.setattr(module.pwd, "getpwnam", lambda _name: entry)
+    monkeypatch.setattr(module.Account, "acting", lambda _self: contextlib.nullcontext())
+    monkeypatch.setattr(module.Scope, "manager_runs", True)
+    monkeypatch.setattr(module, "SYSTEM_DIR", tmp_path / "system")
+    monkeypatch.setattr(module, "presets_file_differs", lambda _path, text: (False, text))
+    with subprocess.Popen(RUNS) as process:
+        made = Box(tmp_path, process.pid)
+        monkeypatch.setattr(module.Scope, "systemctl", made.systemctl)
+        yield made
+        process.kill()
+
+
+def restarts(result: dict[str, Any]) -> list[dict[str, str]]:
+    return [entry for entry in result["diff"] if entry["after_header"].startswith("lmswitch")]
+
+
+def test_nothing_to_do_is_no_change(box: Box) -> None:
+    result = box.dry_run(RUNS, on_disk=RUNS)
+    assert (result["changed"], result["restart"], result["diff"]) == (False, [], [])
+
+
+def test_a_new_command_of_the_active_preset_predicts_its_restart(box: Box) -> None:
+    result = box.dry_run(["sleep", "61"], on_disk=RUNS)
+    assert (result["changed"], result["restart"]) == (True, ["coder"])
+    assert restarts(result) == [
+        {
+            "before_header": "lmswitch --restart coder",
+            "after_header": "lmswitch --restart coder",
+            "before": "sleep 60\n",
+            "after": "sleep 61\n",
+        }
+    ]
+
+
+def test_a_stopped_preset_is_not_restarted(box: Box) -> None:
+    box.state = "inactive"
+    result = box.dry_run(["sleep", "61"], on_disk=RUNS)
+    assert (result["changed"], result["restart"], restarts(result)) == (True, [], [])
+
+
+def test_a_preset_older_than_its_unit_is_a_change_though_every_file_is_right(box: Box) -> None:
+    box.read = ["sleep", "61"]
+    result = box.dry_run(["sleep", "61"], on_disk=["sleep", "61"])
+    assert (result["changed"], result["restart"]) == (True, ["coder"])
+
+
+def test_what_systemd_has_yet_to_read_is_a_change(box: Box) -> None:
+    box.reload = "yes"
+    assert box.dry_run(RUNS, on_disk=RUNS)["changed"] is True
+    result = box.dry_run(["sleep", "61"], on_disk=["sleep", "61"])
+    assert (result["changed"], result["restart"]) == (True, ["coder"])
+
+
+def test_another_text_with_the_same_command_restarts_nothing(box: Box) -> None:
+    (box.units / UNIT).write_text(text_of(RUNS) + "# before\n")
+    result = box.dry_run(RUNS, on_disk=None)
+    assert (result["changed"], result["restart"]) == (True, [])
+
+
+@pytest.mark.parametrize(("line", "restarted"), [("ExecStart=sleep 60", []), ("Nice=3", ["coder"])])
+def test_the_command_of_a_drop_in_stays(box: Box, line: str, restarted: list[str]) -> None:
+    drop_in = box.folder / "50-own.conf"
+    drop_in.write_text(f"[Service]\n{line}\n")
+    box.drop_ins = str(drop_in)
+    assert box.dry_run(["sleep", "61"], on_disk=RUNS)["restart"] == restarted
