@@ -12,7 +12,9 @@ setup: ## the controller's environment in .venv (a no-op when nothing changed)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; fix: make PYTHON=python3.12 ...")'
 	@$(PYTHON) scripts/setup.py
 
-lab: setup ## boot three lab hosts, provision them with site.yml, verify them, ask the model a question
+lab: ## boot three lab hosts, provision them with site.yml, verify them, ask the model a question
+	@$(PYTHON) -m lab check
+	@$(MAKE) --no-print-directory setup
 	@$(BIN)/python scripts/make_lab.py
 
 lab-down: ## remove every host, mount, interface and nftables table the lab made

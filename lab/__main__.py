@@ -52,6 +52,13 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
     say(f"lab {lab.name!r} is up ({lab.suite}): {', '.join(host.name for host in wanted)}")
 
 
+def check() -> None:
+    """Find out before anything is made whether the lab can run here. Raises LabError (exit status 2)."""
+    if os.geteuid() != 0:
+        raise LabError("the lab boots real hosts and needs root; fix: sudo make lab", 2)
+    packages.check()
+
+
 def down(lab: Lab) -> None:
     """Remove everything this lab made; what is gone already is fine."""
     packages.put_units_to_rest(lab)
@@ -115,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     up_parser.add_argument(
         "--fresh", action="append", default=[], metavar="HOST", help="make this host anew (repeatable)"
     )
+    verbs.add_parser("check", help="say whether this machine can run the lab; changes nothing")
     verbs.add_parser("down", help="remove everything the lab made on this machine")
     verbs.add_parser("status", help="show what runs")
     verbs.add_parser("inventory", help="print the Ansible inventory (JSON)")
@@ -136,7 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (getattr(options, "suite", None) or os.environ.get("LAB_SUITE")):
             lab = replace(lab, suite=Claims(lab.claims).suite or lab.suite)  # a repeat keeps what is there
         if options.verb == "inventory":
-            print(json.dumps(inventory(lab), indent=1))
+            print(json.dumps(inventory(lab), indent=1), flush=True)
+            return 0
+        if options.verb == "check":
+            check()
             return 0
         if os.geteuid() != 0:
             raise LabError(
@@ -144,7 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
         if options.verb == "status":
-            return status(lab)
+            code = status(lab)
+            sys.stdout.flush()
+            return code
         if options.verb == "ssh":
             ssh(lab, options.host, options.command)
         actions: dict[str, Callable[[], None]] = {
@@ -160,6 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LabError as error:
         print(f"lab: {error}", file=sys.stderr)
         return error.code
+    except BrokenPipeError:  # who reads has enough, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit stays silent
+        return 1
     except KeyboardInterrupt:
         print(
             "lab: interrupted; `python3 -m lab up` goes on, `python3 -m lab down` removes everything",

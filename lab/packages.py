@@ -40,15 +40,14 @@ def install_command(packages: list[str]) -> str:
     return "apt-get install --no-install-recommends " + " ".join(packages)
 
 
-def ensure(lab: Lab, needed: Mapping[str, str] = NEEDED, environ: Mapping[str, str] = os.environ) -> None:
-    """Install what is missing of `needed` ({program or file: package}).
+def check(needed: Mapping[str, str] = NEEDED, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return what is missing of `needed` and may be installed.
 
-    Raises LabError (exit status 2) with the command to type when LAB_INSTALL=0 or who runs it is not root.
+    Raises LabError (exit status 2) with the command to type when it may not be installed here.
     """
-    put_units_to_rest(lab)  # of an installation that was interrupted
     packages = missing(needed)
     if not packages:
-        return
+        return []
     if environ.get("LAB_INSTALL") == "0" or os.geteuid() != 0:
         why = "LAB_INSTALL=0" if environ.get("LAB_INSTALL") == "0" else "this is not root"
         raise LabError(f"Debian packages are missing and {why}; type: {install_command(packages)}", 2)
@@ -56,6 +55,18 @@ def ensure(lab: Lab, needed: Mapping[str, str] = NEEDED, environ: Mapping[str, s
         raise LabError(
             f"Debian packages are missing and this machine has no apt-get: {' '.join(packages)}", 2
         )
+    return packages
+
+
+def ensure(lab: Lab, needed: Mapping[str, str] = NEEDED, environ: Mapping[str, str] = os.environ) -> None:
+    """Install what is missing of `needed` ({program or file: package}).
+
+    Raises LabError (exit status 2) with the command to type when LAB_INSTALL=0 or who runs it is not root.
+    """
+    put_units_to_rest(lab)  # of an installation that was interrupted
+    packages = check(needed, environ)
+    if not packages:
+        return
     say(f"installing Debian packages: {' '.join(packages)}")
     apt_env = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_MODE": "l"}
     write_atomically(_journal(lab), json.dumps({"before": sorted(_installed())}))

@@ -59,7 +59,7 @@ class LlmBox:
 
     def cmake_options(self) -> dict[str, dict[str, str]]:
         """The CMake options of each build, as the role merges them: what release.json must say."""
-        # Here and not above: beside this import, fleet.py (gevent) shows a traceback for a host that is not there.
+        # Not above: beside this import gevent in fleet.py shows a traceback for a host that is not there.
         from roles.llama_cpp.library.llama_cpp_build import merge_options
 
         return {

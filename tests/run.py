@@ -27,8 +27,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lab import config, packages
@@ -42,7 +40,6 @@ GATE_LAB = "gate"
 LONG_LAB = "long"
 DEBIAN_13 = "debian-13"  # a case of its own: everything the gate does on hosts, on the next Debian
 DEBIAN_13_LAB = "long13"
-LLM_HOST = "lab-llm"
 KILL_GRACE_S = 30
 PYTEST_NO_TESTS = 5
 MINUTE = 60
@@ -302,14 +299,8 @@ def needs_root() -> str | None:
     return None if os.geteuid() == 0 else "the lab boots real hosts and needs root: run it as root"
 
 
-def first_preset() -> str:
-    """The preset that a lab starts with: the first of the inventory, as in `make lab`."""
-    data = yaml.safe_load((ROOT / INVENTORY / "group_vars/llm_servers/presets.yml").read_text())
-    return str(next(iter(data["llama_presets"])))
-
-
 def lab_stages(name: str, *, suite: str | None = None, keep: bool = False) -> list[Stage]:
-    """Boot a lab, provision it, verify it, test it, remove it."""
+    """Boot a lab, look at it bare, do all that `make lab` does, test it, remove it."""
     extra = {"LAB_NAME": name, **({"LAB_SUITE": suite} if suite else {})}
     env = environment(**extra)
     playbook = [str(BIN / "ansible-playbook"), "-i", INVENTORY]
@@ -331,19 +322,8 @@ def lab_stages(name: str, *, suite: str | None = None, keep: bool = False) -> li
         )
 
     def site() -> Outcome:
-        return command_stage("site.yml", [*playbook, "site.yml"], timeout=45 * MINUTE, env=env)
-
-    def verify() -> Outcome:
-        switch = f"sudo -iu llm lmswitch {first_preset()}"
-        started = command_stage(
-            "start a preset", [python, "-m", "lab", "ssh", LLM_HOST, switch], timeout=5 * MINUTE, env=env
-        )
-        return started + command_stage(
-            "verify_health",
-            [python, "scripts/verify_health.py", "--inventory", INVENTORY],
-            timeout=5 * MINUTE,
-            env=env,
-        )
+        # What a person runs: site.yml, the first preset, verify_health and one chat.
+        return command_stage("make lab", [python, "scripts/make_lab.py"], timeout=60 * MINUTE, env=env)
 
     def deploy() -> Outcome:
         return pytest(
@@ -365,7 +345,6 @@ def lab_stages(name: str, *, suite: str | None = None, keep: bool = False) -> li
         Stage("lab up", up),
         Stage("check on bare", bare_check, ("lab up",)),
         Stage("site", site, ("lab up",)),
-        Stage("verify", verify, ("site",)),
         Stage("deploy", deploy, ("site",)),
         Stage("lab tests", tests, ("site",)),
         Stage("lab down", down),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,49 @@ def test_results_and_summary_survive_a_restart(tmp_path: Path, monkeypatch: pyte
     assert "Commit abc" in text
     assert "passed (1/0/0) | 1 | abc | 2026-01-01 00:00 UTC |" in text
     assert "| `other` | not run |" in text
+
+
+@pytest.mark.parametrize("suite", [None, "trixie"])
+def test_the_lab_stages_run_make_lab_itself_on_hosts_seen_bare(
+    suite: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+
+    def execute(argv: Sequence[str], *, timeout: float, env: dict[str, str] | None = None) -> int:
+        assert env is not None and env["LAB_NAME"] == "x" and env.get("LAB_SUITE") == suite
+        commands.append(" ".join(Path(word).name if word.startswith("/") else word for word in argv[1:]))
+        return 0
+
+    def tests(label: str, *_args: str, **_more: object) -> Outcome:
+        commands.append(label)
+        return passed()
+
+    monkeypatch.delenv("LAB_SUITE", raising=False)
+    monkeypatch.setattr(run, "needs_root", lambda: None)
+    monkeypatch.setattr(run, "execute", execute)
+    monkeypatch.setattr(run, "pytest", tests)
+    report = Report()
+    run.run_stages(run.lab_stages("x", suite=suite), report)
+    assert commands == [
+        "-m lab down",
+        "-m lab up",
+        "-i inventory/lab site.yml --check --diff",
+        "scripts/make_lab.py",
+        "deploy",
+        "lab",
+        "-m lab down",
+    ]
+    assert str(report.tally) == "6 passed, 0 failed, 0 skipped"
+
+
+def test_a_make_lab_that_fails_stops_the_tests_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "needs_root", lambda: None)
+    monkeypatch.setattr(run, "execute", lambda argv, **_more: int("scripts/make_lab.py" in argv))
+    monkeypatch.setattr(run, "pytest", lambda *_args, **_more: pytest.fail("it ran"))
+    report = Report()
+    run.run_stages(run.lab_stages("x"), report)
+    assert str(report.tally) == "3 passed, 1 failed, 2 skipped"
+    assert report.rows[2][1].notes == ("FAILED  make lab: exit code 1",)
 
 
 def test_shell_scripts_are_found_by_name_and_by_first_line(tmp_path: Path) -> None:
