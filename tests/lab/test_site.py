@@ -17,6 +17,19 @@ DAMAGE = {
         "echo 'raise SystemExit(9)' >> $(echo /opt/llmbox/lib/python3*/site-packages/llmbox/__init__.py)",
         "lmswitch --help > /dev/null",
     ),
+    "a command of the venv": (
+        "printf '#!/bin/sh\\nexit 9\\n' > /opt/llmbox/bin/lmswitch",
+        "/opt/llmbox/bin/lmswitch --help > /dev/null",
+    ),
+    "a file in the venv that nobody installed": (
+        "touch $(echo /opt/llmbox/lib/python3*/site-packages/)sitecustomize.py",
+        "! test -e $(echo /opt/llmbox/lib/python3*/site-packages/)sitecustomize.py",
+    ),
+    "the modes of the venv": (
+        "chmod -R o+w /opt/llmbox-venvs && chmod a-x /opt/llmbox/bin/llmbox-wait-ready",
+        "test -x /opt/llmbox/bin/llmbox-wait-ready"
+        ' && test -z "$(find /opt/llmbox-venvs ! -type l -perm /022)"',
+    ),
     "a library of a release": (
         "f=$(find /opt/llama.cpp/upstream/current/ -name 'libggml-base.so*' -type f | head -n 1); : > $f",
         "/opt/llama.cpp/upstream/current/bin/llama-server --version",
@@ -70,7 +83,7 @@ def test_damage_is_found_and_mended(ansible_playbook: Callable[..., support.Play
         assert as_root(proof).rc != 0, f"damaging {what} had no effect: the proof cannot fail"
 
     dry = ansible_playbook("site.yml", "--check").check()
-    assert dry.changed >= len(DAMAGE) - 2, f"the dry run overlooks damage\n{dry.tail()}"
+    assert dry.changed >= len(DAMAGE) - 5, f"the dry run overlooks damage\n{dry.tail()}"
     ansible_playbook("site.yml", timeout=1200).check()
 
     broken = {

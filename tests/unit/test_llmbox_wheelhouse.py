@@ -6,8 +6,10 @@ import base64
 import hashlib
 import importlib.util
 import shutil
+import stat
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -85,6 +87,107 @@ def test_a_missing_file_is_noticed(installed: Path) -> None:
     (installed / "lib/python3.11/site-packages/tool/__init__.py").unlink()
     with pytest.raises(FileNotFoundError):
         venv_module.installed_digest(installed, "3.11")
+
+
+def overwritten(venv: Path) -> None:
+    (venv / "bin/lmswitch").write_text("#!/bin/sh\nexit 9\n")
+
+
+def extra(venv: Path) -> None:
+    (venv / "lib/python3.11/site-packages/sitecustomize.py").write_text("raise SystemExit(9)\n")
+
+
+def compiled(venv: Path) -> None:
+    (venv / "lib/python3.11/site-packages/tool/__pycache__/__init__.cpython-311.pyc").write_bytes(b"other")
+
+
+def not_executable(venv: Path) -> None:
+    (venv / "bin/lmswitch").chmod(0o644)
+
+
+def removed(venv: Path) -> None:
+    (venv / "bin/lmswitch").unlink()
+
+
+def other_target(venv: Path) -> None:
+    (venv / "bin/python").unlink()
+    (venv / "bin/python").symlink_to("/bin/sh")
+
+
+def open_to_others(venv: Path) -> None:
+    (venv / "bin").chmod(0o777)
+
+
+def no_list(venv: Path) -> None:
+    venv_module.manifest(venv).unlink()
+
+
+def other_list(venv: Path) -> None:
+    venv_module.manifest(venv).write_text("not JSON")
+
+
+@pytest.fixture
+def made(installed: Path) -> Path:
+    """An environment as the module leaves it, with a command, an interpreter and compiled files."""
+    cache = installed / "lib/python3.11/site-packages/tool/__pycache__"
+    (installed / "bin").mkdir()
+    cache.mkdir()
+    (cache / "__init__.cpython-311.pyc").write_bytes(b"compiled")
+    (installed / "bin/lmswitch").write_text("#!/bin/sh\n")
+    (installed / "bin/lmswitch").chmod(0o755)
+    (installed / "bin/python").symlink_to(sys.executable)
+    for path, status in venv_module.walk(installed):
+        if not stat.S_ISLNK(status.st_mode):
+            Path(path).chmod(status.st_mode & 0o755)
+    venv_module.write_manifest(installed)
+    return installed
+
+
+@pytest.mark.parametrize(
+    ("harm", "where"),
+    [
+        (overwritten, "bin/lmswitch was changed"),
+        (extra, "sitecustomize.py does not belong there"),
+        (compiled, "__init__.cpython-311.pyc was changed"),
+        (not_executable, "bin/lmswitch was changed"),
+        (removed, "bin/lmswitch is missing"),
+        (other_target, "bin/python was changed"),
+        (open_to_others, "bin could be changed by others than root"),
+        (no_list, "cannot be read"),
+        (other_list, "cannot be read"),
+    ],
+)
+def test_damage_anywhere_is_named(made: Path, harm: Callable[[Path], None], where: str) -> None:
+    assert venv_module.damage(made) == ""
+    harm(made)
+    assert venv_module.damage(made).endswith(where)
+    assert not venv_module.whole(made)
+    wanted = {"python": "3.11", "distributions": {}, "digest": "", "links": {}}
+    assert venv_module.difference(made, wanted)[0] == venv_module.damage(made)
+
+
+def test_another_owner_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(venv_module.os, "geteuid", lambda: 4_000_000)
+    assert venv_module.damage(made) == f"{made} could be changed by others than root"
+
+
+def test_the_store_and_the_link_are_looked_at(made: Path, tmp_path: Path) -> None:
+    link = tmp_path / "elsewhere/link"
+    link.parent.mkdir()
+    link.symlink_to(made)
+    tmp_path.chmod(0o755)
+    link.parent.chmod(0o755)
+    assert venv_module.misplaced(link, tmp_path) == ""
+    assert "leads out of" in venv_module.misplaced(link, tmp_path / "elsewhere")
+    venv_module.manifest(made).chmod(0o666)
+    assert venv_module.misplaced(link, tmp_path).startswith(f"{venv_module.manifest(made)} could be changed")
+
+
+def test_only_the_wanted_environments_and_their_lists_stay(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old.json").touch()
+    venv_module.prune(tmp_path, {made})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [made.name, f"{made.name}.json"]
 
 
 def test_the_fingerprint_follows_the_sources(tmp_path: Path) -> None:

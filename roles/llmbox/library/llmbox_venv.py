@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tarfile
 from base64 import urlsafe_b64encode
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,9 @@ module: llmbox_venv
 short_description: Keep a virtual environment equal to a wheelhouse
 description:
   - Compares what is installed, file by file, with the digest of a wheelhouse, and checks the commands' links.
+  - Compares everything else of the environment (commands, compiled files, modes, links' targets, files that
+    do not belong there) with the list that was written when it was made, and refuses a store that others than
+    its owner could change.
   - When they differ and O(archive) is given, makes a new environment beside, checks it, and moves the
     symbolic link O(path) to it in one step; a half-made environment is never active. The one before is kept.
 options:
@@ -86,6 +92,68 @@ def installed_digest(venv: Path, python: str) -> tuple[str, dict[str, str]]:
     return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode()).hexdigest(), distributions
 
 
+def walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Everything below a folder, and the folder itself, without following links. Raises OSError."""
+    yield str(folder), os.lstat(folder)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from walk(Path(entry.path))
+            else:
+                yield entry.path, entry.stat(follow_symlinks=False)
+
+
+def foreign(folder: Path) -> str:
+    """A path that others than root (who runs this) could change, or "". Raises OSError."""
+    for path, status in walk(folder):
+        writable = not stat.S_ISLNK(status.st_mode) and status.st_mode & 0o022
+        if status.st_uid != os.geteuid() or writable:
+            return f"{path} could be changed by others than root"
+    return ""
+
+
+def survey(venv: Path) -> dict[str, str]:
+    """What lies in an environment: mode and sha256 or a link's target, by path. Raises OSError."""
+    found = {}
+    for path, status in walk(venv):
+        content = ""
+        if stat.S_ISLNK(status.st_mode):
+            content = str(Path(path).readlink())
+        elif stat.S_ISREG(status.st_mode):
+            content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        found[os.path.relpath(path, venv)] = f"{status.st_mode:o} {content}"
+    return found
+
+
+def manifest(venv: Path) -> Path:
+    """Where the survey of an environment lies that was taken when it was made."""
+    return venv.with_name(f"{venv.name}.json")
+
+
+def damage(venv: Path) -> str:
+    """How an environment differs from what it was when it was made, or "". Raises OSError.
+
+    Compiled files count too: Python runs them instead of their sources. pip compiles every source, so Python
+    itself has none to add.
+    """
+    changed = foreign(venv)
+    if changed:
+        return changed
+    try:
+        made = json.loads(manifest(venv).read_text())
+    except (OSError, ValueError):
+        return f"{manifest(venv)} cannot be read"
+    found = survey(venv)
+    for path in sorted(made.keys() | found.keys()):
+        if path not in found:
+            return f"{venv / path} is missing"
+        if path not in made:
+            return f"{venv / path} does not belong there"
+        if made[path] != found[path]:
+            return f"{venv / path} was changed"
+    return ""
+
+
 def runs(venv: Path, python: str) -> bool:
     """True when the environment's interpreter starts and is the wanted version."""
     try:
@@ -105,6 +173,13 @@ def difference(venv: Path, wanted: dict[str, Any]) -> tuple[str, dict[str, str]]
     """Why the environment is not the wanted one ("" when it is), and what is installed."""
     if not venv.is_dir():
         return f"{venv} does not exist", {}
+    try:
+        # Before anything of it is run.
+        changed = damage(venv.resolve())
+    except OSError as error:
+        return f"{error.filename} cannot be read", {}
+    if changed:
+        return changed, {}
     if not runs(venv, wanted["python"]):
         return f"{venv}/bin/python is not Python {wanted['python']}", {}
     try:
@@ -130,6 +205,8 @@ def install(venv: Path, archive: Path, interpreter: str) -> None:
     """Make the environment from the wheelhouse. Raises Refused with pip's error in one line."""
     shutil.rmtree(venv, ignore_errors=True)
     venv.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    os.chown(venv.parent, os.geteuid(), os.getegid())
+    venv.parent.chmod(0o755)
     wheels = venv.parent / f".wheels-{venv.name}"
     shutil.rmtree(wheels, ignore_errors=True)
     wheels.mkdir(mode=0o700)
@@ -162,6 +239,16 @@ def install(venv: Path, archive: Path, interpreter: str) -> None:
         )
     finally:
         shutil.rmtree(wheels, ignore_errors=True)
+    write_manifest(venv)
+
+
+def write_manifest(venv: Path) -> None:
+    """Keep what an environment holds now, beside it. Raises OSError."""
+    fresh = manifest(venv).with_suffix(".new")
+    fresh.unlink(missing_ok=True)
+    fresh.write_text(json.dumps(survey(venv), indent=0, sort_keys=True))
+    fresh.chmod(0o644)
+    fresh.replace(manifest(venv))
 
 
 def command(argv: list[str]) -> None:
@@ -186,10 +273,30 @@ def point(link: Path, target: str) -> None:
 
 
 def prune(store: Path, keep: set[Path]) -> None:
-    """Remove environments that are neither active nor the one before."""
-    for folder in store.iterdir():
-        if folder.is_dir() and folder.resolve() not in keep:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove everything but these environments and their lists."""
+    kept = keep | {manifest(venv) for venv in keep}
+    for path in store.iterdir():
+        if path in kept:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def misplaced(link: Path, store: Path) -> str:
+    """Why neither the link nor the store can be trusted, or "". Raises OSError."""
+    if link.resolve().parent != store:
+        return f"{link} leads out of {store}"
+    return foreign(store)
+
+
+def whole(venv: Path) -> bool:
+    """True for an environment that is worth keeping: as it was made, and nobody else's to change."""
+    try:
+        return not damage(venv)
+    except OSError:
+        return False
 
 
 def main() -> None:
@@ -209,17 +316,23 @@ def main() -> None:
     )
     wanted = module.params
     link = Path(wanted["path"])
+    store = Path(wanted["store"]).resolve()
     reason, installed = difference(link, wanted)
+    try:
+        reason = reason or misplaced(link, store)
+    except OSError as error:
+        reason = f"{error.filename} cannot be read"
     changed = bool(reason) and wanted["archive"] is not None
     shown = {"before": listing(installed), "after": listing(wanted["distributions"])}
     if not changed or module.check_mode:
         module.exit_json(changed=changed, reason=reason, **({"diff": shown} if changed else {}))
-    venv = Path(wanted["store"]) / f"{wanted['python']}-{wanted['digest'][:16]}"
+    venv = store / f"{wanted['python']}-{wanted['digest'][:16]}"
     former = link.resolve() if link.is_symlink() else None
     if former == venv:
         # The active one was damaged: its replacement needs a name of its own.
         venv = venv.with_name(f"{venv.name}-{os.getpid()}")
     try:
+        kept = {former} if former and whole(former) else set()
         install(venv, Path(wanted["archive"]), wanted["interpreter"])
         left = difference(venv, {**wanted, "links": {}})[0]
         if left:
@@ -228,7 +341,7 @@ def main() -> None:
         for name, target in wanted["links"].items():
             point(Path(name), f"{wanted['path']}/{target}")
         Path(wanted["archive"]).unlink()
-        prune(Path(wanted["store"]), {venv, former or venv})
+        prune(store, {venv, *kept})
     except (Refused, OSError, subprocess.TimeoutExpired) as error:
         shutil.rmtree(venv, ignore_errors=not link.exists() or link.resolve() != venv)
         module.fail_json(msg=f"{link} could not be made: {error}")
