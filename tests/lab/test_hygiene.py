@@ -1,7 +1,8 @@
 """A lab that is removed leaves the machine exactly as it was, whatever moment it was interrupted at.
 
 Every test runs in a world of its own (network, mount and process namespaces), where nothing but the lab can
-change anything: what is found there before and after is compared without exceptions.
+change anything: what is found there before and after is compared without exceptions. A machine whose init is
+systemd has one test more, outside of such a world: there systemd itself runs the lab's processes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -66,6 +68,19 @@ print(json.dumps({
 """
 
 
+# The machine's systemd is no part of a world, and could not be: it would start what it is asked for outside.
+# Of its directory only the resolvers stay, which the lab reads.
+EMPTY_WORLD = """
+trap '' CHLD
+if [ -d /run/systemd/system ]; then
+  mount -t tmpfs -o mode=755 none /mnt
+  [ ! -d /run/systemd/resolve ] || cp -a /run/systemd/resolve /mnt/
+  mount --move /mnt /run/systemd
+fi
+ip link set lo up && echo ready && exec sleep infinity
+"""
+
+
 class World:
     """Network, mount and process namespaces with nothing in them; their first process reaps orphans."""
 
@@ -73,7 +88,7 @@ class World:
         self._first = subprocess.Popen(
             [
                 *("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
-                *("sh", "-c", "trap '' CHLD; ip link set lo up; echo ready; exec sleep infinity"),
+                *("sh", "-e", "-c", EMPTY_WORLD),
             ],
             stdout=subprocess.PIPE,
             text=True,
@@ -161,6 +176,90 @@ def test_up_and_down_twice_leave_nothing(world: World) -> None:
         assert down.returncode == 0, down.stderr
         assert difference(before, world.snapshot()) == {}
     assert "was not there" in world.lab("down").stderr
+
+
+def test_a_world_has_no_systemd(world: World) -> None:
+    assert not world.run("ls", "-d", "/run/systemd/system").stdout
+
+
+# What says by its name that it is another lab's.
+OTHERS = re.compile(
+    rf"""llmbox-(?!{NAME}\b)[a-z0-9]+\b | llmbox_lab_(?!{NAME}\b) | /lab/(?!{NAME}/)[a-z0-9]+/
+    | \bv[be]-(?!{NAME}-)[a-z0-9]+-(llm|ocr|cli)\b | /nspawn/[a-z-]+/(?!{NAME}-)""",
+    re.VERBOSE,
+)
+
+
+def machine_snapshot() -> dict[str, list[str]]:
+    """What a lab could leave on a machine whose systemd runs it, without what another lab has there."""
+
+    def said(*argv: str) -> list[str]:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout.splitlines()
+
+    plain = ("systemctl", "--no-pager", "--no-legend", "--plain")
+    found = {
+        "interfaces": [line.split()[1] for line in said("ip", "-o", "link")],
+        "mounts": Path("/proc/self/mounts").read_text().splitlines(),
+        "nftables": said("nft", "list", "tables"),
+        "units": said(*plain, "list-units", "--all", "llmbox-*"),
+        "enabled units": said(*plain, "list-unit-files", "--state=enabled"),
+        "ip_forward": [Path("/proc/sys/net/ipv4/ip_forward").read_text()],
+    }
+    return {kind: [line for line in lines if not OTHERS.search(line)] for kind, lines in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("line", "others"),
+    [
+        (f"llmbox-{NAME}:", False),
+        (f"llmbox-{NAME}-llm.service loaded active running", False),
+        ("llmbox-lab-llm.service loaded active running", True),
+        ("llmbox-hygi:", True),
+        (f"table ip llmbox_lab_{NAME}", False),
+        ("table ip llmbox_lab_lab", True),
+        (f"vb-{NAME}-llm@if2:", False),
+        ("vb-lab-llm@if2:", True),
+        ("tmpfs /run/systemd/nspawn/unix-export/lab-llm tmpfs rw", True),
+        (f"tmpfs /run/systemd/nspawn/unix-export/{NAME}-llm tmpfs rw", False),
+        ("docker0:", False),
+    ],
+)
+def test_only_another_lab_s_things_do_not_count(line: str, others: bool) -> None:
+    assert bool(OTHERS.search(line)) is others
+
+
+@pytest.mark.skipif(not Path("/run/systemd/system").is_dir(), reason="this machine's init is not systemd")
+def test_on_systemd_up_and_down_leave_nothing() -> None:
+    """Outside of the worlds: the lab's processes are units of the machine's systemd."""
+
+    def lab(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "lab", *words],
+            cwd=REPO_ROOT,
+            env={**os.environ, "LAB_NAME": NAME},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    before = machine_snapshot()
+    try:
+        for _ in range(2):
+            up = lab("up", "--only", "llm")
+            assert up.returncode == 0, up.stderr
+            during = machine_snapshot()
+            assert {"interfaces", "nftables", "units"} <= set(difference(before, during))
+            assert f"llmbox-{NAME}-llm.service" in {line.split()[0] for line in during["units"]}
+            assert lab("ssh", "llm", "true").returncode == 0
+            rebooted = lab("reboot", "llm")
+            assert rebooted.returncode == 0, rebooted.stderr
+            down = lab("down")
+            assert down.returncode == 0, down.stderr
+            assert difference(before, machine_snapshot()) == {}
+    finally:
+        lab("down")
 
 
 def test_a_host_comes_back_from_a_reboot_and_from_poweroff(world: World) -> None:
