@@ -1,4 +1,4 @@
-"""Check the data of every host of a group before any host is contacted.
+"""Check the data of every host of a group, and every host's role variables, before any host is contacted.
 
 Prints one line, with -v one for each further problem:
 `refused: <file>:<line>: <key> = <value>: <what is wrong, the limit>; fix: <fix> (+N more)`.
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ansible import constants, context  # type: ignore[import-untyped]
 from ansible.errors import AnsibleError  # type: ignore[import-untyped]
 from ansible.inventory.helpers import sort_groups  # type: ignore[import-untyped]
@@ -21,13 +23,14 @@ from ansible.utils.display import Display  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
 
-from llama_common.plain import scalar
+from llama_common.plain import plain, scalar
 from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem, redact
+from llama_common.roles import RoleVariables
 from llama_common.rules import LOCK_COMMAND
 from llama_common.source import Document, shown
-from llama_common.translate import misspelt
 
+ROOT = Path(__file__).resolve().parents[2]
 DATA = tuple(HostConfig.model_fields)
 NEEDED = ("llama_cpp_builds", "gguf_models", "llama_presets")
 
@@ -50,10 +53,15 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         """Check every host of the group. The result fails when something is refused."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         variables = task_vars or {}
-        hosts = list(variables["groups"].get(self._task.args.get("group", "llama_hosts"), []))
+        groups = variables["groups"]
+        hosts = list(groups.get(self._task.args.get("group", "llama_hosts"), []))
         self._documents: dict[Path, Document] = {}
         lines = list(
-            dict.fromkeys(line for host in hosts for line in self._refusals(host, variables["hostvars"]))
+            dict.fromkeys(
+                line
+                for host in dict.fromkeys([*hosts, *groups["all"]])
+                for line in self._refusals(host, variables["hostvars"], with_data=host in hosts)
+            )
         )
         result.update(changed=False)
         if not hosts:
@@ -68,38 +76,64 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             result.update(failed=True, msg=f"the inventory is refused, no host was contacted ({count})")
         return result
 
-    def _refusals(self, host: str, hostvars: Any) -> Iterator[str]:
-        """One line for each problem of one host: of the files' text first, then of the values."""
+    def _refusals(self, host: str, hostvars: Any, *, with_data: bool) -> Iterator[str]:
+        """One line for each problem of one host: of the files' text first, then of names, then of values."""
         files = list(self._files(host, hostvars))
         broken = [(file, found) for file in files for found in self._document(file).problems]
         if broken:
             yield from (found.problem.line(f"{shown(file)}:{found.line}") for file, found in broken)
             return
-        for file in files:
-            for key, line in self._document(file).variables():
-                meant = misspelt(key, DATA)
-                if meant:
-                    problem = Problem(
-                        (key,), "…", "is no variable of any role here", f"did you mean '{meant}'?"
-                    )
-                    yield problem.line(f"{shown(file)}:{line}")
+        raw = hostvars.raw_get(host)
+        problems = [problem for name in raw if (problem := self._roles.unknown(str(name), raw[name]))]
         try:
-            data = self._data(hostvars.raw_get(host))
-            HostConfig.load(data)
+            problems += self._roles.check(self._role_variables(raw))
+            if with_data:
+                HostConfig.load(self._data(raw))
         except UnreadableError as error:
-            problems = [error.problem]
+            problems.append(error.problem)
         except InventoryError as error:
-            problems = list(error.problems)
+            problems += error.problems
         except AnsibleError as error:
-            problems = [Problem((host,), "…", str(error), f"ansible-inventory --host {host} says more")]
-        else:
-            return
+            fix = f"ansible-inventory --host {host} says more"
+            problems.append(Problem((host,), "…", str(error), fix))
         for problem in problems:
             yield self._line(problem, files, host, hostvars)
 
+    @cached_property
+    def _roles(self) -> RoleVariables:
+        """The variables of all roles beside the playbooks."""
+        files = sorted(ROOT.glob("roles/*/meta/argument_specs.yml"))
+        return RoleVariables.of(
+            {file.parts[-3]: plain(self._loader.load_from_file(str(file))) for file in files}
+        )
+
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        """The roles' defaults, which templates of the inventory may name."""
+        found: dict[str, Any] = {}
+        for file in sorted(ROOT.glob("roles/*/defaults/main.yml")):
+            found |= self._loader.load_from_file(str(file)) or {}
+        return found
+
+    def _templar_of(self, raw: Mapping[str, Any]) -> Any:
+        return Templar(loader=self._loader, variables={**self._defaults, **raw})
+
+    def _role_variables(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The role variables that are set for a host, templated. Raises UnreadableError."""
+        names = self._roles.of_host(raw)
+        templar = self._templar_of(raw) if names else None
+        values = {name: _resolve(raw[name], (name,), templar) for name in names}
+        # `-e name=value` can only bring text: it is read as YAML would, as the role itself does.
+        for name in values:
+            if isinstance(values[name], str) and any(
+                str(text).startswith(f"{name}=") for text in context.CLIARGS.get("extra_vars") or ()
+            ):
+                values[name] = yaml.safe_load(values[name])
+        return values
+
     def _data(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The data of a host, templated value by value. Raises UnreadableError."""
-        templar = Templar(loader=self._loader, variables=raw)
+        templar = self._templar_of(raw)
         for name in NEEDED:
             if name not in raw:
                 fix = f"set it in group_vars, {name}: {{}} where there is none"

@@ -9,17 +9,17 @@ from __future__ import annotations
 import resource
 import shutil
 import socket
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, PlaybookRun, ansible_playbook
+from tests.support import ROOT, PlaybookRun, ansible_playbook, keep_figures
 from tests.unit import broken_inventories as broken
 
 PLAYBOOK = "playbooks/validate.yml"
+BAR_S = 2.0
 TIMEOUT_S = 30  # a hang, not a slow day
 GATE = [case for case in broken.CASES if case.gate]
 REST = [case for case in broken.CASES if not case.gate]
@@ -69,13 +69,8 @@ def bait(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bait]:
         made = Bait(listener, calls, script)
         yield made
     if made.seconds:
-        times = f"{spread(made.seconds)} wall, {spread(made.cpu_seconds)} CPU"
-        print(f"\nvalidate.yml, {len(made.seconds)} runs: {times}")
-
-
-def spread(values: list[float]) -> str:
-    """Minimum, median and maximum in seconds."""
-    return f"{min(values):.2f}/{statistics.median(values):.2f}/{max(values):.2f} s (min/median/max)"
+        print("\n" + keep_figures("validate", "validate.yml, wall clock", made.seconds, BAR_S))
+        print(keep_figures("validate-cpu", "validate.yml, CPU", made.cpu_seconds, BAR_S))
 
 
 def validate(folder: Path, files: broken.Files, bait: Bait, *args: str) -> PlaybookRun:
@@ -186,6 +181,31 @@ def test_extra_variables_are_checked_and_named(tmp_path: Path, bait: Bait) -> No
     run = validate(tmp_path, broken.inventory(), bait, "-e", '{"llama_presets_listen": "everywhere"}')
     (line,) = refusals(run)
     assert line.startswith('refused: --extra-vars: llama_presets_listen = "everywhere": ')
+
+
+def test_text_of_extra_variables_is_read_as_yaml(tmp_path: Path, bait: Bait) -> None:
+    """`-e name=value` brings only text: what is a number or a boolean in it is none the worse for that."""
+    sound = ("-e", "llama_cpp_keep_releases=3", "-e", "gguf_models_remove_unused=true")
+    validate(tmp_path, broken.inventory(), bait, *sound).check()
+    run = validate(tmp_path, broken.inventory(), bait, "-e", "llama_cpp_keep_releases=0")
+    (line,) = refusals(run)
+    assert line.startswith("refused: --extra-vars: llama_cpp_keep_releases = 0: must be at least 1; fix: ")
+
+
+def test_every_host_s_role_variables_are_checked_with_the_defaults_at_hand(
+    tmp_path: Path, bait: Bait
+) -> None:
+    """A client has no models, but variables; and a template may name what only a role's defaults set."""
+    files = broken.inventory()
+    broken.role("gguf_models_dir", "{{ llm_user_home }}/gguf")(files)
+    broken.write(files, tmp_path, bait.variables)
+    clients = tmp_path / "clients.yml"
+    clients.write_text("clients: {hosts: {laptop: {base_packages: [acl]}}}\n")
+    validate(tmp_path, files, bait).check()
+    clients.write_text("clients: {hosts: {laptop: {base_packages: acl}}}\n")
+    (line,) = refusals(validate(tmp_path, files, bait))
+    assert f'{tmp_path} (laptop): base_packages = "acl": must be a list' in line
+    assert bait.touched() == []
 
 
 def test_a_later_file_wins_and_is_named(tmp_path: Path, bait: Bait) -> None:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
+import yaml
 from llama_common.presets import HostConfig
 from llama_common.problems import InventoryError, Problem
+from llama_common.roles import LIMITS, RoleVariables
 from llama_common.source import Document
-from llama_common.translate import misspelt
 
+from tests.support import ROOT
 from tests.unit import broken_inventories as broken
+
+
+@cache
+def role_variables() -> RoleVariables:
+    """What the roles of this repository know."""
+    files = ROOT.glob("roles/*/meta/argument_specs.yml")
+    return RoleVariables.of({file.parts[-3]: yaml.safe_load(file.read_text()) for file in files})
 
 
 def resolved(value: Any) -> Any:
@@ -23,12 +33,17 @@ def resolved(value: Any) -> Any:
     return value.replace("{{ source_server }}", "https://models.example") if isinstance(value, str) else value
 
 
-def variables(files: broken.Files, host: str) -> dict[str, Any]:
-    """The data of one host, as Ansible would merge it."""
-    merged: dict[str, Any] = {}
+def merged(files: broken.Files, host: str) -> dict[str, Any]:
+    """The variables of one host, as Ansible would merge them."""
+    found: dict[str, Any] = {}
     for name in broken.HOST_FILES[host]:
-        merged.update(files[name])
-    return {name: resolved(value) for name, value in merged.items() if name in HostConfig.model_fields}
+        found.update(files[name])
+    return {name: resolved(value) for name, value in found.items()}
+
+
+def variables(files: broken.Files, host: str) -> dict[str, Any]:
+    """The data of one host that HostConfig describes."""
+    return {name: value for name, value in merged(files, host).items() if name in HostConfig.model_fields}
 
 
 def problems(files: broken.Files) -> Iterator[Problem]:
@@ -38,11 +53,11 @@ def problems(files: broken.Files) -> Iterator[Problem]:
         yield from (found.problem for found in Document.read(text).problems)
     if texts:
         return
-    for key in (key for content in files.values() for key in content):
-        meant = misspelt(key, list(HostConfig.model_fields))
-        if meant:
-            yield Problem((key,), "…", "is no variable of any role here", f"did you mean '{meant}'?")
+    roles = role_variables()
     for host in broken.HOST_FILES:
+        values = merged(files, host)
+        yield from (found for name in values if (found := roles.unknown(name, values[name])))
+        yield from roles.check({name: values[name] for name in roles.of_host(values)})
         try:
             HostConfig.load(variables(files, host))
         except InventoryError as error:
@@ -77,3 +92,16 @@ def test_refused_in_one_line(case: broken.Case) -> None:
         assert f" = {case.shown}: " in line
     assert "s3cret" not in line
     assert "hunter2" not in line
+
+
+def test_the_roles_defaults_keep_to_their_own_limits() -> None:
+    """Every default that is no template, and no limit is about a variable that has gone."""
+    defaults: dict[str, Any] = {}
+    for file in ROOT.glob("roles/*/defaults/main.yml"):
+        defaults |= yaml.safe_load(file.read_text())
+    roles = role_variables()
+    plain = {name: defaults[name] for name in roles.of_host(defaults) if "{{" not in str(defaults[name])}
+    assert len(plain) > 20
+    assert roles.check(plain) == []
+    assert set(LIMITS) <= set(defaults)
+    assert all(name in roles.known for name in defaults)

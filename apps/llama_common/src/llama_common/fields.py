@@ -372,6 +372,13 @@ class _ForeignUnit:
 
 ForeignUnit = Annotated[str, _ForeignUnit()]
 
+CMAKE_SWITCHES: Final = ("GGML_CUDA", "GGML_NATIVE", "GGML_BLAS", "LLAMA_OPENSSL", "LLAMA_CURL")
+"""CMake options that roles act on themselves: packages, compilers, the sandbox of a unit."""
+
+_CMAKE_WORDS: Final = {
+    **dict.fromkeys(("on", "yes", "true", "y"), "true"),
+    **dict.fromkeys(("off", "no", "false", "n"), "false"),
+}
 _CMAKE_VALUE = re.compile(r"[A-Za-z0-9 _.,;:=+/@-]*")
 OWNED_CMAKE_OPTIONS: Final = (
     "CMAKE_INSTALL_PREFIX",
@@ -407,6 +414,12 @@ def _cmake_value(value: object) -> bool | int | str:
         raise refuse(
             "has characters other than letters, digits, blanks and _.,;:=+/@- (at most 256)",
             "remove quotes, $, backslashes and the like",
+        )
+    meant = _CMAKE_WORDS.get(value.strip().lower())
+    if meant is not None:
+        raise refuse(
+            "is a word for true or false; an option has one way to say that",
+            f"write {meant}, without quotes",
         )
     return value
 

@@ -304,6 +304,16 @@ def addresses(config: HostConfig) -> Iterator[Problem]:
         taken.append((mine, f"the preset {name}"))
 
 
+def cmake_switches(config: HostConfig) -> Iterator[Problem]:
+    """An option that roles act on is true or false: 1 would mean the same to CMake, and nothing to a role."""
+    for name, build in config.llama_cpp_builds.items():
+        for option, value in build.cmake_options.items():
+            if option in fields.CMAKE_SWITCHES and not isinstance(value, bool):
+                path = ("llama_cpp_builds", name, "cmake_options", option)
+                fix = "write false" if str(value).strip() in ("", "0") else "write true"
+                yield Problem(path, value, "must be true or false: roles act on it", fix)
+
+
 def foreign_units(config: HostConfig) -> Iterator[Problem]:
     """A foreign unit is not one of ours and is named once."""
     ours = {f"llama-{name}.service" for name in config.llama_presets}
@@ -323,6 +333,7 @@ Rule = Callable[["HostConfig"], Iterable[Problem]]
 
 RULES: Final[tuple[Rule, ...]] = (
     build_pins,
+    cmake_switches,
     model_sources,
     model_file_names,
     model_locks,

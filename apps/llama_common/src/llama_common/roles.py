@@ -1,0 +1,194 @@
+"""The variables of the roles: types from their argument specifications, limits from LIMITS, checked together.
+
+A role's variables begin with its name and `_`. Those that `presets.HostConfig` describes are left to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import GenericAlias
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from llama_common.fields import Checked, Endpoint, Text, refuse, refuse_control_characters
+from llama_common.presets import HostConfig
+from llama_common.problems import Problem
+from llama_common.translate import closest, misspelt, problems_of
+
+OWNED: Final = frozenset(HostConfig.model_fields)
+SECRET_SUFFIXES: Final = ("_token", "_password", "_secret")
+
+
+def _line(value: str) -> str:
+    refuse_control_characters(value)
+    return value
+
+
+def _folder(value: str) -> str:
+    refuse_control_characters(value)
+    if not value.startswith("/") or any(part in ("", ".", "..") for part in value[1:].split("/")):
+        raise refuse(
+            "must be an absolute path, not '/' itself, without '.', '..' and '/' at its end",
+            "write it from /, for example /srv/llm",
+        )
+    if len(value.encode()) > 1024:
+        raise refuse(f"{len(value.encode())} bytes; at most 1024 are allowed", "use a shorter path")
+    return value
+
+
+def _folder_or_nothing(value: str) -> str:
+    return _folder(value) if value else value
+
+
+Line = Annotated[str, Checked(_line)]
+Folder = Annotated[str, Checked(_folder)]
+AccountName = Annotated[
+    str,
+    Text(
+        r"(?!root$)[a-z_][a-z0-9_-]{0,31}",
+        "the name of an unprivileged account, 1 to 32 characters: a-z, 0-9, _ and -, not root",
+        "write it like llm",
+    ),
+]
+GroupName = Annotated[
+    str,
+    Text(r"[a-z_][a-z0-9_-]{0,31}", "the name of a group: a-z, 0-9, _ and -", "write it like video"),
+]
+Package = Annotated[
+    str,
+    Text(
+        r"[a-z0-9][a-z0-9+.-]+", "the name of a Debian package: a-z, 0-9, +, . and -", "write it like ccache"
+    ),
+]
+MemoryMax = Annotated[
+    str,
+    Text(
+        r"(100|[1-9][0-9]?)%|[1-9][0-9]*[KMGT]?|infinity",
+        "what systemd takes for MemoryMax=: bytes, with K, M, G or T behind them, or percent",
+        'write it like 80% or "24G"',
+    ),
+]
+
+AtLeast0 = Annotated[int, Field(ge=0)]
+AtLeast1 = Annotated[int, Field(ge=1)]
+
+LIMITS: Final[Mapping[str, Any]] = {
+    "base_packages": list[Package],
+    "base_package_lists_max_age": AtLeast0,
+    # Below 1000 journald keeps no files for a user; 60000 is UID_MAX of Debian's login.defs.
+    "llm_user_uid": Annotated[int, Field(ge=1000, le=60000)],
+    "llm_user_name": AccountName,
+    "llm_user_groups": list[GroupName],
+    "llmbox_user": AccountName,
+    "llama_cpp_packages": list[Package],
+    "llama_cpp_keep_releases": AtLeast1,
+    "llama_cpp_build_jobs": AtLeast0,
+    "llama_cpp_build_nice": Annotated[int, Field(ge=-20, le=19)],
+    "llama_cpp_build_memory_max": MemoryMax,
+    "llama_cpp_build_memory_min": AtLeast0,
+    "llama_cpp_build_disk_min": AtLeast0,
+    "llama_cpp_build_timeout": AtLeast1,
+    "llama_cpp_follow_interval": AtLeast1,
+    "gguf_models_owner": AccountName,
+    "gguf_models_reserve_bytes": AtLeast0,
+    "gguf_models_hf_endpoint": Endpoint,
+    "gguf_models_hf_token_file": Annotated[str, Checked(_folder_or_nothing)],
+    "gguf_models_environment": dict[str, Line],
+    "gguf_models_connect_timeout": AtLeast1,
+    "gguf_models_stall_timeout": AtLeast1,
+    "gguf_models_retries": AtLeast0,
+    "gguf_models_follow_interval": AtLeast1,
+}
+"""What a variable may hold beyond its type; `path` variables are folders without further ado."""
+
+_TYPES: Final[Mapping[str, Any]] = {
+    "str": Line,
+    "path": Folder,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "dict": dict[str, Any],
+    "list": list[Any],
+    "raw": Any,
+}
+
+
+@dataclass(frozen=True)
+class RoleVariables:
+    """Every variable that the roles know."""
+
+    roles: tuple[str, ...]
+    known: frozenset[str]
+    model: type[BaseModel]
+
+    @classmethod
+    def of(cls, specs: Mapping[str, Mapping[str, Any]]) -> RoleVariables:
+        """From each role's meta/argument_specs.yml, parsed, by the role's name."""
+        options: dict[str, Mapping[str, Any]] = {}
+        for spec in specs.values():
+            for entry in spec["argument_specs"].values():
+                options |= entry.get("options") or {}
+        fields: dict[str, Any] = {
+            name: (LIMITS.get(name) or _annotation(option), None)
+            for name, option in options.items()
+            if name not in OWNED
+        }
+        model = create_model(
+            "RoleVariables", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields
+        )
+        return cls(tuple(specs), frozenset(options) | OWNED, model)
+
+    def role_of(self, name: str) -> str | None:
+        """The role whose variable `name` claims to be."""
+        return next((role for role in self.roles if name.startswith(f"{role}_")), None)
+
+    def unknown(self, name: str, value: object) -> Problem | None:
+        """The problem of a name that looks like a role's variable and is none."""
+        if name in self.known:
+            return None
+        role = self.role_of(name)
+        guess = closest(name, self.known) if role else misspelt(name, self.known)
+        if role is None and guess is None:
+            return None
+        return Problem(
+            (name,),
+            "…" if isinstance(value, Mapping | list | tuple) else _shown(name, value),
+            f"is no variable of the role {role}" if role else "is no variable of any role here",
+            f"did you mean '{guess}'?"
+            if guess
+            else f"remove it: roles/{role}/meta/argument_specs.yml lists all of them",
+        )
+
+    def of_host(self, names: Iterable[str]) -> list[str]:
+        """Those of a host's variables that `check` looks at."""
+        return [name for name in names if name in self.model.model_fields]
+
+    def check(self, variables: Mapping[str, Any]) -> list[Problem]:
+        """Every problem of role variables that are set; the values are plain data."""
+        try:
+            self.model.model_validate(dict(variables))
+        except ValidationError as error:
+            return [_hidden(problem) for problem in problems_of(error, variables, self.model)]
+        return []
+
+
+def _annotation(option: Mapping[str, Any]) -> Any:
+    """The type of one option of an argument specification."""
+    if "choices" in option:
+        return Literal[tuple(option["choices"])]
+    kind = option.get("type", "str")
+    item = option.get("elements")
+    return GenericAlias(list, (_TYPES[item],)) if kind == "list" and item else _TYPES[kind]
+
+
+def _shown(name: str, value: object) -> object:
+    return "***" if name.endswith(SECRET_SUFFIXES) else value
+
+
+def _hidden(problem: Problem) -> Problem:
+    """The problem without a secret's value."""
+    if problem.path[0].endswith(SECRET_SUFFIXES):
+        return Problem(problem.path, "***", problem.message, "write one line of text, in quotes")
+    return problem
