@@ -55,6 +55,10 @@ DAMAGE = {
         "rm -f /var/lib/systemd/linger/llm",
         "test -e /var/lib/systemd/linger/llm",
     ),
+    "the user's service manager": (
+        "systemctl stop user@$(id -u llm).service",
+        "systemctl is-active --quiet user@$(id -u llm).service",
+    ),
 }
 
 
