@@ -5,17 +5,20 @@ Import it as `from tests.support import ROOT, PlaybookRun`; conftest.py offers t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "build" / "figures"
 BIN = Path(sys.executable).parent
 LAB_INVENTORY = ROOT / "inventory" / "lab"
 LLM, OCR, CLIENT = "lab-llm", "lab-ocr", "lab-client"
@@ -123,6 +126,28 @@ def ansible_playbook(
 def on_host(host: str, command: str, *, timeout: float = 60, stdin: str = "") -> Run:
     """Run a shell command on a lab host as its ordinary sudo user; write `sudo …` where root is needed."""
     return run(sys.executable, "-m", "lab", "ssh", host, command, timeout=timeout, stdin=stdin)
+
+
+def keep_figures(name: str, what: str, seconds: Sequence[float], bar_s: float) -> str:
+    """Write measured times beside the bar they have to meet into build/figures/NAME.json; their line of text.
+
+    A test reports how long something took and does not judge it: another machine is slower.
+    """
+    found = {
+        "what": what,
+        "unit": "s",
+        "count": len(seconds),
+        "min": round(min(seconds), 2),
+        "median": round(statistics.median(seconds), 2),
+        "max": round(max(seconds), 2),
+        "bar": bar_s,
+        "cpus": os.cpu_count(),
+        "commit": run("git", "rev-parse", "--short=12", "HEAD").stdout.strip() or None,
+    }
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    (FIGURES / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    spread = f"{found['min']:.2f}/{found['median']:.2f}/{found['max']:.2f} s (min/median/max)"
+    return f"{what}: {spread} of {len(seconds)}, bar {bar_s:g} s"
 
 
 def _run(
