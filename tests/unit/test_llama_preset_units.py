@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ class Box:
         self.units = folder / ".config/systemd/user"
         self.units.mkdir(parents=True)
         self.state, self.read, self.reload, self.drop_ins = "active", RUNS, "no", ""
+        self.mode = 0o644
         self.said: list[tuple[str, ...]] = []
 
     def systemctl(self, *argv: str) -> SimpleNamespace:
@@ -45,6 +47,7 @@ class Box:
         presets = {"version": 1, "presets": {"coder": {"unit": UNIT, "command": command}}}
         if on_disk is not None:
             (self.units / UNIT).write_text(text_of(on_disk))
+            (self.units / UNIT).chmod(self.mode)
         before = {each: each.read_bytes() for each in self.folder.rglob("*") if each.is_file()}
         wanted = {
             "user": "llm",
@@ -61,12 +64,12 @@ class Box:
 
 @pytest.fixture
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
-    entry = SimpleNamespace(pw_uid=1500, pw_gid=1500, pw_dir=str(tmp_path))
-    monkeypatch.setattr(module.pwd, "getpwnam", lambda _name: entry)
+    entry = SimpleNamespace(pw_uid=os.geteuid(), pw_gid=os.getegid(), pw_dir=str(tmp_path))
+    monkeypatch.setattr(pwd, "getpwnam", lambda _name: entry)
     monkeypatch.setattr(module.Account, "acting", lambda _self: contextlib.nullcontext())
     monkeypatch.setattr(module.Scope, "manager_runs", True)
     monkeypatch.setattr(module, "SYSTEM_DIR", tmp_path / "system")
-    monkeypatch.setattr(module, "presets_file_differs", lambda _path, text: (False, text))
+    monkeypatch.setattr(module, "presets_file_differs", lambda _path, text: (False, text, ""))
     with subprocess.Popen(RUNS) as process:
         made = Box(tmp_path, process.pid)
         monkeypatch.setattr(module.Scope, "systemctl", made.systemctl)
@@ -117,6 +120,7 @@ def test_what_systemd_has_yet_to_read_is_a_change(box: Box) -> None:
 
 def test_another_text_with_the_same_command_restarts_nothing(box: Box) -> None:
     (box.units / UNIT).write_text(text_of(RUNS) + "# before\n")
+    (box.units / UNIT).chmod(0o644)
     result = box.dry_run(RUNS, on_disk=None)
     assert (result["changed"], result["restart"]) == (True, [])
 
@@ -127,3 +131,48 @@ def test_the_command_of_a_drop_in_stays(box: Box, line: str, restarted: list[str
     drop_in.write_text(f"[Service]\n{line}\n")
     box.drop_ins = str(drop_in)
     assert box.dry_run(["sleep", "61"], on_disk=RUNS)["restart"] == restarted
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o600, 0o755])
+def test_a_unit_with_another_mode_is_a_change_and_restarts_nothing(box: Box, mode: int) -> None:
+    box.mode = mode
+    result = box.dry_run(RUNS, on_disk=RUNS)
+    assert (result["changed"], result["restart"]) == (True, [])
+    where = f"{box.units / UNIT}"
+    assert [(entry["before_header"], entry["after_header"]) for entry in result["diff"]] == [
+        (f"{where} (mode {mode:04o}, owner {os.geteuid()})", where)
+    ]
+
+
+def test_writing_mends_the_mode(box: Box) -> None:
+    (box.units / UNIT).write_text(text_of(RUNS))
+    (box.units / UNIT).chmod(0o666)
+    scope = module.Scope(None, box.units, {UNIT: text_of(RUNS)})
+    scope.read()
+    assert scope.differing == [UNIT]
+    scope.write()
+    assert (box.units / UNIT).stat().st_mode & 0o7777 == 0o644
+    again = module.Scope(None, box.units, {UNIT: text_of(RUNS)})
+    again.read()
+    assert bool(again.exposed) == bool(os.geteuid())
+
+
+def test_owner_and_kind_of_a_file_count(tmp_path: Path) -> None:
+    path, link = tmp_path / "presets.json", tmp_path / "link"
+    path.write_text("{}")
+    path.chmod(0o644)
+    link.symlink_to(path)
+    me = os.geteuid()
+    assert module.wrong_access(path, me) == ""
+    assert module.wrong_access(path, me + 1) == f"mode 0644, owner {me}"
+    assert module.wrong_access(link, me) == "not a regular file"
+
+
+def test_presets_json_of_the_right_text_with_an_open_mode_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "wrong_access", lambda _path, uid: f"owner is not {uid}")
+    path = tmp_path / "presets.json"
+    path.write_text("{}")
+    assert module.presets_file_differs(path, "{}") == (True, "{}", "owner is not 0")
+    assert module.presets_file_differs(tmp_path / "none", "{}") == (True, "", "")
