@@ -8,6 +8,7 @@ import json
 import os
 import pwd
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -23,9 +24,9 @@ DOCUMENTATION = r"""
 module: llama_preset_units
 short_description: Install the systemd units of the presets and presets.json
 description:
-  - Writes units that differ, after systemd-analyze has verified all of them together, and presets.json after
-    its checker has accepted it. Removes units that carry the marker and are wanted no longer, stopping them
-    first. Reloads systemd when it has not read what lies on the disk. Never touches drop-ins.
+  - Writes units that differ in text, owner or mode, after systemd-analyze has verified all of them together,
+    and presets.json after its checker has accepted it. Removes units that carry the marker and are wanted no
+    longer, stopping them first. Reloads systemd when it has not read what lies on the disk. Never touches drop-ins.
   - Units of scope user are written with the user's own rights, those of scope system as root.
 options:
   user: {description: Owner of the units of scope user., type: str, required: true}
@@ -58,6 +59,7 @@ MARKER = "# Managed by llmbox: roles/llama_presets."
 SYSTEM_DIR = Path("/etc/systemd/system")
 TIMEOUT_S = 60
 MANAGER_TIMEOUT_S = 20
+FILE_MODE = 0o644
 SHOWN = ("ActiveState", "MainPID", "ExecStart", "NeedDaemonReload", "DropInPaths")
 
 
@@ -105,6 +107,7 @@ class Scope:
     wanted: dict[str, str]
     stale: list[str] = field(default_factory=list)
     present: dict[str, str] = field(default_factory=dict)
+    exposed: dict[str, str] = field(default_factory=dict)
 
     def run(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Run a command as the owner of this service manager."""
@@ -150,12 +153,19 @@ class Scope:
                     text = path.read_text(errors="replace")
                     if text.startswith(MARKER) or path.name in self.wanted:
                         self.present[path.name] = text
+                        wrong = wrong_access(path, self.account.uid if self.account else 0)
+                        if wrong:
+                            self.exposed[path.name] = wrong
         self.stale = [name for name in self.present if name not in self.wanted]
 
     @property
     def differing(self) -> list[str]:
         """Units to write."""
-        return [name for name, text in self.wanted.items() if self.present.get(name) != text]
+        return [
+            name
+            for name, text in self.wanted.items()
+            if self.present.get(name) != text or name in self.exposed
+        ]
 
     @property
     def manager_runs(self) -> bool:
@@ -253,13 +263,24 @@ def sets_command(drop_in: str) -> bool:
     return any(line.partition("=")[0].strip() == "ExecStart" for line in lines)
 
 
+def wrong_access(path: Path, uid: int) -> str:
+    """What is wrong with a file's kind, owner or mode, or "". Raises OSError."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    mode = stat.S_IMODE(status.st_mode)
+    if (status.st_uid, mode) != (uid, FILE_MODE):
+        return f"mode {mode:04o}, owner {status.st_uid}"
+    return ""
+
+
 def replace(path: Path, text: str) -> None:
     """Write a file of mode 0644 in one step."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w") as handle:
             handle.write(text)
-            os.fchmod(handle.fileno(), 0o644)
+            os.fchmod(handle.fileno(), FILE_MODE)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -284,27 +305,39 @@ def check_presets(checker: list[str], text: str) -> None:
         raise Refused(f"presets.json was not accepted: {lines[-1] if lines else done.returncode}")
 
 
-def presets_file_differs(path: Path, text: str) -> tuple[bool, str]:
-    """Whether presets.json must be written, and what it holds now."""
+def presets_file_differs(path: Path, text: str) -> tuple[bool, str, str]:
+    """Whether presets.json must be written, what it holds now, and what is wrong with its owner or mode."""
     try:
-        status, present = path.stat(), path.read_text(errors="replace")
+        wrong, present = wrong_access(path, 0), path.read_text(errors="replace")
     except OSError:
-        return True, ""
-    return present != text or status.st_uid != 0 or status.st_mode & 0o777 != 0o644, present
+        return True, "", ""
+    return present != text or bool(wrong), present, wrong
 
 
-def difference(scopes: list[Scope], path: Path, presets: tuple[str, str]) -> list[dict[str, str]]:
-    """What --diff shows."""
+def difference(
+    scopes: list[Scope], path: Path, presets: tuple[str, str], wrong: str = ""
+) -> list[dict[str, str]]:
+    """What --diff shows; `wrong` is what is wrong with the access to presets.json."""
     changes = [
-        (str(scope.folder / name), scope.present.get(name, ""), scope.wanted.get(name, ""))
+        (
+            scope.folder / name,
+            scope.exposed.get(name, ""),
+            scope.present.get(name, ""),
+            scope.wanted.get(name, ""),
+        )
         for scope in scopes
         for name in [*scope.differing, *scope.stale]
     ]
-    if presets[0] != presets[1]:
-        changes.append((str(path), *presets))
+    if wrong or presets[0] != presets[1]:
+        changes.append((path, wrong, *presets))
     return [
-        {"before_header": where, "after_header": where, "before": before, "after": after}
-        for where, before, after in changes
+        {
+            "before_header": f"{where} ({access})" if access else str(where),
+            "after_header": str(where),
+            "before": before,
+            "after": after,
+        }
+        for where, access, before, after in changes
     ]
 
 
@@ -331,9 +364,9 @@ def apply(module: AnsibleModule) -> dict[str, Any]:
     text = json.dumps(wanted["presets"], indent=1, ensure_ascii=False) + "\n"
     for scope in scopes:
         scope.read()
-    write_presets, present = presets_file_differs(path, text)
+    write_presets, present, wrong = presets_file_differs(path, text)
     result: dict[str, Any] = {
-        "diff": difference(scopes, path, (present, text)),
+        "diff": difference(scopes, path, (present, text), wrong),
         "changed": write_presets or any(scope.differing or scope.stale for scope in scopes),
     }
     if not module.check_mode:
@@ -359,6 +392,7 @@ def apply(module: AnsibleModule) -> dict[str, Any]:
                 if done.returncode != 0:
                     raise Refused(f"systemctl daemon-reload failed: {done.stderr.strip()}")
             scope.present = {**scope.wanted}
+            scope.exposed = {}
     presets_wanted = wanted["presets"]["presets"]
     names = {preset["unit"]: name for name, preset in presets_wanted.items()}
     commands = {preset["unit"]: preset["command"] for preset in presets_wanted.values()}
