@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -123,6 +124,7 @@ class Report:
         for _, outcome, _ in self.rows:
             for note in outcome.notes:
                 print(f"  {note}")
+        print(f"  in all         {clock(sum(seconds for _, _, seconds in self.rows)):>8}")
         print(self.tally, flush=True)
 
     @property
@@ -373,7 +375,11 @@ def run_stage(stage: Stage, report: Report) -> None:
     print(f"\n== {stage.name}", flush=True)
     started = time.monotonic()
     missing = [name for name in stage.needs if report.broken(name)]
-    outcome = skipped(f"{stage.name}: needs the stage '{missing[0]}'") if missing else stage.run()
+    try:
+        outcome = skipped(f"{stage.name}: needs the stage '{missing[0]}'") if missing else stage.run()
+    except Exception as error:  # whatever it is, the stages after it run, above all the one that cleans up
+        traceback.print_exc()
+        outcome = failed(f"{stage.name}: {type(error).__name__}: {first_line(str(error))}")
     seconds = time.monotonic() - started
     report.rows.append((stage.name, outcome, seconds))
     print(f"-- {stage.name}: {outcome.tally} in {clock(seconds)}", flush=True)
@@ -600,7 +606,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, on_terminate)
     report = Report()
     fast = [Stage("lint", lint), Stage("unit", unit)]
-    lab = lab_stages(os.environ.get("LAB_NAME", GATE_LAB), keep=args.keep)
+    lab = lab_stages(GATE_LAB, keep=args.keep)  # never the lab that LAB_NAME chooses: it is made anew
     plans = {"lint": fast[:1], "unit": fast[1:], "lab": lab, "gate": [*fast, *lab]}
     try:
         if args.what == "long":

@@ -200,3 +200,20 @@ def test_recap_is_read_from_the_last_play() -> None:
         "\nPLAY RECAP ****\nlab-ocr                    : ok=7    changed=0    unreachable=1    failed=2\n"
     )
     assert parse_recap(output) == {"lab-ocr": {"ok": 7, "changed": 0, "unreachable": 1, "failed": 2}}
+
+
+def test_a_stage_that_raises_does_not_keep_the_lab(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = []
+
+    def broken() -> Outcome:
+        raise RuntimeError("no such thing")
+
+    def down() -> Outcome:
+        ran.append("down")
+        return passed()
+
+    report = Report()
+    run.run_stages([Stage("site", broken), Stage("lab down", down)], report)
+    assert ran == ["down"]
+    assert report.exit_code == 1
+    assert "RuntimeError: no such thing" in report.rows[0][1].notes[0]
