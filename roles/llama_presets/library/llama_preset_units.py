@@ -26,7 +26,8 @@ short_description: Install the systemd units of the presets and presets.json
 description:
   - Writes units that differ in text, owner or mode, after systemd-analyze has verified all of them together,
     and presets.json after its checker has accepted it. Removes units that carry the marker and are wanted no
-    longer, stopping them first. Reloads systemd when it has not read what lies on the disk. Never touches drop-ins.
+    longer, stopping them first. Reloads systemd when it has not read what lies on the disk. Never touches
+    drop-ins.
   - Units of scope user are written with the user's own rights, those of scope system as root.
 options:
   user: {description: Owner of the units of scope user., type: str, required: true}
