@@ -73,7 +73,7 @@ options:
     description: File on the host, readable for its owner only, that holds the token.
     type: path
   environment:
-    description: Environment of the download, such as C(https_proxy).
+    description: Environment of the download, such as C(https_proxy). Its values are kept secret.
     type: dict
     default: {}
   connect_timeout:
@@ -109,6 +109,7 @@ DIRECTORY_MODE = 0o755
 PROGRESS_MAX_BYTES = 1 << 16
 PLAN_MAX_BYTES = 1 << 20
 SYSTEMCTL_TIMEOUT_S = 60
+SECRET_MIN_LENGTH = 6
 
 SANDBOX = (
     "NoNewPrivileges=yes",
@@ -208,6 +209,9 @@ class Task:
         """Raises Refusal for a model file that may not be."""
         self.module, self.check = module, bool(module.check_mode)
         params = self.params = module.params
+        # A proxy's address may hold a password: results get the names only, and command lines nothing.
+        self.environment = {name: str(value) for name, value in params["environment"].items()}
+        params["environment"] = sorted(self.environment)
         self.directory = Path(params["directory"])
         self.plan = store.Plan(
             directory=str(self.directory),
@@ -436,7 +440,11 @@ class Task:
         write_worker(STATE_DIRECTORY / "worker.pyz")
         systemctl("reset-failed", f"{UNIT}.service")
         token = STATE_DIRECTORY / worker.TOKEN_CREDENTIAL
+        environment = STATE_DIRECTORY / worker.ENVIRONMENT_CREDENTIAL
         credentials = {worker.PLAN_CREDENTIAL: STATE_DIRECTORY / "plan.json"}
+        if self.environment:
+            write_private(environment, json.dumps(self.environment))
+            credentials[worker.ENVIRONMENT_CREDENTIAL] = environment
         if self.params["hf_token"]:
             write_private(token, self.params["hf_token"])
             credentials[worker.TOKEN_CREDENTIAL] = token
@@ -463,7 +471,6 @@ class Task:
                     f"--unit={UNIT}",
                     f"--description=Download models to {self.directory}",
                     *(f"--property={line}" for line in properties),
-                    *(f"--setenv={name}={value}" for name, value in self.params["environment"].items()),
                     "--",
                     sys.executable,
                     "-I",
@@ -476,6 +483,7 @@ class Task:
             )
         finally:
             token.unlink(missing_ok=True)
+            environment.unlink(missing_ok=True)
         if started.returncode != 0:
             reason = " ".join(started.stderr.split())
             raise store.Refusal(f"the unit {UNIT} did not start: {reason}; fix: see `journalctl -u {UNIT}`")
@@ -509,8 +517,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def write_worker(path: Path) -> None:
-    """Pack the package `gguf_files`, as it stands in this module's payload, into one file that Python runs.
-    """
+    """Pack the package `gguf_files`, as this module's payload has it, into one file that Python runs."""
     package = store.__name__.rpartition(".")[0]
     draft = path.with_suffix(".new")
     with zipfile.ZipFile(draft, "w") as archive:
@@ -555,7 +562,7 @@ def main() -> None:
             "hf_endpoint": {"type": "str", "default": store.HUB},
             "hf_token": {"type": "str", "no_log": True},
             "hf_token_file": {"type": "path", "no_log": False},
-            "environment": {"type": "dict", "default": {}},
+            "environment": {"type": "dict", "default": {}, "no_log": True},
             "connect_timeout": {"type": "int", "default": 30},
             "stall_timeout": {"type": "int", "default": 60},
             "retries": {"type": "int", "default": 6},
@@ -563,6 +570,8 @@ def main() -> None:
             "follow_seconds": {"type": "int", "default": 5},
         },
     )
+    # Ansible blots a secret out wherever it occurs; a short one (`1`) would blot out numbers of the result.
+    module.no_log_values = {value for value in module.no_log_values if len(value) >= SECRET_MIN_LENGTH}
     try:
         task = Task(module)
         steps: dict[str, Callable[[], dict[str, Any]]] = {

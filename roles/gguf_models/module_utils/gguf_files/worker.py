@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -34,7 +35,8 @@ from .store import (
 )
 
 PROGRESS_NAME, RESULT_NAME = "progress.json", "result.json"
-PLAN_CREDENTIAL, TOKEN_CREDENTIAL = "plan", "hf-token"  # names of credentials, not their values
+# Names of credentials, not their values.
+PLAN_CREDENTIAL, TOKEN_CREDENTIAL, ENVIRONMENT_CREDENTIAL = "plan", "hf-token", "environment"
 REPORT_INTERVAL_S = 0.5
 RATE_WINDOW_S = 10.0
 
@@ -156,12 +158,16 @@ def verify(directory: Path, files: list[ModelFile], progress: Progress) -> list[
 def main() -> int:
     """The unit's program.
 
-    Reads the plan and the token from systemd's credentials; writes into its runtime directory.
+    Reads the plan, the token and further environment (a proxy's address may hold a password) from systemd's
+    credentials; writes into its runtime directory.
     """
     # `systemctl stop` and a shutdown end in order, so that what came is on the disk.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     credentials, runtime = Path(os.environ["CREDENTIALS_DIRECTORY"]), Path(os.environ["RUNTIME_DIRECTORY"])
     plan = Plan.from_json((credentials / PLAN_CREDENTIAL).read_text(encoding="utf-8"))
+    further = credentials / ENVIRONMENT_CREDENTIAL
+    if further.exists():
+        os.environ.update(json.loads(further.read_text(encoding="utf-8")))
     secret = credentials / TOKEN_CREDENTIAL
     token = secret.read_text(encoding="utf-8").strip() if secret.exists() else None
     result: dict[str, Any] = {"plan": plan.identity}
