@@ -105,3 +105,15 @@ def test_the_roles_defaults_keep_to_their_own_limits() -> None:
     assert roles.check(plain) == []
     assert set(LIMITS) <= set(defaults)
     assert all(name in roles.known for name in defaults)
+
+
+def test_a_variable_that_is_not_to_be_logged_is_not_shown() -> None:
+    """`no_log: true` in the specification hides the value, and a name that ends like a secret's does."""
+    options = {"box_proxy": {"type": "dict", "no_log": True}, "box_size": {"type": "int"}}
+    roles = RoleVariables.of({"box": {"argument_specs": {"main": {"options": options}}}})
+    (hidden,) = roles.check({"box_proxy": "s3cret"})
+    (seen,) = roles.check({"box_size": "big"})
+    unknown = roles.unknown("box_tokn_password", "s3cret")
+    assert unknown is not None
+    assert "s3cret" not in hidden.line("F") + unknown.line("F")
+    assert '= "big": ' in seen.line("F")

@@ -19,6 +19,7 @@ from llama_common.translate import closest, misspelt, problems_of
 
 OWNED: Final = frozenset(HostConfig.model_fields)
 SECRET_SUFFIXES: Final = ("_token", "_password", "_secret")
+HIDDEN: Final = "***"
 
 
 def _line(value: str) -> str:
@@ -121,6 +122,7 @@ class RoleVariables:
 
     roles: tuple[str, ...]
     known: frozenset[str]
+    secret: frozenset[str]
     model: type[BaseModel]
 
     @classmethod
@@ -138,7 +140,8 @@ class RoleVariables:
         model = create_model(
             "RoleVariables", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields
         )
-        return cls(tuple(specs), frozenset(options) | OWNED, model)
+        secret = frozenset(name for name, option in options.items() if option.get("no_log"))
+        return cls(tuple(specs), frozenset(options) | OWNED, secret, model)
 
     def role_of(self, name: str) -> str | None:
         """The role whose variable `name` claims to be."""
@@ -154,7 +157,7 @@ class RoleVariables:
             return None
         return Problem(
             (name,),
-            "…" if isinstance(value, Mapping | list | tuple) else _shown(name, value),
+            self._shown(name, "…" if isinstance(value, Mapping | list | tuple) else value),
             f"is no variable of the role {role}" if role else "is no variable of any role here",
             f"did you mean '{guess}'?"
             if guess
@@ -170,8 +173,17 @@ class RoleVariables:
         try:
             self.model.model_validate(dict(variables))
         except ValidationError as error:
-            return [_hidden(problem) for problem in problems_of(error, variables, self.model)]
+            return [self._hidden(problem) for problem in problems_of(error, variables, self.model)]
         return []
+
+    def _shown(self, name: str, value: object) -> object:
+        return HIDDEN if name in self.secret or name.endswith(SECRET_SUFFIXES) else value
+
+    def _hidden(self, problem: Problem) -> Problem:
+        """The problem without a secret's value."""
+        if self._shown(problem.path[0], "") == HIDDEN:
+            return Problem(problem.path, HIDDEN, problem.message, "write one line of text, in quotes")
+        return problem
 
 
 def _annotation(option: Mapping[str, Any]) -> Any:
@@ -181,14 +193,3 @@ def _annotation(option: Mapping[str, Any]) -> Any:
     kind = option.get("type", "str")
     item = option.get("elements")
     return GenericAlias(list, (_TYPES[item],)) if kind == "list" and item else _TYPES[kind]
-
-
-def _shown(name: str, value: object) -> object:
-    return "***" if name.endswith(SECRET_SUFFIXES) else value
-
-
-def _hidden(problem: Problem) -> Problem:
-    """The problem without a secret's value."""
-    if problem.path[0].endswith(SECRET_SUFFIXES):
-        return Problem(problem.path, "***", problem.message, "write one line of text, in quotes")
-    return problem
