@@ -36,8 +36,8 @@ def parameters(directory: Path) -> dict[str, Any]:
     return {
         "models": [], "directory": str(directory), "owner": pwd.getpwuid(os.getuid()).pw_name,
         "reserve_bytes": 0, "verify": "stat", "remove_unused": False, "hf_endpoint": store.HUB,
-        "hf_token": TOKEN, "hf_token_file": None, "environment": {"https_proxy": SECRET, "TRIES": 3}, "connect_timeout": 30,
-        "stall_timeout": 60, "retries": 6, "step": "all", "follow_seconds": 5,
+        "hf_token": TOKEN, "hf_token_file": None, "environment": {"https_proxy": SECRET, "TRIES": 3},
+        "connect_timeout": 30, "stall_timeout": 60, "retries": 6, "step": "all", "follow_seconds": 5,
     }  # fmt: skip
 
 
