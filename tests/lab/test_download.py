@@ -386,27 +386,75 @@ def sandbox() -> list[str]:
     raise AssertionError("no SANDBOX in the module")
 
 
-@pytest.mark.parametrize(
-    ("attempt", "possible"),
-    [
-        ("open('{d}/x', 'w')", True),
-        ("open('{h}/x', 'w')", False),
-        ("open('/etc/x', 'w')", False),
-        ("open('/tmp/x', 'w')", False),
-        ("__import__('socket').socket(__import__('socket').AF_NETLINK)", False),
-        ("assert __import__('ctypes').CDLL(None).unshare(0x10000000) == 0", False),
-        ("__import__('mmap').mmap(-1, 4096, prot=7)", False),
-        ("__import__('os').chmod('{d}', 0o4755)", False),
-    ],
-)
-def test_the_sandbox_holds(owner: None, attempt: str, possible: bool) -> None:
-    host(f"install -d -o {OWNER} -g {OWNER} {DIRECTORY}")
-    lines = [*sandbox(), f"User={OWNER}", f"ReadWritePaths={DIRECTORY}"]
-    properties = " ".join(f'-p "{line}"' for line in lines)
-    code = attempt.format(d=DIRECTORY, h=HOME)
-    run = "sudo systemd-run --quiet --wait --collect --pipe"
-    command = f'{run} {properties} python3 -I -c "{code}"'
-    assert (support.on_host(support.LLM, command).rc == 0) is possible
+# What each line of the sandbox forbids. Root's attempts are those that the owner could not make anyway: their
+# lines matter when the process has come by more rights.
+MODULES = "/usr/lib/modules/gguf-test"
+IMPORTS = "import ctypes as c, mmap, os, socket; lib = c.CDLL(None); "
+PROBES = {
+    "NoNewPrivileges=yes": ("owner", "assert lib.prctl(39, 0, 0, 0, 0) == 0"),
+    "CapabilityBoundingSet=": ("root", "os.setuid(65534)"),
+    "ProtectSystem=strict": ("owner", "open('/var/tmp/gguf-test', 'w')"),
+    "ProtectHome=read-only": ("owner", f"open('{HOME}/x', 'w')"),
+    "PrivateDevices=yes": ("root", "open('/dev/gguf-test', 'w')"),
+    "ProtectKernelTunables=yes": ("root", "open('/proc/sys/net/ipv4/ip_forward', 'r+')"),
+    "ProtectKernelModules=yes": ("root", f"open('{MODULES}')"),
+    "ProtectKernelLogs=yes": ("root", "assert os.stat('/proc/kmsg').st_mode & 0o777"),
+    "ProtectControlGroups=yes": ("root", "d = '/sys/fs/cgroup/gguf-test'; os.mkdir(d); os.rmdir(d)"),
+    "ProtectHostname=yes": ("root", "socket.sethostname(socket.gethostname())"),
+    "RestrictSUIDSGID=yes": ("owner", f"os.chmod('{DIRECTORY}', 0o4755)"),
+    "RestrictNamespaces=yes": ("owner", "assert lib.unshare(0x10000000) == 0"),
+    "RestrictRealtime=yes": ("root", "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"),
+    "LockPersonality=yes": ("owner", "assert lib.personality(0x40000) != -1"),
+    "MemoryDenyWriteExecute=yes": ("owner", "mmap.mmap(-1, 4096, prot=7)"),
+    # getpid through the 32-bit gate: push rbx; mov eax, 20; int 0x80; pop rbx; ret
+    "SystemCallArchitectures=native": (
+        "owner",
+        "m = mmap.mmap(-1, 4096, prot=7); m.write(bytes.fromhex('53b814000000cd805bc3'));"
+        " assert c.CFUNCTYPE(c.c_int)(c.addressof(c.c_char.from_buffer(m)))() > 0",
+    ),
+    "SystemCallFilter=@system-service": ("owner", "assert lib.ptrace(0, 0, 0, 0) == 0"),
+    "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX": (
+        "owner",
+        "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+    ),
+}
+
+
+def attempt(who: str, code: str, *lines: str) -> support.Run:
+    """Run Python code on the LLM host in a transient unit with these lines."""
+    every = [*lines, f"User={OWNER}"] if who == "owner" else lines
+    properties = " ".join(f'-p "{line}"' for line in every)
+    return support.on_host(
+        support.LLM,
+        f'sudo systemd-run --quiet --wait --collect --pipe {properties} python3 -I -c "{IMPORTS}{code}"',
+    )
+
+
+def test_every_line_of_the_sandbox_has_a_probe() -> None:
+    assert sorted(PROBES) == sorted(sandbox())
+
+
+@pytest.fixture(scope="module")
+def probed(lab: str) -> Iterator[None]:
+    """What the probes touch."""
+    host(f"userdel -rf {OWNER} 2>/dev/null; useradd -m {OWNER}")
+    host(f"install -d -o {OWNER} -g {OWNER} {DIRECTORY}; install -D /dev/null {MODULES}")
+    yield
+    host(f"userdel -rf {OWNER} 2>/dev/null; rm -f {MODULES} /var/tmp/gguf-test /dev/gguf-test")
+
+
+@pytest.mark.parametrize("line", PROBES)
+def test_each_line_of_the_sandbox_forbids_something(probed: None, line: str) -> None:
+    who, code = PROBES[line]
+    control = attempt(who, code)
+    assert control.rc == 0, f"possible without the sandbox, or the probe proves nothing\n{control.tail()}"
+    assert attempt(who, code, line).rc != 0, "possible with this line"
+    assert attempt(who, code, *sandbox(), f"ReadWritePaths={DIRECTORY}").rc != 0, "possible in the sandbox"
+
+
+def test_the_sandbox_lets_the_download_write_where_it_must(probed: None) -> None:
+    lines = [*sandbox(), f"ReadWritePaths={DIRECTORY}"]
+    attempt("owner", f"open('{DIRECTORY}/x', 'w')", *lines).check()
 
 
 @pytest.mark.long

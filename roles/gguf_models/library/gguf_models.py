@@ -121,7 +121,6 @@ SANDBOX = (
     "ProtectKernelModules=yes",
     "ProtectKernelLogs=yes",
     "ProtectControlGroups=yes",
-    "ProtectClock=yes",
     "ProtectHostname=yes",
     "RestrictSUIDSGID=yes",
     "RestrictNamespaces=yes",
