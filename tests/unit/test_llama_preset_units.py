@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,8 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
     monkeypatch.setattr(module, "SYSTEM_DIR", tmp_path / "system")
     monkeypatch.setattr(module, "presets_file_differs", lambda _path, text: (False, text, ""))
     with subprocess.Popen(RUNS) as process:
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            time.sleep(0.01)  # the kernel is still exchanging the program
         made = Box(tmp_path, process.pid)
         monkeypatch.setattr(module.Scope, "systemctl", made.systemctl)
         yield made
