@@ -24,5 +24,5 @@ def test_base_packages_are_installed(host: Any, wanted: Host) -> None:
 def test_no_unit_has_failed(host: Any) -> None:
     if not host.exists("systemctl"):
         pytest.skip("no systemd on this host")
-    failed = host.run("systemctl list-units --failed --plain --no-legend").stdout.split("\n")
+    failed = host.check_output("systemctl list-units --failed --plain --no-legend").splitlines()
     assert [line.split()[0] for line in failed if line] == []

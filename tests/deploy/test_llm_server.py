@@ -34,7 +34,7 @@ def units(box: LlmBox, as_root: Run) -> dict[str, dict[str, list[str]]]:
     folder = unit_folder(box)
     texts = {}
     for name in box.names("user"):
-        text = as_root(f"cat {folder}/{box.unit(name)}").stdout
+        text = output(as_root(f"cat {folder}/{box.unit(name)}"))
         keys: dict[str, list[str]] = {}
         for line in text.splitlines():
             key, sign, value = line.partition("=")
@@ -42,6 +42,13 @@ def units(box: LlmBox, as_root: Run) -> dict[str, dict[str, list[str]]]:
                 keys.setdefault(key, []).append(value)
         texts[name] = keys
     return texts
+
+
+def output(answer: Any) -> str:
+    """What a command printed; it must have succeeded."""
+    assert answer.rc == 0, f"{answer.command}: rc {answer.rc}: {answer.stderr}"
+    text: str = answer.stdout
+    return text
 
 
 def unit_folder(box: LlmBox) -> str:
@@ -59,7 +66,8 @@ def test_the_user_and_its_groups(host: Any, box: LlmBox, wanted: Host) -> None:
 
 def test_its_systemd_lives_without_a_login(seen: dict[str, Any], as_root: Run, box: LlmBox) -> None:
     assert seen["account"]["linger"]
-    assert as_root(f"systemctl is-active user@{seen['account']['uid']}.service").stdout.strip() == "active"
+    unit = f"user@{seen['account']['uid']}.service"
+    assert output(as_root(f"systemctl is-active {unit}")).strip() == "active"
 
 
 def test_each_build_is_the_pinned_release(box: LlmBox, seen: dict[str, Any], as_root: Run) -> None:
@@ -86,8 +94,8 @@ def test_models_are_whole_and_belong_to_the_user(
     assert seen["files"] == box.model_sizes()
     owner = wanted.variables["gguf_models_owner"]
     for name in box.model_sizes():
-        owned = as_root(f"stat -L --format=%U {shlex.quote(f'{box.models_dir}/{name}')}").stdout.strip()
-        assert owned in (owner, "root")
+        path = shlex.quote(f"{box.models_dir}/{name}")
+        assert output(as_root(f"stat -L --format=%U {path}")).strip() in (owner, "root")
 
 
 def test_the_presets_on_the_box_are_the_inventorys(box: LlmBox, seen: dict[str, Any], host: Any) -> None:
@@ -129,21 +137,22 @@ def test_units_are_known_to_systemd_and_do_not_start_at_boot(
         unit = seen["user_units"][box.unit(name)]
         assert unit["LoadState"] == "loaded"
         assert unit["UnitFileState"] != "enabled"
-    links = as_root(f"find {unit_folder(box)} -name 'llama-*' -type l")
-    assert links.stdout == ""
+    assert output(as_root(f"find {unit_folder(box)} -name 'llama-*' -type l")) == ""
 
 
 def test_the_user_cannot_change_what_it_runs(box: LlmBox, as_root: Run, wanted: Host) -> None:
     places = [box.builds_root, wanted.variables["llmbox_path"] + "/", wanted.variables["llmbox_store"],
               box.presets_json, "/usr/local/bin/lmswitch", "/etc/sudoers.d"]  # fmt: skip
     paths = " ".join(shlex.quote(place) for place in places)
-    found = as_root(f"runuser -u {box.user} -- find {paths} -not -type l -writable 2>/dev/null")
-    assert found.stdout == ""
+    # Root lists, so that a path that is missing is an error and a closed folder none; the user tries each.
+    tries = shlex.quote('for path do test ! -w "$path" || echo "$path"; done')
+    run = f"runuser -u {shlex.quote(box.user)} -- sh -c {tries} sh {{}} +"
+    assert output(as_root(f"find {paths} -not -type l -exec {run}")) == ""
 
 
 def test_sudo_allows_exactly_one_command(box: LlmBox, as_root: Run, as_llm: Run, host: Any) -> None:
     allowed = [
-        line.strip() for line in as_root(f"sudo -l -U {box.user}").stdout.splitlines() if "NOPASSWD" in line
+        line.strip() for line in output(as_root(f"sudo -l -U {box.user}")).splitlines() if "NOPASSWD" in line
     ]
     assert allowed == ["(root) NOPASSWD: /usr/bin/systemctl suspend"]
     assert as_llm("sudo -n -l /usr/bin/systemctl suspend").rc == 0
