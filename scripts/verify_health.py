@@ -305,7 +305,7 @@ def answer_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers | None)
         detail = f"there is nothing to ask; fix: lmswitch {'|'.join(box.names('user'))}"
         return [
             Check("health", False, None, "HTTP status", 200, detail),
-            Check("n_ctx", False, None, "tokens", "that of the active preset", detail),
+            Check("n_ctx", False, None, "tokens", "the preset's", detail),
             Check("chat", False, None, "", "a non-empty answer", detail),
         ]
     address = box.address(active)
