@@ -74,7 +74,8 @@ def test_verification_names_what_fell_short(serving: str, on_host: OnHost) -> No
         on_host(LLM, f"sudo -u llm lmswitch {serving}", timeout=240).check()
     assert answer.rc == 1
     found = short(report(answer))
-    assert found == {f"model_{model.rpartition('/')[2]}", "active_preset", "state", "llama_servers"}
+    nothing_serves = {"active_preset", "state", "llama_servers", "running_release", "health", "n_ctx", "chat"}
+    assert found == {f"model_{model.rpartition('/')[2]}", *nothing_serves}
 
 
 def test_a_host_that_does_not_answer_is_an_entry_with_an_error(tmp_path: Any) -> None:
