@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -142,9 +143,12 @@ def archive(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_package_is_fetched_once(port: int, archive: str) -> None:
+def test_a_package_is_fetched_once(port: int, archive: str, tmp_path: Path) -> None:
     for _ in range(3):
         assert ask(port, f"{archive}/pool/a_1_all.deb")[::2] == (200, b"package")
+        deadline = time.monotonic() + 10  # it is kept just after it was sent
+        while not list((tmp_path / "packages").glob("*.deb")) and time.monotonic() < deadline:
+            time.sleep(0.01)
     assert Archive.asked == ["/pool/a_1_all.deb"]
 
 
