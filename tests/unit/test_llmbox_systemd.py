@@ -115,6 +115,13 @@ def test_last_lines_leave_out_health_requests(stand_in: Path) -> None:
     assert Systemd(stand_in).last_lines(UnitState("a"), 5) == []
 
 
+def test_last_lines_are_asked_for_by_process_too(stand_in: Path) -> None:
+    program(stand_in, "journalctl", 'echo "$@"')
+    state = UnitState("a", invocation="f" * 32, last_pid=77, last_start_s=1_700_000_000.5)
+    [asked] = Systemd(stand_in).last_lines(state, 5)
+    assert asked.endswith(f"_SYSTEMD_INVOCATION_ID={'f' * 32} + _PID=77 --since=@1700000000")
+
+
 def test_meaningful_lines_keep_the_last() -> None:
     assert meaningful(["a", "", "b", "GET /health", "c "], 2) == ["b", "c"]
 

@@ -18,7 +18,7 @@ WAIT_PREFIX = "llmbox-wait-ready:"
 NOISE_FACTOR = 20
 PROPERTIES = (
     "Id,LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ActiveEnterTimestamp,StateChangeTimestamp,"
-    "ExecMainCode,ExecMainStatus"
+    "ExecMainCode,ExecMainStatus,ExecMainPID,ExecMainStartTimestamp"
 )
 _SIGNALED = {"2", "3"}  # CLD_KILLED, CLD_DUMPED
 
@@ -36,6 +36,8 @@ class UnitState:
     invocation: str = ""
     since_s: float = 0.0
     ending: str = ""
+    last_pid: int = 0
+    last_start_s: float = 0.0
 
     @property
     def occupied(self) -> bool:
@@ -144,6 +146,10 @@ class Systemd:
             return []
         command = ["journalctl", "--no-pager", "--quiet", "--output=cat", f"--lines={count * NOISE_FACTOR}"]
         command.append(f"_SYSTEMD_INVOCATION_ID={state.invocation}")
+        if state.last_pid:
+            # What a process writes just before its end may reach the journal without the name of its unit:
+            # journald looks that up by the process. The process ID is always there.
+            command += ["+", f"_PID={state.last_pid}", f"--since=@{int(state.last_start_s)}"]
         deadline = time.monotonic() + JOURNAL_SETTLE_S
         lines: list[str] = []
         while True:
@@ -212,9 +218,16 @@ def parse_show(unit: str, block: str) -> UnitState:
         result=values.get("Result", "success"),
         main_pid=int(values.get("MainPID") or 0),
         invocation=values.get("InvocationID", ""),
-        since_s=float(stamp[1:]) if stamp.startswith("@") else 0.0,
+        since_s=_seconds(stamp),
         ending=_ending(values),
+        last_pid=int(values.get("ExecMainPID") or 0),
+        last_start_s=_seconds(values.get("ExecMainStartTimestamp", "")),
     )
+
+
+def _seconds(stamp: str) -> float:
+    """`@1763836800` as seconds since the epoch; 0.0 for what never was."""
+    return float(stamp[1:]) if stamp.startswith("@") else 0.0
 
 
 def _ending(values: dict[str, str]) -> str:
