@@ -1,0 +1,501 @@
+"""The board: which requests wait, which are with the server, and when the box goes over to another preset.
+
+One task, `Board.run`, moves the box from state to state; requests only join and leave. No process, file or socket of
+its own: the machine comes in through `Box`, so that every path is tested against a fake one and a fake clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from llmbox.errors import LlmboxError
+from llmbox.gateway.refusals import Refusal
+from llmbox.gateway.settings import Settings
+
+LOOK_LOADING_S = 0.1  # between two looks at a server that loads
+LOOK_DOWN_S = 2.0  # between two looks at a box where nothing runs: somebody may start a preset by hand
+LOCKED_S = 0.25
+TROUBLE_S = 1.0
+FAILED_AGAIN_S = 30.0  # a preset that failed to start is not tried again for so long
+END_GRACE_S = 2.0  # for a request that was told to end to leave the server
+SMOOTHING = 0.2  # weight of the newest figure in a running mean
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a look at the box showed. `pid` is the server's process; `reason` says why nothing runs."""
+
+    state: Literal["ready", "coming", "down"]
+    preset: str | None = None
+    pid: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How a switch ended. `parts` are the seconds that it took: stop, load."""
+
+    ok: bool
+    reason: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class Busy(Exception):
+    """Somebody else holds the switch lock."""
+
+
+class Box(Protocol):
+    """What the board needs of the machine (llmbox.gateway.box.SystemdBox, or a fake)."""
+
+    async def look(self) -> Seen: ...
+    async def gone(self, pid: int) -> None: ...
+    async def switch(self, preset: str) -> Moved: ...
+    async def stop(self) -> None: ...
+    async def prefetch(self, preset: str) -> None: ...
+
+
+@dataclass(eq=False)
+class Lease:
+    """Leave to send one request to the server that runs now; ends with `Board.release`."""
+
+    ticket: Ticket
+    preset: str
+    pid: int
+    granted: float
+    ended: Refusal | None = None
+    abort: Callable[[], None] = lambda: None
+
+    def end(self, refusal: Refusal) -> None:
+        """Take the leave back: whoever holds it closes its connection and tells its client."""
+        if self.ended is None:
+            self.ended = refusal
+            self.abort()
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request in the queue. `preset` is the one that it needs, None when any will do."""
+
+    preset: str | None
+    account: str
+    slot: bool
+    arrived: float
+    granted: asyncio.Future[Lease]
+    unserved_since: float | None = None
+    losses: int = 0
+    switched: bool = False
+
+
+class Board:
+    """The queue and the one server behind it."""
+
+    def __init__(
+        self, slots: Mapping[str, int], settings: Settings, box: Box, clock: Callable[[], float] | None = None
+    ) -> None:
+        self.slots = dict(slots)
+        self.settings = settings
+        self.box = box
+        self.clock = clock or asyncio.get_running_loop().time
+        self.serving: Seen | None = None
+        self.phase = "starting"
+        self.since = self.clock()
+        self.waiting: dict[Ticket, None] = {}
+        self.leases: set[Lease] = set()
+        self.failed: dict[str, tuple[float, str]] = {}
+        self.last_switch: dict[str, object] = {}
+        self.switches: dict[tuple[str, str], int] = {}
+        self.load_s: dict[str, float] = {}
+        self.service_s = 0.0
+        self._run = 0
+        self._ready_since = self.clock()
+        self._last_used = self.clock()
+        self._unloaded: str | None = None
+        self._holds: dict[object, str | None] = {}
+        self._drained = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._suspect = False
+
+    # --- what requests do ---
+
+    def ask(self, preset: str | None, account: str, *, slot: bool) -> Ticket:
+        """Join the queue; the ticket's `granted` is done at once when the server is free.
+
+        Raises Refusal: 429 when the queue is full, 503 for a preset that just failed or may not be started.
+        """
+        ticket = Ticket(preset, account, slot, self.clock(), asyncio.get_running_loop().create_future())
+        self._last_used = ticket.arrived
+        if self._fits(ticket) and self._free(ticket) and not self._before(ticket):
+            self._grant(ticket)
+            return ticket
+        self._check_preset(ticket)
+        self._check_room(ticket)
+        if not self._fits(ticket):
+            ticket.unserved_since = ticket.arrived
+        self.waiting[ticket] = None
+        self._wake.set()
+        return ticket
+
+    def again(self, lease: Lease, *, counts: bool = True) -> Ticket:
+        """Join again at the head, after the server was lost under a request that had given nothing yet.
+
+        `counts`: the request had reached the server, and may be why it is gone.
+        """
+        old = lease.ticket
+        ticket = Ticket(old.preset, old.account, old.slot, old.arrived, asyncio.get_running_loop().create_future())
+        ticket.losses = old.losses + counts
+        ticket.unserved_since = self.clock()
+        self.waiting = {ticket: None, **self.waiting}
+        self._wake.set()
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """Go away: a ticket that waits is torn up, a lease that it got is given back."""
+        self.waiting.pop(ticket, None)
+        if ticket.granted.done() and not ticket.granted.cancelled() and ticket.granted.exception() is None:
+            self.release(ticket.granted.result())
+        else:
+            ticket.granted.cancel()
+        self._wake.set()
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back; safe to repeat."""
+        if lease not in self.leases:
+            return
+        self.leases.discard(lease)
+        self._last_used = now = self.clock()
+        if lease.ticket.slot:
+            took = now - lease.granted
+            self.service_s = took if not self.service_s else _mean(self.service_s, took)
+        self._pump()
+        self._wake.set()
+
+    def lost(self, lease: Lease) -> None:
+        """The server went away under a lease: nobody is sent to it before it has been looked at again."""
+        if self.serving and self.serving.pid == lease.pid:
+            self.serving = None
+            self._suspect = True
+            self._wake.set()
+
+    def overdue(self, ticket: Ticket) -> bool:
+        """Whether the ticket has waited for its preset for longer than `hold_timeout`."""
+        since = ticket.unserved_since
+        return since is not None and self.clock() - since > self.settings.hold_timeout
+
+    def position(self, ticket: Ticket) -> int:
+        """How many requests of the same preset are before this one in the queue, plus one."""
+        ahead = itertools.takewhile(lambda other: other is not ticket, self.waiting)
+        return 1 + sum(1 for other in ahead if ticket.preset in (None, other.preset))
+
+    def estimate_s(self, ticket: Ticket) -> float:
+        """Seconds until the ticket's turn, from the figures of the last loads and requests; 0 when unknown."""
+        target = ticket.preset or (self.serving.preset if self.serving else None) or ""
+        slots = max(1, self.slots.get(target, 1))
+        turns = self.position(ticket) * self.service_s / slots
+        return turns if self._fits(ticket) else turns + self.load_s.get(target, 0.0)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return len(self.waiting)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are with the server."""
+        return len(self.leases)
+
+    @asynccontextmanager
+    async def hold(self, preset: str | None) -> AsyncIterator[None]:
+        """Keep every request here while somebody else switches; the body starts when the server is drained.
+
+        `preset` is where that switch goes, None when it stops the server.
+        """
+        me = object()
+        self._drained.clear()
+        self._holds[me] = preset
+        self._wake.set()
+        try:
+            await self._drained.wait()
+            yield
+        finally:
+            del self._holds[me]
+            self._wake.set()
+
+    # --- the one task that moves the box ---
+
+    async def run(self) -> None:
+        """Follow the box, and move it when requests need another preset. Runs until it is cancelled."""
+        while True:
+            if self._holds:
+                await self._held()
+                continue
+            self._suspect = False
+            try:
+                await self._step(await self.box.look())
+            except (LlmboxError, OSError) as error:  # systemctl did not answer: the requests stay where they are
+                log.error("%s; looking again in %g s", error, TROUBLE_S)
+                await asyncio.sleep(TROUBLE_S)
+
+    async def _step(self, seen: Seen) -> None:
+        if seen.state == "ready":
+            await self._serve(seen)
+        elif seen.state == "coming":
+            self._enter("loading")
+            await asyncio.sleep(LOOK_LOADING_S)
+        else:
+            await self._down(seen)
+
+    async def _serve(self, seen: Seen) -> None:
+        assert seen.preset is not None
+        self._enter("ready")
+        if seen.pid != self._run:
+            self._run, self._ready_since = seen.pid, self.clock()
+        self.serving = seen
+        self._unloaded = None
+        self.failed.pop(seen.preset, None)
+        for ticket in self.waiting:
+            if self._fits(ticket):
+                ticket.unserved_since = None
+        gone = asyncio.ensure_future(self.box.gone(seen.pid))
+        try:
+            while not gone.done() and not self._suspect:
+                self._pump()
+                if self._holds:
+                    await self._prepare(next(iter(self._holds.values())), gone)
+                    await self._drain("the box is being switched by hand")
+                    return
+                target = self._target()
+                if target:
+                    await self._go_to(target, gone)
+                    return
+                if self._idle():
+                    await self._unload(seen.preset)
+                    return
+                await self._woken(gone, self._patience())
+            if gone.done():
+                log.warning("%s: its process %d is gone", seen.preset, seen.pid)
+        finally:
+            self.serving = None
+            gone.cancel()
+            with suppress(asyncio.CancelledError):
+                await gone
+            now = self.clock()
+            for ticket in self.waiting:
+                ticket.unserved_since = ticket.unserved_since or now
+
+    async def _held(self) -> None:
+        self._enter("held")
+        self._drained.set()
+        while self._holds:
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def _down(self, seen: Seen) -> None:
+        self._enter("failed" if seen.reason else "stopped")
+        if seen.preset and seen.reason:
+            self.failed.setdefault(seen.preset, (self.clock(), seen.reason))
+        fallback = self._unloaded or self.settings.default_preset
+        for ticket in list(self.waiting):
+            wanted = ticket.preset or fallback
+            if wanted is None:
+                self._refuse(ticket, 503, _nothing_runs(seen))
+            elif ticket.preset and self.settings.switch_policy == "off" and ticket.preset != fallback:
+                self._refuse(ticket, 503, f"{_nothing_runs(seen)} (switch_policy is off)")
+            elif self._recently_failed(wanted):
+                self._refuse(ticket, 503, self.failed[wanted][1])
+            else:
+                await self._move(None, wanted, {})
+                return
+        self._wake.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), LOOK_DOWN_S)
+
+    async def _go_to(self, target: str, gone: asyncio.Future[None]) -> None:
+        assert self.serving is not None
+        former = self.serving.preset
+        began = self.clock()
+        await self._prepare(target, gone)
+        parts = {"prefetch": self.clock() - began}
+        if not any(ticket.preset == target for ticket in self.waiting):
+            return  # whoever wanted it has left meanwhile
+        began = self.clock()
+        await self._drain(f"the box goes over to the preset {target}")
+        parts["drain"] = self.clock() - began
+        await self._move(former, target, parts)
+
+    async def _prepare(self, target: str | None, gone: asyncio.Future[None]) -> None:
+        """Read the next model's file into memory while the present server still serves."""
+        if not (target and self.settings.prefetch and target in self.slots):
+            return
+        self._enter("prefetching")
+        reading = asyncio.ensure_future(self.box.prefetch(target))
+        await asyncio.wait({reading, gone}, return_when=asyncio.FIRST_COMPLETED)
+        reading.cancel()
+        with suppress(asyncio.CancelledError):
+            await reading
+
+    async def _drain(self, why: str) -> None:
+        """Let what runs finish, for `drain_timeout` at most; then end it with an error."""
+        self._enter("draining")
+        self.serving = None
+        deadline = self.clock() + self.settings.drain_timeout
+        while self.leases and self.clock() < deadline:
+            await self._woken(None, deadline - self.clock())
+        for lease in list(self.leases):
+            lease.end(Refusal(503, f"{why} and this request took longer than drain_timeout; send it again"))
+        deadline = self.clock() + END_GRACE_S
+        while self.leases and self.clock() < deadline:
+            await self._woken(None, deadline - self.clock())
+
+    async def _move(self, former: str | None, target: str, parts: dict[str, float]) -> None:
+        self._enter("loading")
+        began = self.clock()
+        try:
+            moved = await self.box.switch(target)
+        except Busy:
+            await asyncio.sleep(LOCKED_S)
+            return
+        parts = {**parts, **moved.parts, "ready": self.clock() - began}
+        self.last_switch = {"from": former, "to": target, "ok": moved.ok, "parts": parts}
+        outcome = (target, "ok" if moved.ok else "failed")
+        self.switches[outcome] = self.switches.get(outcome, 0) + 1
+        if moved.ok:
+            self.load_s[target] = parts["ready"]
+            return
+        self.failed[target] = (self.clock(), moved.reason)
+        for ticket in list(self.waiting):
+            if ticket.preset == target or (former is None and ticket.preset is None):
+                self._refuse(ticket, 503, moved.reason)
+
+    async def _unload(self, preset: str) -> None:
+        log.info("%s: idle for %g s, unloading it", preset, self.clock() - self._last_used)
+        await self._drain("the preset is being unloaded")
+        with suppress(Busy):
+            await self.box.stop()
+            self._unloaded = preset
+
+    # --- who may go, and when ---
+
+    def _fits(self, ticket: Ticket) -> bool:
+        return self.serving is not None and ticket.preset in (None, self.serving.preset)
+
+    def _free(self, ticket: Ticket) -> bool:
+        if not ticket.slot or self.serving is None:
+            return True
+        taken = sum(1 for lease in self.leases if lease.ticket.slot)
+        return taken < self.slots[self.serving.preset or ""]
+
+    def _before(self, ticket: Ticket) -> bool:
+        """Whether others wait for the same thing."""
+        return any(self._fits(other) and other.slot == ticket.slot for other in self.waiting)
+
+    def _grant(self, ticket: Ticket) -> None:
+        assert self.serving is not None and self.serving.preset is not None
+        lease = Lease(ticket, self.serving.preset, self.serving.pid, self.clock())
+        self.leases.add(lease)
+        ticket.granted.set_result(lease)
+
+    def _pump(self) -> None:
+        """Let every waiting request go that may."""
+        if self.serving is None:
+            return
+        for ticket in list(self.waiting):
+            if self._fits(ticket) and self._free(ticket):
+                del self.waiting[ticket]
+                self._grant(ticket)
+
+    def _target(self) -> str | None:
+        """The preset to go to now: that of the oldest request which the present one cannot serve."""
+        assert self.serving is not None
+        wanted = next(
+            (ticket.preset for ticket in self.waiting if ticket.preset not in (None, self.serving.preset)), None
+        )
+        if wanted is None or self._dwell_left() > 0:
+            return None
+        if self.settings.switch_policy == "when_idle" and any(lease.ticket.slot for lease in self.leases):
+            return None
+        return wanted
+
+    def _dwell_left(self) -> float:
+        return self._ready_since + self.settings.min_dwell - self.clock()
+
+    def _idle(self) -> bool:
+        after = self.settings.idle_unload
+        return bool(after) and not self.leases and not self.waiting and self._idle_left() <= 0
+
+    def _idle_left(self) -> float:
+        return self._last_used + (self.settings.idle_unload or 0) - self.clock()
+
+    def _patience(self) -> float | None:
+        """Seconds after which the present state may have to change without anybody's doing; None: never."""
+        timers = []
+        if self.settings.idle_unload and not self.leases:
+            timers.append(self._idle_left())
+        if self.waiting and self._dwell_left() > 0:
+            timers.append(self._dwell_left())
+        return max(0.001, min(timers)) if timers else None
+
+    def _check_preset(self, ticket: Ticket) -> None:
+        preset = ticket.preset
+        if preset is None or self._fits(ticket):
+            return
+        if self._recently_failed(preset):
+            raise Refusal(503, self.failed[preset][1], {"Retry-After": str(int(FAILED_AGAIN_S))})
+        if self.settings.switch_policy == "off" and self.serving:
+            raise Refusal(
+                503, f"the preset {preset} is not active; start it with: lmswitch {preset} (switch_policy is off)"
+            )
+
+    def _check_room(self, ticket: Ticket) -> None:
+        limits = self.settings
+        mine = sum(1 for other in self.waiting if other.account == ticket.account)
+        for waiting, limit, whose in (
+            (mine, limits.queue_limit_per_key, "this key's queue"),
+            (len(self.waiting), limits.queue_limit, "the queue"),
+        ):
+            if waiting >= limit:
+                wait = max(1, round(self.estimate_s(ticket)))
+                raise Refusal(
+                    429,
+                    f"{whose} is full: {waiting} requests wait, the limit is {limit}; try again in {wait} s",
+                    {"Retry-After": str(wait)},
+                )
+
+    def _recently_failed(self, preset: str) -> bool:
+        when, _ = self.failed.get(preset, (float("-inf"), ""))
+        return self.clock() - when < FAILED_AGAIN_S
+
+    def _refuse(self, ticket: Ticket, status: int, message: str) -> None:
+        self.waiting.pop(ticket, None)
+        if not ticket.granted.done():
+            ticket.granted.set_exception(Refusal(status, message, {"Retry-After": str(int(FAILED_AGAIN_S))}))
+            ticket.granted.exception()  # seen: a client that left meanwhile does not ask for it
+
+    def _enter(self, phase: str) -> None:
+        if phase != self.phase:
+            self.phase, self.since = phase, self.clock()
+
+    async def _woken(self, gone: asyncio.Future[None] | None, timeout: float | None) -> None:
+        """Wait until a request joins or leaves, the process is gone, or `timeout` seconds are over."""
+        self._wake.clear()
+        waker = asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait({waker, *([gone] if gone else [])}, timeout=timeout, return_when="FIRST_COMPLETED")
+        finally:
+            waker.cancel()
+
+
+def _mean(mean: float, newest: float) -> float:
+    return mean + SMOOTHING * (newest - mean)
+
+
+def _nothing_runs(seen: Seen) -> str:
+    why = f"the preset {seen.preset} failed: {seen.reason}" if seen.reason else "no preset is active"
+    return f"{why}; start one with: lmswitch PRESET"

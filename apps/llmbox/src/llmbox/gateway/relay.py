@@ -1,0 +1,370 @@
+"""One request from its body to its last byte: identify, queue, send, replay once, and say plainly what failed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+from llmbox.gateway.accounts import Account, Accounts
+from llmbox.gateway.audit import Audit, Entry
+from llmbox.gateway.board import Board, Lease, Ticket
+from llmbox.gateway.refusals import Protocol, Refusal, error_body, error_event
+from llmbox.gateway.requests import Asked, Route, read_body
+from llmbox.gateway.settings import Settings
+from llmbox.gateway.upstream import Answer, Lost, Upstream
+from llmbox.gateway.usage import Tail, usage_of
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+COMMENT_INTERVAL_S = 5.0
+LOOK_INTERVAL_S = 1.0  # how often a waiting request asks whether it is overdue
+ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of an answer that is not streamed
+REMEMBERED = 1000  # fingerprints of requests that were there at two crashes
+NOT_READY = b"Loading model"  # llama-server's 503 while it loads
+
+log = logging.getLogger(__name__)
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+class Reply:
+    """What goes to one client. A stream may begin before there is an answer, so that its client keeps waiting."""
+
+    def __init__(self, send: Send, protocol: Protocol) -> None:
+        self._send = send
+        self.protocol = protocol
+        self.status = 0
+        self.begun = False
+        self.forwarded = False  # a byte of the server's answer went out: from here on nothing is replayed
+
+    async def comment(self, text: str) -> None:
+        """Tell a waiting stream something that its protocol ignores."""
+        if not self.begun:
+            await self.begin(200, [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")])
+        await self._body(b": " + text.encode() + b"\n\n", more=True)
+
+    async def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Send the head."""
+        self.status, self.begun = status, True
+        await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
+
+    async def forward(self, chunk: bytes) -> None:
+        """Pass a piece of the server's stream on."""
+        self.forwarded = True
+        await self._body(chunk, more=True)
+
+    async def finish(self, last: bytes = b"") -> None:
+        """End the response."""
+        await self._body(last, more=False)
+
+    async def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """Send a whole response."""
+        length = (b"content-length", str(len(body)).encode())
+        await self.begin(status, [*headers, length])
+        await self._body(body, more=False)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Say no: as a response when none has begun, as an error event of the stream otherwise."""
+        if self.begun:
+            self.status = refusal.status
+            await self._body(error_event(self.protocol, refusal), more=False)
+            return
+        headers = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
+        body = error_body(self.protocol, refusal)
+        await self.whole(refusal.status, [(b"content-type", b"application/json"), *headers], body)
+
+    async def _body(self, body: bytes, *, more: bool) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+class Bodies:
+    """Reads bodies of requests, and bounds the memory that all of them take together."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.buffered = 0
+
+    async def read(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body. Raises Refusal (408, 413, 503) or ClientGone; `give_back` its length when done."""
+        limit = self.settings.max_body
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        if length.isdigit() and int(length) > limit:
+            raise self._too_large(int(length))
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self.settings.request_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    part = message.get("body", b"")
+                    size += len(part)
+                    self.buffered += len(part)
+                    parts.append(part)
+                    if size > limit:
+                        raise self._too_large(size)
+                    if self.buffered > self.settings.max_buffered:
+                        raise Refusal(
+                            503,
+                            f"requests in waiting fill their {self.settings.max_buffered} bytes; try again later",
+                            {"Retry-After": "5", "Connection": "close"},
+                        )
+                    if not message.get("more_body"):
+                        return parts[0] if len(parts) == 1 else b"".join(parts)
+        except TimeoutError:
+            self.give_back(size)
+            raise Refusal(
+                408,
+                f"the body was not complete after {self.settings.request_timeout:g} s",
+                {"Connection": "close"},
+            ) from None
+        except BaseException:
+            self.give_back(size)
+            raise
+
+    def give_back(self, size: int) -> None:
+        """A body is not kept any longer."""
+        self.buffered -= size
+
+    def _too_large(self, size: int) -> Refusal:
+        return Refusal(
+            413, f"the body has {size} bytes; the limit is {self.settings.max_body}", {"Connection": "close"}
+        )
+
+
+class Relay:
+    """Passes requests to the preset that they need."""
+
+    def __init__(
+        self,
+        board: Board,
+        upstream: Upstream,
+        settings: Settings,
+        presets: list[tuple[str, list[str]]],
+        accounts: Accounts,
+        audit: Audit,
+    ) -> None:
+        self.board = board
+        self.upstream = upstream
+        self.settings = settings
+        self.presets = presets
+        self.accounts = accounts
+        self.audit = audit
+        self.bodies = Bodies(settings)
+        self._suspects: OrderedDict[str, None] = OrderedDict()
+
+    async def serve(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        reply = Reply(send, route.protocol)
+        client = scope.get("client")
+        entry = Entry(path=route.path, client=client[0] if client else "")
+        size = 0
+        try:
+            account = self.accounts.identify(scope["headers"], entry.client)
+            entry.key = account.name
+            body = await self.bodies.read(scope, receive)
+            size = len(body)
+            asked = read_body(body) if route.reads_body else Asked()
+            await self._answer(route, scope, receive, body, asked, account, reply, entry)
+        except Refusal as refusal:
+            entry.error = refusal.message
+            await reply.refuse(refusal)
+        except ClientGone:
+            entry.error = "the client went away"
+        finally:
+            self.bodies.give_back(size)
+            entry.status = reply.status
+            self.audit.write(entry, body if size and self.settings.audit_content else b"")
+
+    async def _answer(
+        self,
+        route: Route,
+        scope: Scope,
+        receive: Receive,
+        body: bytes,
+        asked: Asked,
+        account: Account,
+        reply: Reply,
+        entry: Entry,
+    ) -> None:
+        preset = self.settings.preset_named(asked.model, self.presets)
+        entry.wanted, entry.stream = preset, asked.stream
+        account.admit(preset)
+        gone = asyncio.ensure_future(_disconnected(receive))
+        ticket = self.board.ask(preset, account.name, slot=route.slot)
+        try:
+            while True:
+                lease = await self._turn(ticket, reply, gone, stream=asked.stream)
+                entry.preset, entry.waited_s = lease.preset, lease.granted - ticket.arrived
+                try:
+                    await self._exchange(lease, route, scope, body, asked, account, reply, entry, gone)
+                    return
+                except Lost as lost:
+                    ticket = self._after_loss(lease, lost, body, reply)
+                finally:
+                    self.board.release(lease)
+        finally:
+            gone.cancel()
+            self.board.leave(ticket)
+
+    async def _turn(self, ticket: Ticket, reply: Reply, gone: asyncio.Future[None], *, stream: bool) -> Lease:
+        """Wait until it is this request's turn. Raises Refusal, ClientGone."""
+        clock = self.board.clock
+        next_comment = ticket.arrived + self.settings.commit_after
+        while not ticket.granted.done():
+            now = clock()
+            until = min(LOOK_INTERVAL_S, max(0.0, next_comment - now)) if stream else LOOK_INTERVAL_S
+            await asyncio.wait({ticket.granted, gone}, timeout=until, return_when=asyncio.FIRST_COMPLETED)
+            if ticket.granted.done():
+                break
+            if gone.done():
+                raise ClientGone
+            if self.board.overdue(ticket):
+                raise self._overdue(ticket)
+            if stream and clock() >= next_comment:
+                next_comment = clock() + COMMENT_INTERVAL_S
+                await reply.comment(self._position(ticket))
+        try:
+            return ticket.granted.result()
+        except Refusal as refusal:
+            refusal.headers.update(self._queue_headers(ticket))
+            raise
+
+    async def _exchange(
+        self,
+        lease: Lease,
+        route: Route,
+        scope: Scope,
+        body: bytes,
+        asked: Asked,
+        account: Account,
+        reply: Reply,
+        entry: Entry,
+        gone: asyncio.Future[None],
+    ) -> None:
+        """Send the request and pass the answer on. Raises Lost, Refusal (the lease was ended), ClientGone."""
+        me = asyncio.current_task()
+        assert me is not None
+        lease.abort = me.cancel
+
+        def leave(_: asyncio.Future[None]) -> None:
+            if not gone.cancelled():
+                lease.end(Refusal(499, "the client went away"))
+
+        gone.add_done_callback(leave)
+        answer: Answer | None = None
+        try:
+            if lease.ended:
+                raise lease.ended
+            query = scope["query_string"]
+            target = route.path + (f"?{query.decode('latin-1')}" if query else "")
+            answer = await self.upstream.send(route.method, target, scope["headers"], body)
+            await self._pass_on(answer, lease, asked, account, reply, entry)
+        except asyncio.CancelledError:
+            if lease.ended is None:
+                raise
+            me.uncancel()
+            if gone.done():
+                raise ClientGone from None
+            raise lease.ended from None
+        finally:
+            gone.remove_done_callback(leave)
+            lease.abort = lambda: None
+            if answer:
+                await answer.close()
+
+    async def _pass_on(
+        self, answer: Answer, lease: Lease, asked: Asked, account: Account, reply: Reply, entry: Entry
+    ) -> None:
+        waited = (b"x-queue-wait-ms", str(round(entry.waited_s * 1000)).encode())
+        named = (b"x-llmbox-preset", lease.preset.encode())
+        streams = any(
+            name == b"content-type" and value.startswith(b"text/event-stream") for name, value in answer.headers
+        )
+        if not streams:
+            body = await answer.read(ANSWER_LIMIT)
+            if answer.status == 503 and NOT_READY in body:
+                raise Lost("it is loading still", sent=False)
+            entry.usage = usage_of(body)
+            account.spend(entry.usage.total)
+            if reply.begun:  # the stream has begun with comments, and the server says no
+                raise Refusal(answer.status, _message(body))
+            await reply.whole(answer.status, [*answer.headers, waited, named], body)
+            return
+        if not reply.begun:
+            await reply.begin(answer.status, [*answer.headers, waited, named])
+        tail = Tail()
+        left = account.tokens_left()
+        try:
+            async for chunk in answer.chunks():
+                tail.add(chunk)
+                await reply.forward(chunk)
+                if left is not None and tail.events > left:
+                    raise Refusal(429, account.exhausted())
+            await reply.finish()
+        finally:
+            entry.usage = tail.usage()
+            if entry.usage.generated is None:
+                entry.usage.generated = tail.events
+            account.spend(entry.usage.total)
+
+    def _after_loss(self, lease: Lease, lost: Lost, body: bytes, reply: Reply) -> Ticket:
+        """What follows when the server went away under a request. Raises Refusal, or gives a new ticket."""
+        self.board.lost(lease)
+        if reply.forwarded:
+            raise Refusal(502, f"the preset {lease.preset} stopped in the middle of this answer ({lost})")
+        if not lost.sent:
+            return self.board.again(lease, counts=False)
+        fingerprint = hashlib.sha256(body).hexdigest()[:16]
+        if lease.ticket.losses or fingerprint in self._suspects:
+            self._suspects[fingerprint] = None
+            self._suspects.move_to_end(fingerprint)
+            while len(self._suspects) > REMEMBERED:
+                self._suspects.popitem(last=False)
+            log.error("request %s was with %s at two crashes: not sent again", fingerprint, lease.preset)
+            raise Refusal(
+                502, f"the preset {lease.preset} went down twice with this request; it is not sent a third time"
+            )
+        log.warning("request %s lost its server (%s); sending it once more", fingerprint, lost)
+        return self.board.again(lease)
+
+    def _position(self, ticket: Ticket) -> str:
+        return f"queue position {self.board.position(ticket)}, estimate {self.board.estimate_s(ticket):.0f} s"
+
+    def _queue_headers(self, ticket: Ticket) -> dict[str, str]:
+        return {
+            "X-Queue-Position": str(self.board.position(ticket)),
+            "X-Queue-Estimate-S": f"{self.board.estimate_s(ticket):.0f}",
+        }
+
+    def _overdue(self, ticket: Ticket) -> Refusal:
+        what = f"the preset {ticket.preset}" if ticket.preset else "a preset"
+        return Refusal(
+            503,
+            f"{what} was not ready within hold_timeout ({self.settings.hold_timeout:g} s)",
+            {"Retry-After": "30", **self._queue_headers(ticket)},
+        )
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _message(body: bytes) -> str:
+    """The message in an error body of llama-server, or the body's beginning."""
+    with suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(body)["error"]["message"])
+    return body[:200].decode(errors="replace")

@@ -1,0 +1,120 @@
+"""Which requests the gateway knows, and what it reads out of one: the model that it names, and whether it streams."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from llmbox.gateway.refusals import Protocol, Refusal
+
+MODEL_NAME_LIMIT = 200  # characters; the longest name of a model in use is well below
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route of llama-server that is passed through.
+
+    `slot`: it generates, so it takes one of the preset's slots. `reads_body`: its body is JSON that may name a model.
+    """
+
+    method: str
+    path: str
+    protocol: Protocol
+    slot: bool = True
+    reads_body: bool = True
+
+
+def _routes() -> dict[tuple[str, str], Route]:
+    openai = (
+        "/chat/completions",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/responses",
+        "/v1/responses",
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/v1/reranking",
+    )
+    llama = ("/completion", "/completions", "/infill", "/embedding", "/embeddings", "/rerank", "/reranking")
+    counters = (
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+        "/chat/completions/input_tokens",
+        "/v1/chat/completions/input_tokens",
+        "/responses/input_tokens",
+        "/v1/responses/input_tokens",
+    )
+    routes = [
+        *(Route("POST", path, "openai") for path in openai),
+        *(Route("POST", path, "llama") for path in llama),
+        Route("POST", "/v1/messages", "anthropic"),
+        Route("POST", "/v1/messages/count_tokens", "anthropic", slot=False),
+        *(Route("POST", path, "llama", slot=False) for path in counters),
+        Route("GET", "/props", "llama", slot=False, reads_body=False),
+    ]
+    return {(route.method, route.path): route for route in routes}
+
+
+ROUTES = _routes()
+
+
+def protocol_of(path: str) -> Protocol:
+    """In whose words an error about this path is told."""
+    return "anthropic" if path.startswith("/v1/messages") else "openai"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a body asks for. `model` is None when it names none."""
+
+    model: str | None = None
+    stream: bool = False
+
+
+class _Pairs(dict[str, Any]):
+    """A JSON object that remembers which keys it was given twice."""
+
+    twice: frozenset[str] = frozenset()
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> _Pairs:
+    found = _Pairs(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        found.twice = frozenset(key for key, _ in pairs if key in seen or seen.add(key))
+    return found
+
+
+def read_body(body: bytes) -> Asked:
+    """What the JSON body of a request asks for. Raises Refusal(400) for one that says no clear thing."""
+    try:
+        found = json.loads(body.decode("utf-8"), object_pairs_hook=_pairs)
+    except UnicodeDecodeError as error:
+        raise Refusal(400, f"the body is not UTF-8: byte {error.start} is {body[error.start]:#04x}") from None
+    except json.JSONDecodeError as error:
+        raise Refusal(400, f"the body is not JSON: {error.msg} at character {error.pos}") from None
+    except ValueError:  # a number of thousands of digits
+        raise Refusal(400, "the body is not usable JSON: it has a number that is too long") from None
+    except RecursionError:
+        raise Refusal(400, "the body is not usable JSON: it is nested too deeply") from None
+    if not isinstance(found, _Pairs):
+        raise Refusal(400, f"the body must be a JSON object, not {_kind(found)}")
+    # Another reader may take the other one of two: what is meant must not depend on who reads it.
+    for key in ("model", "stream"):
+        if key in found.twice:
+            raise Refusal(400, f"the body has {key!r} twice; send it once")
+    model, stream = found.get("model"), found.get("stream")
+    if model is not None and not isinstance(model, str):
+        raise Refusal(400, f"'model' must be a string, not {_kind(model)}")
+    if model is not None and len(model) > MODEL_NAME_LIMIT:
+        raise Refusal(400, f"'model' has {len(model)} characters; the limit is {MODEL_NAME_LIMIT}")
+    if stream is not None and not isinstance(stream, bool):
+        raise Refusal(400, f"'stream' must be true or false, not {_kind(stream)}")
+    return Asked(model or None, bool(stream))
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "a number")

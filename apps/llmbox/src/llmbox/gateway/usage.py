@@ -1,0 +1,109 @@
+"""Tokens and speeds of one request, read from the end of llama-server's answer."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TAIL_BYTES = 64 * 1024  # the last events of a stream, which hold the figures; they are far smaller
+
+
+@dataclass
+class Usage:
+    """Tokens of a request; tok/s for the speeds. None where the server did not say."""
+
+    prompt: int | None = None
+    cached: int | None = None
+    generated: int | None = None
+    prefill_tok_s: float | None = None
+    generation_tok_s: float | None = None
+
+    @property
+    def total(self) -> int:
+        """What counts against a budget: the prompt without its cached part, and what was generated."""
+        return (self.prompt or 0) - (self.cached or 0) + (self.generated or 0)
+
+
+class Tail:
+    """The last bytes of a stream, and how many events it had (one a token, nearly)."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self._chunks: deque[bytes] = deque()
+        self._size = 0
+
+    def add(self, chunk: bytes) -> None:
+        """Take in the next piece."""
+        self.events += chunk.count(b"data: ")
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+        while self._size - len(self._chunks[0]) >= TAIL_BYTES:
+            self._size -= len(self._chunks.popleft())
+
+    def usage(self) -> Usage:
+        """The figures in the last events."""
+        found = Usage()
+        for line in b"".join(self._chunks).split(b"\n"):
+            if line.startswith(b"data: {") and (b"usage" in line or b"timings" in line):
+                _take(found, _parsed(line[6:]))
+        return found
+
+
+def usage_of(body: bytes) -> Usage:
+    """The figures in the body of an answer that was not streamed."""
+    found = Usage()
+    _take(found, _parsed(body))
+    return found
+
+
+def _parsed(text: bytes) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _take(found: Usage, event: Mapping[str, Any]) -> None:
+    # OpenAI and llama-server: at the top; Anthropic: in message_start's message; responses: in response.
+    for holder in (event, event.get("message"), event.get("response")):
+        if not isinstance(holder, dict):
+            continue
+        usage, timings = holder.get("usage"), holder.get("timings")
+        if isinstance(usage, dict):
+            _take_usage(found, usage)
+        if isinstance(timings, dict):
+            _take_timings(found, timings)
+
+
+def _take_usage(found: Usage, usage: Mapping[str, Any]) -> None:
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    read = usage.get("cache_read_input_tokens")
+    if isinstance(usage.get("prompt_tokens"), int):
+        found.prompt = usage["prompt_tokens"]
+    elif isinstance(usage.get("input_tokens"), int):
+        # Anthropic counts what came from the cache apart from input_tokens; /v1/responses within it.
+        found.prompt = usage["input_tokens"] + (read if isinstance(read, int) else 0)
+    for value in (cached, read):
+        if isinstance(value, int):
+            found.cached = value
+    for key in ("completion_tokens", "output_tokens"):
+        if isinstance(usage.get(key), int):
+            found.generated = usage[key]
+
+
+def _take_timings(found: Usage, timings: Mapping[str, Any]) -> None:
+    cached, processed = timings.get("cache_n"), timings.get("prompt_n")
+    if isinstance(processed, int):
+        found.prompt = processed + (cached if isinstance(cached, int) else 0)
+    if isinstance(cached, int):
+        found.cached = cached
+    if isinstance(timings.get("predicted_n"), int):
+        found.generated = timings["predicted_n"]
+    for key, name in (("prompt_per_second", "prefill_tok_s"), ("predicted_per_second", "generation_tok_s")):
+        if isinstance(timings.get(key), int | float):
+            setattr(found, name, round(float(timings[key]), 2))
