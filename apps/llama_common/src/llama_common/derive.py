@@ -58,10 +58,10 @@ def presets_plan(
 ) -> dict[str, dict[str, Any]]:
     """Everything about every preset: its own keys, and
 
-    unit, command (argv), listen, health_url (base URL), model_path, draft_path, conflicts, after, commit,
-    context_per_slot. `listen` is where user presets without a place of their own listen; `dialects` holds the
-    --help text of each build's llama-server, where it is known. Raises InventoryError when a binary lacks
-    what its preset needs.
+    unit, command (argv), listen, health_url (base URL), model_path, draft_path, model_files (of both),
+    conflicts, after, commit, context_per_slot. `listen` is where user presets without a place of their own
+    listen; `dialects` holds the --help text of each build's llama-server, where it is known. Raises
+    InventoryError when a binary lacks what its preset needs.
     """
     users = sorted(name for name, preset in config.llama_presets.items() if preset.scope == "user")
     foreign = list(config.llama_presets_foreign_units)
@@ -88,6 +88,11 @@ def presets_plan(
             "health_url": Address.parse(place).base_url,
             "model_path": paths[0],
             "draft_path": paths[1] if len(paths) > 1 else None,
+            "model_files": [
+                f"{models_dir}/{file.file}"
+                for model in config.models_of(name)
+                for file in config.files(model)
+            ],
             "conflicts": [*(unit_name(other) for other in users if other != name), *foreign]
             if exclusive
             else [],

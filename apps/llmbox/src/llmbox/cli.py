@@ -13,11 +13,12 @@ import pwd
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmbox.errors import EXIT_DONE, EXIT_FAILED, LlmboxError, UsageError
 
@@ -175,6 +176,7 @@ def change(
     options: argparse.Namespace,
 ) -> int:
     """The verbs that change what serves, under the lock and with signals turned into a way back."""
+    from llmbox.gateway.client import requests_held
     from llmbox.lock import held
     from llmbox.server import LlamaServer
     from llmbox.switch import Interrupted, Outcome, Switcher
@@ -185,12 +187,22 @@ def change(
 
     reporter = ConsoleReporter()
     switcher = Switcher(presets, systemd, health, reporter)
+    began = time.monotonic()
+
+    def tell(figures: Mapping[str, Any]) -> None:
+        doing = f"{figures.get('phase')}, {figures.get('in_flight')} requests in flight"
+        reporter.progress(options.what, time.monotonic() - began, doing)
+
     with held(runtime, options.what), signals(Interrupted):
         try:
-            if preset is not None:
-                outcome = switcher.switch(preset.name, restart=options.restart)
+            if preset is not None and switcher.serves(preset.name) and not options.restart:
+                outcome = switcher.switch(preset.name)
             else:
-                outcome = switcher.off() if verb == "off" else switcher.sleep()
+                with requests_held(runtime, preset.name if preset else None, tell):
+                    if preset is not None:
+                        outcome = switcher.switch(preset.name, restart=options.restart)
+                    else:
+                        outcome = switcher.off() if verb == "off" else switcher.sleep()
         except Interrupted:
             outcome = Outcome(False, "interrupted; look with: lmswitch status")
     reporter.close()

@@ -39,6 +39,8 @@ class BoxPreset(BaseModel):
     listen: str = Field(pattern=r"^(/[^\x00-\x1f]{1,106}|[^/\x00-\x20]+:[0-9]{1,5})$")
     unit: Unit
     command: list[str] = Field(min_length=1)
+    model_files: list[Path] = []
+    parallel: int = Field(default=1, gt=0)
     start_timeout: float = Field(default=180, gt=0)
     stop_timeout: float = Field(default=15, gt=0)
 

@@ -86,6 +86,14 @@ class Switcher:
         self.reporter = reporter
         self.clock = clock
 
+    def serves(self, name: str) -> bool:
+        """Whether this preset is up and answers."""
+        wanted = self.presets.presets[name]
+        return (
+            self.manager.show([wanted.unit])[wanted.unit].active == "active"
+            and self.health(wanted.listen) == "ok"
+        )
+
     def switch(self, name: str, *, restart: bool = False) -> Outcome:
         """Make `name` the preset that serves. Going to the one that is ready already changes nothing."""
         wanted = self.presets.presets[name]

@@ -18,7 +18,7 @@ WAIT_PREFIX = "llmbox-wait-ready:"
 NOISE_FACTOR = 20
 PROPERTIES = (
     "Id,LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ActiveEnterTimestamp,StateChangeTimestamp,"
-    "ExecMainCode,ExecMainStatus,ExecMainPID,ExecMainStartTimestamp"
+    "ExecMainCode,ExecMainStatus,ExecMainPID,ExecMainStartTimestamp,ExecMainStartTimestampMonotonic"
 )
 _SIGNALED = {"2", "3"}  # CLD_KILLED, CLD_DUMPED
 
@@ -38,6 +38,7 @@ class UnitState:
     ending: str = ""
     last_pid: int = 0
     last_start_s: float = 0.0
+    last_start_monotonic_s: float = 0.0
 
     @property
     def occupied(self) -> bool:
@@ -222,6 +223,7 @@ def parse_show(unit: str, block: str) -> UnitState:
         ending=_ending(values),
         last_pid=int(values.get("ExecMainPID") or 0),
         last_start_s=_seconds(values.get("ExecMainStartTimestamp", "")),
+        last_start_monotonic_s=int(values.get("ExecMainStartTimestampMonotonic") or 0) / 1e6,
     )
 
 

@@ -1,1 +1,1 @@
-"""The gateway on the box's one port: it holds requests while a preset starts, and can start the one they name."""
+"""The gateway on the box's one port: holds requests while a preset starts, can start the one they name."""

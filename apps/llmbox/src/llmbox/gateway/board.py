@@ -1,7 +1,7 @@
 """The board: which requests wait, which are with the server, and when the box goes over to another preset.
 
-One task, `Board.run`, moves the box from state to state; requests only join and leave. No process, file or socket of
-its own: the machine comes in through `Box`, so that every path is tested against a fake one and a fake clock.
+One task, `Board.run`, moves the box from state to state; requests only join and leave. No process, file or
+socket of its own: the machine comes in through `Box`, so that every path is tested against a fake one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from llmbox.errors import LlmboxError
 from llmbox.gateway.refusals import Refusal
@@ -130,7 +130,7 @@ class Board:
 
         Raises Refusal: 429 when the queue is full, 503 for a preset that just failed or may not be started.
         """
-        ticket = Ticket(preset, account, slot, self.clock(), asyncio.get_running_loop().create_future())
+        ticket = Ticket(preset, account, slot, self.clock(), _future())
         self._last_used = ticket.arrived
         if self._fits(ticket) and self._free(ticket) and not self._before(ticket):
             self._grant(ticket)
@@ -149,7 +149,7 @@ class Board:
         `counts`: the request had reached the server, and may be why it is gone.
         """
         old = lease.ticket
-        ticket = Ticket(old.preset, old.account, old.slot, old.arrived, asyncio.get_running_loop().create_future())
+        ticket = Ticket(old.preset, old.account, old.slot, old.arrived, _future())
         ticket.losses = old.losses + counts
         ticket.unserved_since = self.clock()
         self.waiting = {ticket: None, **self.waiting}
@@ -195,7 +195,7 @@ class Board:
         return 1 + sum(1 for other in ahead if ticket.preset in (None, other.preset))
 
     def estimate_s(self, ticket: Ticket) -> float:
-        """Seconds until the ticket's turn, from the figures of the last loads and requests; 0 when unknown."""
+        """Seconds until the ticket's turn, from the last loads and requests; 0 when unknown."""
         target = ticket.preset or (self.serving.preset if self.serving else None) or ""
         slots = max(1, self.slots.get(target, 1))
         turns = self.position(ticket) * self.service_s / slots
@@ -239,7 +239,10 @@ class Board:
             self._suspect = False
             try:
                 await self._step(await self.box.look())
-            except (LlmboxError, OSError) as error:  # systemctl did not answer: the requests stay where they are
+            except (
+                LlmboxError,
+                OSError,
+            ) as error:  # systemctl did not answer: the requests stay where they are
                 log.error("%s; looking again in %g s", error, TROUBLE_S)
                 await asyncio.sleep(TROUBLE_S)
 
@@ -415,7 +418,8 @@ class Board:
         """The preset to go to now: that of the oldest request which the present one cannot serve."""
         assert self.serving is not None
         wanted = next(
-            (ticket.preset for ticket in self.waiting if ticket.preset not in (None, self.serving.preset)), None
+            (ticket.preset for ticket in self.waiting if ticket.preset not in (None, self.serving.preset)),
+            None,
         )
         if wanted is None or self._dwell_left() > 0:
             return None
@@ -450,7 +454,8 @@ class Board:
             raise Refusal(503, self.failed[preset][1], {"Retry-After": str(int(FAILED_AGAIN_S))})
         if self.settings.switch_policy == "off" and self.serving:
             raise Refusal(
-                503, f"the preset {preset} is not active; start it with: lmswitch {preset} (switch_policy is off)"
+                503,
+                f"the preset {preset} is not active; start it with: lmswitch {preset} (switch_policy is off)",
             )
 
     def _check_room(self, ticket: Ticket) -> None:
@@ -486,10 +491,15 @@ class Board:
         """Wait until a request joins or leaves, the process is gone, or `timeout` seconds are over."""
         self._wake.clear()
         waker = asyncio.ensure_future(self._wake.wait())
+        waiting: set[asyncio.Future[Any]] = {waker, gone} if gone else {waker}
         try:
-            await asyncio.wait({waker, *([gone] if gone else [])}, timeout=timeout, return_when="FIRST_COMPLETED")
+            await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waker.cancel()
+
+
+def _future() -> asyncio.Future[Lease]:
+    return asyncio.get_running_loop().create_future()
 
 
 def _mean(mean: float, newest: float) -> float:

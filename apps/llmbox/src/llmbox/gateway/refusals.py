@@ -18,7 +18,7 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-# ... and as llama-server names them in its OpenAI routes (tools/server/server-common.cpp, format_error_response).
+# ... and as llama-server names them (tools/server/server-common.cpp, format_error_response).
 _OPENAI_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",

@@ -1,4 +1,4 @@
-"""One request from its body to its last byte: identify, queue, send, replay once, and say plainly what failed."""
+"""One request from its body to its last byte: identify, queue, send, replay once, say plainly what failed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from llmbox.gateway.accounts import Account, Accounts
@@ -38,7 +39,7 @@ class ClientGone(Exception):
 
 
 class Reply:
-    """What goes to one client. A stream may begin before there is an answer, so that its client keeps waiting."""
+    """What goes to one client. A stream may begin before its answer does: the client then keeps waiting."""
 
     def __init__(self, send: Send, protocol: Protocol) -> None:
         self._send = send
@@ -117,7 +118,7 @@ class Bodies:
                     if self.buffered > self.settings.max_buffered:
                         raise Refusal(
                             503,
-                            f"requests in waiting fill their {self.settings.max_buffered} bytes; try again later",
+                            f"waiting requests fill {self.settings.max_buffered} bytes; try again later",
                             {"Retry-After": "5", "Connection": "close"},
                         )
                     if not message.get("more_body"):
@@ -225,7 +226,8 @@ class Relay:
         while not ticket.granted.done():
             now = clock()
             until = min(LOOK_INTERVAL_S, max(0.0, next_comment - now)) if stream else LOOK_INTERVAL_S
-            await asyncio.wait({ticket.granted, gone}, timeout=until, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {ticket.granted, gone}
+            await asyncio.wait(waiting, timeout=until, return_when=asyncio.FIRST_COMPLETED)
             if ticket.granted.done():
                 break
             if gone.done():
@@ -256,7 +258,7 @@ class Relay:
         """Send the request and pass the answer on. Raises Lost, Refusal (the lease was ended), ClientGone."""
         me = asyncio.current_task()
         assert me is not None
-        lease.abort = me.cancel
+        lease.abort = partial(_cancel, me)
 
         def leave(_: asyncio.Future[None]) -> None:
             if not gone.cancelled():
@@ -290,7 +292,8 @@ class Relay:
         waited = (b"x-queue-wait-ms", str(round(entry.waited_s * 1000)).encode())
         named = (b"x-llmbox-preset", lease.preset.encode())
         streams = any(
-            name == b"content-type" and value.startswith(b"text/event-stream") for name, value in answer.headers
+            name == b"content-type" and value.startswith(b"text/event-stream")
+            for name, value in answer.headers
         )
         if not streams:
             body = await answer.read(ANSWER_LIMIT)
@@ -334,7 +337,8 @@ class Relay:
                 self._suspects.popitem(last=False)
             log.error("request %s was with %s at two crashes: not sent again", fingerprint, lease.preset)
             raise Refusal(
-                502, f"the preset {lease.preset} went down twice with this request; it is not sent a third time"
+                502,
+                f"the preset {lease.preset} went down twice with this request; it is not sent a third time",
             )
         log.warning("request %s lost its server (%s); sending it once more", fingerprint, lost)
         return self.board.again(lease)
@@ -355,6 +359,10 @@ class Relay:
             f"{what} was not ready within hold_timeout ({self.settings.hold_timeout:g} s)",
             {"Retry-After": "30", **self._queue_headers(ticket)},
         )
+
+
+def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -1,8 +1,9 @@
-"""Which requests the gateway knows, and what it reads out of one: the model that it names, and whether it streams."""
+"""Which requests the gateway knows, and what it reads in one: the model that it names, if it streams."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ MODEL_NAME_LIMIT = 200  # characters; the longest name of a model in use is well
 class Route:
     """A route of llama-server that is passed through.
 
-    `slot`: it generates, so it takes one of the preset's slots. `reads_body`: its body is JSON that may name a model.
+    `slot`: it generates, so it takes one of the preset's slots. `reads_body`: its body is JSON, and may name a
+    model.
     """
 
     method: str
@@ -82,8 +84,8 @@ class _Pairs(dict[str, Any]):
 def _pairs(pairs: list[tuple[str, Any]]) -> _Pairs:
     found = _Pairs(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        found.twice = frozenset(key for key, _ in pairs if key in seen or seen.add(key))
+        counts = Counter(key for key, _ in pairs)
+        found.twice = frozenset(key for key, count in counts.items() if count > 1)
     return found
 
 

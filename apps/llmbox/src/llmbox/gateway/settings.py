@@ -1,4 +1,4 @@
-"""`gateway.json`: what the role llm_gateway renders on the box. Every figure stands in the role's defaults only."""
+"""`gateway.json`: what the role llm_gateway renders; its defaults are the one place of the figures."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Settings(BaseModel):
                 )
 
     def preset_named(self, model: str | None, presets: Sequence[tuple[str, Sequence[str]]]) -> str | None:
-        """The preset that a request's `model` means: a name, an alias, or a pattern of `model_names`; else None.
+        """The preset that a request's `model` means: a name, an alias, a pattern of `model_names`; else None.
 
         `presets` are pairs of a name and its aliases.
         """

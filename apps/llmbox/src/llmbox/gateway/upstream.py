@@ -8,7 +8,6 @@ import httpx
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-# Loading takes place before a request is sent here, and a generation may think for minutes before its first token.
 CONNECT_TIMEOUT_S = 5.0
 _HOP_BY_HOP = {
     b"connection",
@@ -41,7 +40,7 @@ class Lost(Exception):
 
 
 class Answer:
-    """A response of llama-server whose body is still to come. Close it in any case: that ends the generation."""
+    """A response of llama-server whose body is still to come. Close it: that ends a generation that runs."""
 
     def __init__(self, response: httpx.Response) -> None:
         self._response = response

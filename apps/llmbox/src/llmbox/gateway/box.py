@@ -1,0 +1,153 @@
+"""The box as the board sees it: the units of the presets, moved by the same library and lock as lmswitch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from llmbox.errors import Locked
+from llmbox.gateway.board import Busy, Moved, Seen
+from llmbox.lock import held
+from llmbox.prefetch import prefetch
+from llmbox.presets import BoxPreset, PresetsFile
+from llmbox.server import LlamaServer
+from llmbox.switch import Switcher
+from llmbox.systemd import Systemd, UnitState
+
+log = logging.getLogger(__name__)
+
+
+class LogReporter:
+    """Progress of a switch, for the journal."""
+
+    def progress(self, name: str, elapsed_s: float, doing: str) -> None:
+        """Too much for a log."""
+
+    def note(self, text: str, lines: list[str] | None = None) -> None:
+        """One line, and those that belong to it."""
+        log.warning("%s", "\n  | ".join([text, *(lines or [])]))
+
+
+def health(listen: str) -> str:
+    """`ok`, `loading` or `silent`: see LlamaServer.health."""
+    with LlamaServer(listen) as server:
+        return server.health()
+
+
+class SystemdBox:
+    """The box behind llmbox.systemd. Everything that takes time runs in a thread."""
+
+    def __init__(self, presets: PresetsFile, systemd: Systemd, runtime: Path) -> None:
+        self.presets = {preset.name: preset for preset in presets.exclusive}
+        self.systemd = systemd
+        self.runtime = runtime
+        self._active: str | None = None
+        self.switcher = Switcher(presets, systemd, health, LogReporter())
+
+    async def look(self) -> Seen:
+        """What runs, and whether it answers."""
+        return await asyncio.to_thread(self._look)
+
+    def _look(self) -> Seen:
+        states = self.systemd.show([preset.unit for preset in self.presets.values()])
+        seen, unit = choose(self.presets, states)
+        self._active = seen.preset if seen.state == "ready" else None
+        if seen.state == "ready" and seen.preset and health(self.presets[seen.preset].listen) != "ok":
+            return Seen("coming", seen.preset)
+        if seen.state == "down" and unit is not None:
+            lines = self.systemd.last_lines(unit, 3)
+            return Seen("down", seen.preset, reason="; ".join([seen.reason, *lines]))
+        return seen
+
+    async def gone(self, pid: int) -> None:
+        """Return when the process has ended."""
+        try:
+            process = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(process, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(process)
+            os.close(process)
+
+    async def switch(self, preset: str) -> Moved:
+        """Make `preset` serve, under the lock. Raises Busy when lmswitch has it."""
+        return await asyncio.shield(asyncio.to_thread(self._switch, preset))
+
+    def _switch(self, preset: str) -> Moved:
+        began = time.monotonic()
+        try:
+            with held(self.runtime, f"{preset} (gateway)"):
+                outcome = self.switcher.switch(preset)
+        except Locked as error:
+            log.info("%s", error)
+            raise Busy from None
+        if not outcome.ok:
+            return Moved(False, "; ".join([outcome.message, *outcome.reason[-3:]]))
+        unit = self.systemd.show([self.presets[preset].unit])[self.presets[preset].unit]
+        log.info("%s", outcome.message)
+        if not outcome.changed or not unit.last_start_monotonic_s:
+            return Moved(True)
+        stopped = max(0.0, unit.last_start_monotonic_s - began)
+        return Moved(True, parts={"stop": stopped, "load": time.monotonic() - began - stopped})
+
+    async def stop(self) -> None:
+        """Stop whatever preset runs. Raises Busy when lmswitch has the lock."""
+        await asyncio.shield(asyncio.to_thread(self._stop))
+
+    def _stop(self) -> None:
+        try:
+            with held(self.runtime, "off (gateway)"):
+                log.info("%s", self.switcher.off().message)
+        except Locked:
+            raise Busy from None
+
+    async def prefetch(self, preset: str) -> None:
+        """Read the preset's model into the page cache; what cannot be read is llama-server's to report."""
+        stop = threading.Event()
+        present = self.presets[self._active].model_files if self._active else []
+        try:
+            with suppress(OSError):
+                for path in self.presets[preset].model_files:
+                    done = await asyncio.to_thread(prefetch, path, protect=present, stop=stop.is_set)
+                    log.info(
+                        "%s: read %d bytes of %s, %d were in memory",
+                        preset,
+                        done.read,
+                        path.name,
+                        done.resident,
+                    )
+        finally:
+            stop.set()
+
+
+def choose(
+    presets: Mapping[str, BoxPreset], states: Mapping[str, UnitState]
+) -> tuple[Seen, UnitState | None]:
+    """What systemd's states mean for requests, and the unit that failed when one did."""
+    units = {preset.unit: name for name, preset in presets.items()}
+    failed: UnitState | None = None
+    coming: str | None = None
+    for unit, name in units.items():
+        state = states[unit]
+        if state.active == "active":
+            return Seen("ready", name, state.main_pid), None
+        if state.occupied or state.sub == "auto-restart":
+            coming = coming or name
+        elif state.failed and (failed is None or state.since_s > failed.since_s):
+            failed = state
+    if coming:
+        return Seen("coming", coming), None
+    if failed:
+        return Seen("down", units[failed.unit], reason=failed.ending or "it failed"), failed
+    return Seen("down"), None

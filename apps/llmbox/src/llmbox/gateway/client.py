@@ -1,0 +1,75 @@
+"""How lmswitch talks to the gateway (llmbox.gateway.control), without asyncio, which takes long to import."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmbox.errors import LlmboxError
+
+SOCKET = "llmbox/control.sock"  # in the user's runtime directory
+ANSWER_TIMEOUT_S = 5.0
+
+
+def ask_status(runtime: Path) -> dict[str, Any] | None:
+    """The gateway's figures; None when no gateway answers."""
+    connection = _connect(runtime)
+    if connection is None:
+        return None
+    with connection:
+        try:
+            connection.sendall(line({"do": "status"}))
+            found = json.loads(connection.makefile("rb").readline() or b"null")
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+
+@contextmanager
+def requests_held(
+    runtime: Path, preset: str | None, on_tick: Callable[[Mapping[str, Any]], None]
+) -> Iterator[None]:
+    """Have the gateway hold all requests during the body, once what runs has been drained.
+
+    `on_tick` gets its figures meanwhile. Without a gateway there is nothing to hold. Raises LlmboxError
+    when one is there and does not answer.
+    """
+    connection = _connect(runtime)
+    if connection is None:
+        yield
+        return
+    with connection:
+        try:
+            connection.sendall(line({"do": "hold", "preset": preset}))
+            for told in connection.makefile("rb"):
+                said = json.loads(told)
+                if said.get("held"):
+                    break
+                on_tick(said)
+        except TimeoutError:
+            raise LlmboxError(
+                f"the gateway did not answer in {ANSWER_TIMEOUT_S:.0f} s; "
+                "look with: journalctl --user -u llm-gateway"
+            ) from None
+        except (OSError, ValueError):
+            pass  # it was stopped meanwhile: nothing stands in front any longer
+        yield
+
+
+def _connect(runtime: Path) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(ANSWER_TIMEOUT_S)
+    try:
+        connection.connect(str(runtime / SOCKET))
+    except OSError:
+        connection.close()
+        return None
+    return connection
+
+
+def line(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"

@@ -1,0 +1,74 @@
+"""The gateway's control socket: how lmswitch asks it to hold the requests while it switches, and how it does.
+
+JSON, one object a line. `{"do": "status"}` is answered with the figures of the queue. `{"do": "hold",
+"preset": NAME}` is answered with the figures once a second while the present server is drained, and with
+`{"held": true}` when it is; from then on requests wait until the connection closes, however that happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+from llmbox.gateway.board import Board
+from llmbox.gateway.client import line
+
+LINE_LIMIT = 4096
+TICK_S = 1.0
+
+
+async def serve(board: Board, listener: socket.socket) -> asyncio.Server:
+    """Answer on the control socket."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            asked = json.loads(await reader.readline() or b"{}")
+            if asked.get("do") == "status":
+                writer.write(line(status(board)))
+            elif asked.get("do") == "hold":
+                await _hold(board, asked.get("preset"), reader, writer)
+            else:
+                writer.write(line({"error": "do: status or hold"}))
+            await writer.drain()
+        except (OSError, ValueError, AttributeError):
+            pass  # whoever asked has gone, or never meant us
+        finally:
+            writer.close()
+
+    return await asyncio.start_unix_server(answer, sock=listener, limit=LINE_LIMIT)
+
+
+async def _hold(
+    board: Board, preset: str | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    closed = asyncio.ensure_future(reader.read())
+    held = asyncio.Event()
+
+    async def hold() -> None:
+        async with board.hold(preset):
+            held.set()
+            writer.write(line({"held": True}))
+            await closed
+
+    holding = asyncio.ensure_future(hold())
+    try:
+        while not closed.done() and not holding.done():
+            if not held.is_set():
+                writer.write(line(status(board)))
+            await asyncio.wait({closed, holding}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        closed.cancel()
+        holding.cancel()
+        await asyncio.gather(closed, holding, return_exceptions=True)
+
+
+def status(board: Board) -> dict[str, Any]:
+    """The figures of the queue."""
+    return {
+        "phase": board.phase,
+        "queued": board.queued,
+        "in_flight": board.in_flight,
+        "last_switch": board.last_switch,
+    }
