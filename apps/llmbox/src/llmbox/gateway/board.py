@@ -304,7 +304,7 @@ class Board:
         self._enter("failed" if seen.reason else "stopped")
         if seen.preset and seen.reason:
             self.failed.setdefault(seen.preset, (self.clock(), seen.reason))
-        fallback = self._unloaded or self.settings.default_preset
+        fallback = self._unloaded or self.settings.default_preset or None
         for ticket in list(self.waiting):
             wanted = ticket.preset or fallback
             if wanted is None:
@@ -435,7 +435,7 @@ class Board:
         return bool(after) and not self.leases and not self.waiting and self._idle_left() <= 0
 
     def _idle_left(self) -> float:
-        return self._last_used + (self.settings.idle_unload or 0) - self.clock()
+        return self._last_used + self.settings.idle_unload - self.clock()
 
     def _patience(self) -> float | None:
         """Seconds after which the present state may have to change without anybody's doing; None: never."""

@@ -33,11 +33,11 @@ class Settings(BaseModel):
     drain_timeout: Seconds
     switch_policy: Literal["off", "when_idle", "always"]
     min_dwell: Seconds
-    default_preset: Name | None
+    default_preset: Name | Literal[""]
     model_names: dict[str, Name]
     queue_limit: Count
     queue_limit_per_key: Count
-    idle_unload: Seconds | None
+    idle_unload: Seconds
     prefetch: bool
     max_body: Count
     max_buffered: Count
@@ -66,7 +66,7 @@ class Settings(BaseModel):
             ("default_preset", self.default_preset),
             *((f"model_names.{pattern}", name) for pattern, name in self.model_names.items()),
         ]:
-            if name is not None and name not in names:
+            if name and name not in names:
                 raise UsageError(
                     f"{SETTINGS_FILE}: {key} = {name!r}: no such user preset ({', '.join(names)}); {REMEDY}"
                 )

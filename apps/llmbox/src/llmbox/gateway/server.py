@@ -1,0 +1,340 @@
+"""HTTP on the sockets that systemd passes: uvicorn's server and protocol, with bounds and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import signal
+import socket
+from collections.abc import Generator, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from llmbox.errors import UsageError
+from llmbox.gateway.refusals import Refusal, error_body
+from llmbox.gateway.settings import Settings
+
+FIRST_FD = 3  # sd_listen_fds(3): passed sockets begin behind stderr
+KEEP_ALIVE_S = 300  # longer than clients keep a connection, so that it is they who close it
+HEAD_LIMIT = 64 * 1024  # bytes of request line and headers
+BACKLOG = 2048
+LINGER_S = 3.0  # for a client to take its refusal before a connection with unread bytes is reset
+LOOK_INTERVAL_S = 0.02  # between two looks at the connections that are open at a stop
+KEEPALIVE_PROBE_S = 60  # a client that is gone without a word is found after some of these
+
+log = logging.getLogger(__name__)
+
+
+def passed_sockets(environ: MutableMapping[str, str] = os.environ) -> list[socket.socket]:
+    """The listening sockets that systemd passed to this process. Raises UsageError when there is none."""
+    count, pid = environ.pop("LISTEN_FDS", ""), environ.pop("LISTEN_PID", "")
+    environ.pop("LISTEN_FDNAMES", None)
+    if not count.isdigit() or int(count) == 0 or pid != str(os.getpid()):
+        raise UsageError(
+            "no socket was passed (LISTEN_FDS, LISTEN_PID): "
+            "the gateway is started by its socket: systemctl --user start llm-gateway.socket llm-gateway.service"
+        )
+    sockets = [socket.socket(fileno=fd) for fd in range(FIRST_FD, FIRST_FD + int(count))]
+    for sock in sockets:
+        sock.set_inheritable(False)
+        sock.setblocking(False)
+    return sockets
+
+
+def split(sockets: Sequence[socket.socket]) -> tuple[list[socket.socket], socket.socket | None]:
+    """The sockets of the HTTP port, and the control socket. Raises UsageError when the port is missing."""
+    http = [sock for sock in sockets if sock.family in (socket.AF_INET, socket.AF_INET6)]
+    control = [sock for sock in sockets if sock.family == socket.AF_UNIX]
+    if not http or len(control) > 1:
+        raise UsageError(
+            f"systemd passed {len(http)} TCP and {len(control)} UNIX sockets; llm-gateway.socket must have "
+            "ListenStream= with the HTTP port, and at most one path (the control socket)"
+        )
+    return http, control[0] if control else None
+
+
+def notify(state: str) -> None:
+    """Tell systemd the state of the service (sd_notify(3)); nothing where nobody listens."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+    except OSError as error:
+        log.warning("systemd was not told %s: %s", state, error)
+
+
+class State(ServerState):
+    """What all connections of a server share."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.draining = False
+        self.turned_away = 0  # connections beyond max_connections that are still taking their 503
+
+
+class Farewell:
+    """A connection's transport, whose `close` may first read off what the client still sends.
+
+    A socket closed with unread bytes is reset, and the reset destroys an answer that the client has not read yet.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        self.write = transport.write
+        self.pause_reading = transport.pause_reading
+        self.resume_reading = transport.resume_reading
+        self.get_extra_info = transport.get_extra_info
+        self.unread = False
+        self.lingering = False
+
+    def is_closing(self) -> bool:
+        """Whether nothing more can be said."""
+        return self.lingering or self.transport.is_closing()
+
+    def close(self) -> None:
+        """Close, at once or after the client has had time to read."""
+        if self.is_closing():
+            return
+        if not self.unread:
+            self.transport.close()
+            return
+        self.lingering = True
+        self.transport.write_eof()
+        self.transport.resume_reading()
+        asyncio.get_running_loop().call_later(LINGER_S, self.transport.abort)
+
+
+class GatewayProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol with bounds on the head of a request, on idle and on surplus connections."""
+
+    server_state: State
+    _farewell: Farewell
+    _heading = False  # the head of a request has begun and is not complete
+    _head_size = 0
+    _head_timer: asyncio.TimerHandle | None = None
+    _wrong: Refusal | None = None
+    _surplus = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection; turn it away at once when there are too many."""
+        self._farewell = Farewell(transport)
+        super().connection_made(self._farewell)  # type: ignore[arg-type]
+        state = self.server_state
+        limit = state.settings.max_connections
+        if len(self.connections) > limit:
+            # Not among the connections: surplus ones must not keep others out, nor the server from stopping.
+            self.connections.discard(self)
+            self._surplus = True
+            state.turned_away += 1
+            if state.turned_away > limit:
+                transport.abort()
+            else:
+                self._refuse(Refusal(503, f"all {limit} connections are taken; try again", {"Retry-After": "2"}))
+            return
+        if state.draining:
+            self.timeout_keep_alive = state.settings.shutdown_grace  # type: ignore[assignment]
+        self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._head_complete()
+        self._unset_keepalive_if_required()
+        self.server_state.turned_away -= self._surplus
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and watch how long and how large the head of a request becomes."""
+        if self._farewell.lingering:
+            return
+        was_heading = self._heading
+        super().data_received(data)
+        if self._farewell.is_closing():
+            return
+        if self._heading:
+            # A first piece may hold the end of another request; it is smaller than the parser's own read size.
+            self._head_size += len(data) if was_heading else 0
+            if self._head_size > HEAD_LIMIT:
+                self._refuse(_head_too_large())
+            elif self._head_timer is None:
+                self._head_timer = self.loop.call_later(
+                    self.server_state.settings.request_timeout, self._head_overdue
+                )
+        elif self._at_rest():
+            self._await_request()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._heading, self._head_size = True, 0
+
+    def on_headers_complete(self) -> None:
+        """The head is there: start the request."""
+        self._head_complete()
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > HEAD_LIMIT:
+            self._wrong = _head_too_large()
+            raise ValueError  # the parser hands it to send_400_response
+        super().on_headers_complete()
+        if self.server_state.draining:
+            self.cycle.keep_alive = False
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            async def begin(message: Any) -> None:
+                # Answered before its body was there: the rest of it is not worth reading for the next request.
+                if cycle.more_body and not cycle.response_started:
+                    cycle.keep_alive = False
+                    self._farewell.unread = True
+                await send(message)
+
+            await app(scope, receive, begin)
+
+        super()._start_asgi_task(cycle, answer)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP."""
+        self._refuse(self._wrong or Refusal(400, "this is not a valid HTTP/1.1 request"))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """An Upgrade is an offer that a server may leave aside: curl --http2 makes one with each request."""
+
+    def shutdown(self) -> None:
+        """Announce the end to the client; read an idle connection for `shutdown_grace` seconds more."""
+        self.timeout_keep_alive = self.server_state.settings.shutdown_grace  # type: ignore[assignment]
+        if self._at_rest():
+            if not self._heading:
+                self._await_request()
+        elif not self.cycle.response_started:
+            self.cycle.keep_alive = False
+        # An answer under way has said that the connection stays: its client may send one request more.
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, unless a request has reached this machine already."""
+        self.timeout_keep_alive_task = None
+        sock = self._farewell.get_extra_info("socket")
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLIN)
+        if not self._heading and not poll.poll(0):
+            self._farewell.close()
+
+    def _at_rest(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_request(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+    def _head_complete(self) -> None:
+        self._heading = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_overdue(self) -> None:
+        seconds = self.server_state.settings.request_timeout
+        self._refuse(Refusal(408, f"the headers were not complete after {seconds:g} s"))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer what never became a request, and close."""
+        self._head_complete()
+        self._unset_keepalive_if_required()
+        if self._farewell.is_closing():
+            return
+        self._farewell.unread = True
+        if not self._at_rest():
+            cycle = self.cycle
+            if not cycle.more_body:  # the wrong bytes came behind a good request: answer that one, then close
+                cycle.keep_alive = False
+                self._farewell.pause_reading()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started:
+                self._farewell.close()
+                return
+        body = error_body("openai", refusal)
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "connection": "close",
+            **{name.lower(): value for name, value in refusal.headers.items()},
+        }
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self._farewell.write(STATUS_LINE[refusal.status] + head.encode() + b"\r\n" + body)
+        self._farewell.close()
+
+
+def _head_too_large() -> Refusal:
+    return Refusal(431, f"the request line and headers are larger than {HEAD_LIMIT} bytes")
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server: SIGTERM ends it when everything that was accepted has been answered."""
+
+    def __init__(self, app: Any, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="uvloop",
+                http=GatewayProtocol,
+                ws="none",
+                lifespan="off",
+                interface="asgi3",
+                log_config=None,
+                log_level="error",
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
+            )
+        )
+        self.server_state: State = State(settings)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        for sock in sockets or []:  # connections inherit these
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_PROBE_S)
+        await super().startup(sockets)
+        notify("READY=1")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close our copies of the sockets, whose backlog stays with systemd, and answer what was accepted."""
+        notify("STOPPING=1")
+        for server in self.servers:
+            server.close()
+        for sock in sockets or []:
+            sock.close()
+        state = self.server_state
+        state.draining = True
+        for connection in list(state.connections):
+            connection.shutdown()
+        log.info("stopping: %d connections are open, %d requests run", len(state.connections), len(state.tasks))
+        await asyncio.sleep(0)  # a connection that was accepted in this turn of the loop is made now
+        while (state.connections or state.tasks) and not self.force_exit:
+            await asyncio.sleep(LOOK_INTERVAL_S)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Stop on SIGTERM and SIGINT, without uvicorn's raising them again: what follows the server must run."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
