@@ -1,4 +1,4 @@
-"""HTTP on the sockets that systemd passes: uvicorn's server and protocol, with bounds and a stop that loses nothing."""
+"""HTTP on the sockets that systemd passes: uvicorn's server, with bounds and a stop that loses nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def passed_sockets(environ: MutableMapping[str, str] = os.environ) -> list[socke
     if not count.isdigit() or int(count) == 0 or pid != str(os.getpid()):
         raise UsageError(
             "no socket was passed (LISTEN_FDS, LISTEN_PID): "
-            "the gateway is started by its socket: systemctl --user start llm-gateway.socket llm-gateway.service"
+            "start the gateway with: systemctl --user start llm-gateway.socket llm-gateway.service"
         )
     sockets = [socket.socket(fileno=fd) for fd in range(FIRST_FD, FIRST_FD + int(count))]
     for sock in sockets:
@@ -84,7 +84,7 @@ class State(ServerState):
 class Farewell:
     """A connection's transport, whose `close` may first read off what the client still sends.
 
-    A socket closed with unread bytes is reset, and the reset destroys an answer that the client has not read yet.
+    A socket closed with unread bytes is reset, and the reset destroys an answer that is not read yet.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -114,7 +114,7 @@ class Farewell:
 
 
 class GatewayProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol with bounds on the head of a request, on idle and on surplus connections."""
+    """uvicorn's HTTP/1.1 with bounds on the head of a request, on idle and on surplus connections."""
 
     server_state: State
     _farewell: Farewell
@@ -138,7 +138,8 @@ class GatewayProtocol(HttpToolsProtocol):
             if state.turned_away > limit:
                 transport.abort()
             else:
-                self._refuse(Refusal(503, f"all {limit} connections are taken; try again", {"Retry-After": "2"}))
+                message = f"all {limit} connections are taken; try again in 2 s"
+                self._refuse(Refusal(503, message, {"Retry-After": "2"}))
             return
         if state.draining:
             self.timeout_keep_alive = state.settings.shutdown_grace  # type: ignore[assignment]
@@ -160,7 +161,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._farewell.is_closing():
             return
         if self._heading:
-            # A first piece may hold the end of another request; it is smaller than the parser's own read size.
+            # The piece that a head begins in may hold another request too; the loop bounds its size.
             self._head_size += len(data) if was_heading else 0
             if self._head_size > HEAD_LIMIT:
                 self._refuse(_head_too_large())
@@ -190,7 +191,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         async def answer(scope: Any, receive: Any, send: Any) -> None:
             async def begin(message: Any) -> None:
-                # Answered before its body was there: the rest of it is not worth reading for the next request.
+                # Answered before its body was there: the rest is not worth reading for the next request.
                 if cycle.more_body and not cycle.response_started:
                     cycle.keep_alive = False
                     self._farewell.unread = True
@@ -321,14 +322,14 @@ class Server(uvicorn.Server):
         state.draining = True
         for connection in list(state.connections):
             connection.shutdown()
-        log.info("stopping: %d connections are open, %d requests run", len(state.connections), len(state.tasks))
+        log.info("stopping: %d connections, %d requests", len(state.connections), len(state.tasks))
         await asyncio.sleep(0)  # a connection that was accepted in this turn of the loop is made now
         while (state.connections or state.tasks) and not self.force_exit:
             await asyncio.sleep(LOOK_INTERVAL_S)
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Stop on SIGTERM and SIGINT, without uvicorn's raising them again: what follows the server must run."""
+        """Stop on SIGTERM and SIGINT. uvicorn raises them again, and what follows the server never runs."""
         loop = asyncio.get_running_loop()
         signals = (signal.SIGTERM, signal.SIGINT)
         for number in signals:
