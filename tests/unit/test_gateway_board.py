@@ -1,0 +1,424 @@
+"""The queue: who may go, who waits, and when the box goes over to another preset."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from llmbox.gateway.board import Board, Lease, Ticket
+from llmbox.gateway.refusals import Refusal
+from llmbox.gateway.settings import Settings
+
+from tests.unit.fake_box import FakeBox
+
+PATIENCE_S = 3.0
+
+DEFAULTS: dict[str, Any] = {
+    "hold_timeout": 180.0,
+    "commit_after": 5.0,
+    "drain_timeout": 60.0,
+    "switch_policy": "always",
+    "min_dwell": 0.0,
+    "default_preset": "",
+    "model_names": {},
+    "queue_limit": 20,
+    "queue_limit_per_key": 10,
+    "idle_unload": 0.0,
+    "prefetch": True,
+    "max_body": 1000,
+    "max_buffered": 10000,
+    "max_connections": 100,
+    "request_timeout": 5.0,
+    "shutdown_grace": 1.0,
+    "networks": [],
+    "keys_file": "/nowhere",
+    "state_dir": "/nowhere",
+    "audit_file": "/nowhere",
+    "audit_max_size": 1000,
+    "audit_keep": 1,
+    "audit_content": False,
+}
+
+
+def settings(**changed: object) -> Settings:
+    return Settings.model_validate({**DEFAULTS, **changed})
+
+
+@asynccontextmanager
+async def running(
+    box: FakeBox, slots: dict[str, int] | None = None, **changed: object
+) -> AsyncIterator[Board]:
+    board = Board(slots or {"a": 1, "b": 1, "c": 2}, settings(**changed), box)
+    task = asyncio.ensure_future(board.run())
+    try:
+        await until(lambda: board.phase != "starting")
+        yield board
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def turn(ticket: Ticket) -> Lease:
+    async with asyncio.timeout(PATIENCE_S):
+        return await ticket.granted
+
+
+def run(body: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(body())  # type: ignore[arg-type]
+
+
+def test_a_free_server_is_had_at_once() -> None:
+    async def body() -> None:
+        async with running(FakeBox()) as board:
+            ticket = board.ask(None, "k", slot=True)
+            assert ticket.granted.done()
+            assert (await turn(ticket)).preset == "a"
+
+    run(body)
+
+
+def test_as_many_at_a_time_as_the_preset_has_slots_and_in_order() -> None:
+    async def body() -> None:
+        async with running(FakeBox("c")) as board:
+            tickets = [board.ask(None, "k", slot=True) for _ in range(4)]
+            assert [ticket.granted.done() for ticket in tickets] == [True, True, False, False]
+            assert [board.position(ticket) for ticket in tickets[2:]] == [1, 2]
+            board.release(await turn(tickets[0]))
+            assert [ticket.granted.done() for ticket in tickets[2:]] == [True, False]
+
+    run(body)
+
+
+def test_what_takes_no_slot_passes_those_that_wait_for_one() -> None:
+    async def body() -> None:
+        async with running(FakeBox()) as board:
+            board.ask(None, "k", slot=True)
+            board.ask(None, "k", slot=True)
+            assert board.ask(None, "k", slot=False).granted.done()
+
+    run(body)
+
+
+def test_a_named_preset_is_started_once_what_runs_has_finished() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box) as board:
+            first = await turn(board.ask("a", "k", slot=True))
+            other = board.ask("b", "k", slot=True)
+            late = board.ask("a", "k", slot=True)
+            await until(lambda: board.phase == "draining")
+            assert not late.granted.done()
+            assert box.log == ["prefetch b"]
+            board.release(first)
+            lease = await turn(other)
+            assert (lease.preset, box.log) == ("b", ["prefetch b", "switch b"])
+            assert board.last_switch["ok"] and set(board.last_switch["parts"]) == {  # type: ignore[call-overload]
+                "prefetch",
+                "drain",
+                "stop",
+                "load",
+                "ready",
+            }
+            board.release(lease)
+            assert (await turn(late)).preset == "a"
+
+    run(body)
+
+
+def test_what_outlasts_the_drain_is_ended_with_a_reason() -> None:
+    async def body() -> None:
+        async with running(FakeBox(), drain_timeout=0.05) as board:
+            lease = await turn(board.ask("a", "k", slot=True))
+            ended = asyncio.Event()
+            lease.abort = ended.set
+            other = board.ask("b", "k", slot=True)
+            await asyncio.wait_for(ended.wait(), PATIENCE_S)
+            assert lease.ended and lease.ended.status == 503 and "drain_timeout" in lease.ended.message
+            board.release(lease)
+            assert (await turn(other)).preset == "b"
+
+    run(body)
+
+
+def test_requests_are_grouped_by_preset_while_it_dwells() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box, min_dwell=0.2) as board:
+            for _ in range(3):
+                board.ask("b", "k", slot=False)
+                lease = await turn(board.ask("a", "k", slot=False))
+                assert lease.preset == "a"
+                board.release(lease)
+            await until(lambda: board.in_flight == 3)
+            assert box.log.count("switch b") == 1
+
+    run(body)
+
+
+def test_when_idle_a_switch_waits_for_the_last_one_that_runs() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box, switch_policy="when_idle") as board:
+            running_one = await turn(board.ask("a", "k", slot=True))
+            other = board.ask("b", "k", slot=True)
+            next_one = board.ask("a", "k", slot=True)
+            await asyncio.sleep(0.05)
+            assert board.phase == "ready" and not other.granted.done()
+            board.release(running_one)
+            board.release(await turn(next_one))
+            assert (await turn(other)).preset == "b"
+
+    run(body)
+
+
+def test_switching_off_refuses_what_another_preset_would_have_to_serve() -> None:
+    async def body() -> None:
+        async with running(FakeBox(), switch_policy="off") as board:
+            with pytest.raises(Refusal, match="lmswitch b") as caught:
+                board.ask("b", "k", slot=True)
+            assert caught.value.status == 503
+
+    run(body)
+
+
+def test_a_preset_that_fails_is_told_once_and_the_former_serves_on() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        box.failing["b"] = "b failed: out of memory"
+        async with running(box) as board:
+            running_one = await turn(board.ask("a", "k", slot=True))
+            other = board.ask("b", "k", slot=True)
+            bystander = board.ask("a", "k", slot=True)
+            board.release(running_one)
+            with pytest.raises(Refusal, match="out of memory") as caught:
+                await turn(other)
+            assert caught.value.status == 503 and caught.value.headers["Retry-After"]
+            assert (await turn(bystander)).preset == "a"
+            with pytest.raises(Refusal, match="out of memory"):
+                board.ask("b", "k", slot=True)
+            assert box.log.count("switch b") == 1
+
+    run(body)
+
+
+def test_a_crash_holds_what_comes_until_the_server_is_back() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box) as board:
+            lease = await turn(board.ask(None, "k", slot=True))
+            box.die()
+            await until(lambda: board.phase == "loading")
+            waiting = board.ask(None, "k", slot=True)
+            again = board.again(lease)
+            board.release(lease)
+            assert not waiting.granted.done()
+            box.coming = False
+            assert (await turn(again)).pid == box.pid
+            assert not waiting.granted.done(), "who had lost its server comes first"
+            assert again.losses == 1
+
+    run(body)
+
+
+def test_nobody_is_sent_to_a_server_that_was_lost() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box) as board:
+            lease = await turn(board.ask(None, "k", slot=True))
+            box.coming = True  # the socket is dead before the process is
+            board.lost(lease)
+            board.release(lease)
+            assert not board.ask(None, "k", slot=True).granted.done()
+
+    run(body)
+
+
+def test_when_nothing_runs_a_request_is_told_how_to_start_one() -> None:
+    async def body() -> None:
+        async with running(FakeBox(None)) as board:
+            with pytest.raises(Refusal, match="no preset is active.*lmswitch"):
+                await turn(board.ask(None, "k", slot=True))
+
+    run(body)
+
+
+def test_when_nothing_runs_the_default_preset_is_started() -> None:
+    async def body() -> None:
+        async with running(FakeBox(None), default_preset="b", switch_policy="off") as board:
+            assert (await turn(board.ask(None, "k", slot=True))).preset == "b"
+
+    run(body)
+
+
+def test_when_the_default_preset_fails_everybody_who_waits_is_told_why() -> None:
+    async def body() -> None:
+        box = FakeBox(None)
+        box.failing["b"] = "no such file"
+        async with running(box, default_preset="b") as board:
+            with pytest.raises(Refusal, match="no such file"):
+                await turn(board.ask(None, "k", slot=True))
+
+    run(body)
+
+
+def test_a_full_queue_says_when_to_come_again() -> None:
+    async def body() -> None:
+        async with running(FakeBox(), queue_limit=3, queue_limit_per_key=2) as board:
+            board.ask(None, "x", slot=True)
+            for _ in range(2):
+                board.ask(None, "x", slot=True)
+            with pytest.raises(Refusal, match="this key's queue is full: 2") as mine:
+                board.ask(None, "x", slot=True)
+            board.ask(None, "y", slot=True)
+            with pytest.raises(Refusal, match="the queue is full: 3") as all_of_it:
+                board.ask(None, "z", slot=True)
+            assert mine.value.status == all_of_it.value.status == 429
+            assert int(mine.value.headers["Retry-After"]) >= 1
+
+    run(body)
+
+
+def test_overdue_only_while_its_preset_does_not_serve() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box, hold_timeout=0.05) as board:
+            board.ask(None, "k", slot=True)
+            in_line = board.ask(None, "k", slot=True)
+            await asyncio.sleep(0.1)
+            assert not board.overdue(in_line)
+            box.die()
+            await until(lambda: board.phase == "loading")
+            await until(lambda: board.overdue(in_line))
+
+    run(body)
+
+
+def test_who_leaves_makes_room() -> None:
+    async def body() -> None:
+        async with running(FakeBox()) as board:
+            first = board.ask(None, "k", slot=True)
+            second = board.ask(None, "k", slot=True)
+            third = board.ask(None, "k", slot=True)
+            board.leave(second)
+            assert board.position(third) == 1
+            board.leave(first)
+            assert third.granted.done() and board.in_flight == 1 and board.queued == 0
+
+    run(body)
+
+
+def test_a_hold_drains_and_then_keeps_everybody_waiting() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box) as board:
+            lease = await turn(board.ask(None, "k", slot=True))
+            entered = asyncio.Event()
+            leave = asyncio.Event()
+
+            async def by_hand() -> None:
+                async with board.hold("b"):
+                    entered.set()
+                    await leave.wait()
+
+            holding = asyncio.ensure_future(by_hand())
+            await until(lambda: board.phase == "draining")
+            assert not entered.is_set()
+            board.release(lease)
+            await asyncio.wait_for(entered.wait(), PATIENCE_S)
+            waiting = board.ask(None, "k", slot=True)
+            box.become("b")
+            await asyncio.sleep(0.02)
+            assert not waiting.granted.done() and box.log == ["prefetch b"]
+            leave.set()
+            assert (await turn(waiting)).preset == "b"
+            await holding
+
+    run(body)
+
+
+def test_a_hold_that_is_given_up_while_it_drains_lets_requests_go_on() -> None:
+    async def body() -> None:
+        async with running(FakeBox()) as board:
+            lease = await turn(board.ask(None, "k", slot=True))
+
+            async def by_hand() -> None:
+                async with board.hold(None):
+                    pass
+
+            holding = asyncio.ensure_future(by_hand())
+            await until(lambda: board.phase == "draining")
+            holding.cancel()
+            board.release(lease)
+            assert (await turn(board.ask(None, "k", slot=True))).preset == "a"
+
+    run(body)
+
+
+def test_a_lock_that_lmswitch_has_is_waited_for() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        box.locked = 2
+        async with running(box) as board:
+            assert (await turn(board.ask("b", "k", slot=True))).preset == "b"
+
+    run(body)
+
+
+def test_idle_unload_and_the_reload_by_the_next_request() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box, idle_unload=0.05) as board:
+            await until(lambda: box.log == ["stop"])
+            await until(lambda: board.phase == "stopped")
+            assert (await turn(board.ask(None, "k", slot=True))).preset == "a"
+
+    run(body)
+
+
+def test_random_traffic_loses_nobody() -> None:
+    import random
+
+    rng = random.Random(7)
+
+    async def body() -> None:
+        box = FakeBox("a", load_s=0.002)
+        served = 0
+
+        async with running(box, queue_limit=500, queue_limit_per_key=500) as board:
+
+            async def client(number: int) -> None:
+                nonlocal served
+                for _ in range(30):
+                    ticket = board.ask(
+                        rng.choice([None, "a", "b", "c"]), f"k{number}", slot=rng.random() < 0.8
+                    )
+                    while True:
+                        lease = await turn(ticket)
+                        assert ticket.preset in (None, lease.preset)
+                        await asyncio.sleep(rng.random() * 0.003)
+                        board.release(lease)
+                        if lease.pid == box.pid or rng.random() < 0.5:
+                            break
+                        ticket = board.again(lease)
+                    served += 1
+
+            async def trouble() -> None:
+                for _ in range(10):
+                    await asyncio.sleep(0.02)
+                    box.die()
+                    await asyncio.sleep(0.005)
+                    box.coming = False
+
+            await asyncio.gather(*(client(number) for number in range(8)), trouble())
+            assert served == 240 and board.queued == 0 and board.in_flight == 0
+
+    run(body)
