@@ -1,4 +1,4 @@
-"""A stand-in for the machine behind the gateway's board: presets that start, fail and die when a test says so."""
+"""A stand-in for the machine behind the gateway: presets that start, fail and die when a test says so."""
 
 from __future__ import annotations
 
