@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
     runtime = runtime_dir()
     systemd = Systemd(runtime)
     if verb == "status":
-        return show_status(presets, systemd, as_json=options.json)
+        return show_status(presets, systemd, runtime, as_json=options.json)
     if verb == "list":
         return show_list(presets, systemd, as_json=options.json)
     if verb == "logs":
@@ -230,10 +230,11 @@ def signals(interrupted: type[BaseException]) -> Iterator[None]:
             signal.signal(number, action)
 
 
-def show_status(presets: PresetsFile, systemd: Systemd, *, as_json: bool) -> int:
+def show_status(presets: PresetsFile, systemd: Systemd, runtime: Path, *, as_json: bool) -> int:
     """`lmswitch status`."""
     from datetime import UTC, datetime
 
+    from llmbox.gateway.client import ask_status
     from llmbox.status import Probe, collect, screen
 
     def probe(listen: str) -> Probe:
@@ -250,7 +251,8 @@ def show_status(presets: PresetsFile, systemd: Systemd, *, as_json: bool) -> int
             return str(Path(f"/proc/{pid}/exe").readlink())
         return ""
 
-    status = collect(presets, systemd.show([preset.unit for preset in presets.exclusive]), probe, executable)
+    states = systemd.show([preset.unit for preset in presets.exclusive])
+    status = collect(presets, states, probe, executable, ask_status(runtime))
     print(json.dumps(status.as_json()) if as_json else screen(status, datetime.now(UTC), Path.home()))
     return EXIT_DONE
 

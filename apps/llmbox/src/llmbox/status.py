@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from llmbox.presets import BoxPreset, PresetsFile
 from llmbox.systemd import UnitState
@@ -39,9 +40,10 @@ class Status:
     preset: BoxPreset | None = None
     context: int | None = None
     detail: str = ""
+    last_switch: str = ""
 
     def as_json(self) -> dict[str, object]:
-        """Exactly the keys that tools rely on; queued is 0 until a gateway stands in front."""
+        """Exactly the keys that tools rely on."""
         return {
             "active": self.active,
             "state": self.state,
@@ -67,14 +69,20 @@ def collect(
     states: Mapping[str, UnitState],
     probe: Callable[[str], Probe],
     executable: Callable[[int], str],
+    queue: Mapping[str, Any] | None = None,
 ) -> Status:
-    """The status of the box from systemd's states, the server's own answers and the running executable."""
+    """The status of the box from systemd's states, the server's own answers and the running executable.
+
+    `queue` are the gateway's figures (llmbox.gateway.control.status), None without one.
+    """
+    figures = queue or {}
+    queued, last_switch = int(figures.get("queued", 0)), switch_text(figures.get("last_switch") or {})
     rank = {"active": 0, "reloading": 0, "activating": 1, "deactivating": 2, "failed": 3}
     shown = [
         preset for preset in presets.exclusive if states[preset.unit].occupied or states[preset.unit].failed
     ]
     if not shown:
-        return Status(None, "stopped")
+        return Status(None, "stopped", queued=queued, last_switch=last_switch)
     preset = min(shown, key=lambda one: 3 if states[one.unit].failed else rank[states[one.unit].active])
     unit = states[preset.unit]
     asked = probe(preset.listen) if unit.active == "active" else Probe()
@@ -90,11 +98,22 @@ def collect(
         since=iso(unit.since_s),
         build=preset.build,
         commit=release_commit(executable(unit.main_pid) if unit.main_pid else "", preset.command[0]),
-        in_flight=asked.in_flight,
+        in_flight=int(figures.get("in_flight", asked.in_flight)),
+        queued=queued,
+        last_switch=last_switch,
         preset=preset,
         context=asked.context,
         detail=detail,
     )
+
+
+def switch_text(switch: Mapping[str, Any]) -> str:
+    """The gateway's last switch in one line: from where to where, how it ended, seconds of its parts."""
+    if not switch:
+        return ""
+    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in switch["parts"].items())
+    ended = "" if switch["ok"] else " failed"
+    return f"{switch['from'] or 'nothing'} to {switch['to']}{ended}: {parts}"
 
 
 def release_commit(running: str, installed: str) -> str:
@@ -142,6 +161,8 @@ def screen(status: Status, now: datetime, models_disk: Path | None = None) -> st
             ("in flight", f"{status.in_flight} requests, {status.queued} queued"),
         ]
         lines = [status.active or "", *(f"  {key:<10}{value}" for key, value in rows)]
+        if status.last_switch:
+            lines.append(f"  {'switched':<10}{status.last_switch}")
         if status.detail:
             lines.append(f"  {'why':<10}{status.detail}")
     if models_disk is not None and models_disk.is_dir():
