@@ -106,6 +106,7 @@ class Board:
         self.clock = clock or asyncio.get_running_loop().time
         self.serving: Seen | None = None
         self.phase = "starting"
+        self.target: str | None = None  # the preset that is loading
         self.since = self.clock()
         self.waiting: dict[Ticket, None] = {}
         self.leases: set[Lease] = set()
@@ -250,7 +251,7 @@ class Board:
         if seen.state == "ready":
             await self._serve(seen)
         elif seen.state == "coming":
-            self._enter("loading")
+            self._enter("loading", seen.preset)
             await asyncio.sleep(LOOK_LOADING_S)
         else:
             await self._down(seen)
@@ -358,7 +359,7 @@ class Board:
             await self._woken(None, deadline - self.clock())
 
     async def _move(self, former: str | None, target: str, parts: dict[str, float]) -> None:
-        self._enter("loading")
+        self._enter("loading", target)
         began = self.clock()
         try:
             moved = await self.box.switch(target)
@@ -483,7 +484,8 @@ class Board:
             ticket.granted.set_exception(Refusal(status, message, {"Retry-After": str(int(FAILED_AGAIN_S))}))
             ticket.granted.exception()  # seen: a client that left meanwhile does not ask for it
 
-    def _enter(self, phase: str) -> None:
+    def _enter(self, phase: str, target: str | None = None) -> None:
+        self.target = target
         if phase != self.phase:
             self.phase, self.since = phase, self.clock()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 from typing import Any
 
 from llmbox.gateway.board import Board
@@ -37,7 +38,9 @@ async def serve(board: Board, listener: socket.socket) -> asyncio.Server:
         finally:
             writer.close()
 
-    return await asyncio.start_unix_server(answer, sock=listener, limit=LINE_LIMIT)
+    # Python 3.13 removes the path of a socket that it closes; this one is systemd's, for the next gateway.
+    kept: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+    return await asyncio.start_unix_server(answer, sock=listener, limit=LINE_LIMIT, **kept)
 
 
 async def _hold(

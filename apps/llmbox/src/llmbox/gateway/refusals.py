@@ -41,10 +41,11 @@ class Refusal(Exception):
 
 def error_object(protocol: Protocol, refusal: Refusal) -> dict[str, object]:
     """The protocol's own error object."""
+    fault = 400 <= refusal.status < 500
     if protocol == "anthropic":
-        kind = _ANTHROPIC_TYPES.get(refusal.status, "api_error")
+        kind = _ANTHROPIC_TYPES.get(refusal.status) or ("invalid_request_error" if fault else "api_error")
         return {"type": "error", "error": {"type": kind, "message": refusal.message}}
-    kind = _OPENAI_TYPES.get(refusal.status, "server_error")
+    kind = _OPENAI_TYPES.get(refusal.status) or ("invalid_request_error" if fault else "server_error")
     return {"error": {"message": refusal.message, "type": kind, "param": None, "code": refusal.status}}
 
 
