@@ -113,7 +113,7 @@ async def run_clients(
     pause_s: float = 0.0,
     seed: int = 1,
 ) -> None:
-    """`clients` at once, until `until` says so: the even ones stream, every second pair keeps its connection."""
+    """`clients` at once, until `until` says so: even ones stream, every second pair keeps its connection."""
 
     async def one(number: int) -> None:
         chooser = random.Random(seed * 1000 + number)  # noqa: S311  (a series to repeat, not a secret)
