@@ -286,8 +286,25 @@ def test_keys_are_a_block_beside_the_user_s_own(box: Box, tmp_path: Path) -> Non
         refused = play(listed=[ours, "-----BEGIN OPENSSH PRIVATE KEY-----"])
         assert refused.rc != 0
         assert "refused: llm_user_authorized_keys = -----BEGIN OPENSSH" in refused.stdout
+
+        box.run(f"sudo chmod 0640 {keys}").check()
+        dry = play("--check", "--diff", listed=[]).check()
+        assert dry.changed == 1 and f"-{ours}" in dry.stdout
+        assert play(listed=[]).check().changed == 1  # the last key too is taken back
+        assert box.run(f"sudo cat {keys}").check().stdout == f"{own}\n"
+        assert box.run(f"sudo stat -c '%a' {keys}").stdout.split() == ["640"]  # the rest is the user's own
+        assert play(listed=[]).check().changed == 0
     finally:
         box.run(f"sudo -u llm tee {keys}", stdin=kept).check()
+
+
+def test_no_keys_for_a_user_that_is_not_there_yet(box: Box, tmp_path: Path) -> None:
+    playbook = tmp_path / "play.yml"
+    playbook.write_text(PLAY.replace("ROLES", "llm_user"))
+    variables = {"llm_user_name": "later", "llm_user_uid": 1999, "llm_user_authorized_keys": []}
+    words = ("--check", "--diff", "-e", json.dumps(variables))
+    dry = support.ansible_playbook(playbook, "--limit", support.LLM, *words, timeout=120).check()
+    assert "authorized_keys" not in dry.stdout
 
 
 def test_another_user_is_told_what_to_type(box: Box) -> None:
