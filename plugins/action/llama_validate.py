@@ -94,7 +94,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         except InventoryError as error:
             problems += error.problems
         except AnsibleError as error:
-            fix = f"ansible-inventory --host {host} says more"
+            fix = f".venv/bin/ansible-inventory --host {host} says more"
             problems.append(Problem((host,), "…", str(error), fix))
         for problem in problems:
             yield self._line(problem, files, host, hostvars)
