@@ -176,6 +176,33 @@ def test_a_refusal_ends_the_whole_run(tmp_path: Path, bait: Bait) -> None:
     assert bait.touched() == []
 
 
+@pytest.mark.parametrize(
+    "playbook", ["site.yml", *sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("playbooks/*.yml"))]
+)
+def test_every_playbook_refuses_bad_data_of_any_host(playbook: str, tmp_path: Path, bait: Bait) -> None:
+    """Also when it is run alone, on other hosts than the one whose data is wrong."""
+    files = broken.inventory()
+    broken.role("llm_user_uid", 999)(files)
+    broken.write(files, tmp_path, bait.variables)
+    (tmp_path / "clients.yml").write_text("clients: {hosts: {laptop: {}}}\n")
+    run = ansible_playbook(playbook, inventory=tmp_path, timeout=TIMEOUT_S)
+    assert run.rc != 0
+    (line,) = refusals(run)
+    assert "llm_user_uid = 999: " in line
+    assert bait.touched() == []
+
+
+def test_a_run_checks_the_data_once(tmp_path: Path, bait: Bait) -> None:
+    """However many of its playbooks import the check, and with --limit too."""
+    broken.write(broken.inventory(), tmp_path / "inventory", bait.variables)
+    playbook = tmp_path / "site.yml"
+    playbook.write_text("---\n" + f"- ansible.builtin.import_playbook: {ROOT / PLAYBOOK}\n" * 3)
+    for host, arguments in (("localhost", ()), ("ocr-box", ("--limit", "ocr-box"))):
+        run = ansible_playbook(playbook, *arguments, inventory=tmp_path / "inventory", timeout=TIMEOUT_S)
+        counts = run.check().recap[host]
+        assert (counts["ok"], counts["skipped"]) == (1, 2), run.tail()
+
+
 def test_extra_variables_are_checked_and_named(tmp_path: Path, bait: Bait) -> None:
     """What -e brings in has no file; the line says where it came from."""
     run = validate(tmp_path, broken.inventory(), bait, "-e", '{"llama_presets_listen": "everywhere"}')
