@@ -11,6 +11,7 @@ import pytest
 
 from scripts import fleet
 from scripts._inventory import Host
+from scripts._llm_box import GROUP
 from scripts.fleet import Row
 
 COMMIT = "4ca1d6abe6fbc56a30072a4328cfbb554cbb5ecc"
@@ -99,7 +100,7 @@ def test_a_box_whose_data_is_refused_is_a_row_beside_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variables = {"llama_cpp_builds": {}, "gguf_models": {}, "llama_presets": {"x": {"build": "none"}}}
-    hosts = [Host("wrong", frozenset({fleet.GROUP}), variables), Host("well"), Host("gone")]
+    hosts = [Host("wrong", frozenset({GROUP}), variables), Host("well"), Host("gone")]
     answers = {"well": Row("well", True, disk_free=2**30), "gone": Row("gone", False, trouble="no route")}
     monkeypatch.setattr(fleet, "load", lambda *_args, **_options: hosts)
     monkeypatch.setattr(fleet, "ask", lambda hosts, _requests: [answers[host.name] for host in hosts])
