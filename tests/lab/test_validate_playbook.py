@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, PlaybookRun, ansible_playbook, keep_figures
+from tests.support import BIN, ROOT, PlaybookRun, ansible_playbook, keep_figures
+from tests.support import run as execute
 from tests.unit import broken_inventories as broken
 
 PLAYBOOK = "playbooks/validate.yml"
@@ -232,6 +233,49 @@ def test_every_host_s_role_variables_are_checked_with_the_defaults_at_hand(
     clients.write_text("clients: {hosts: {laptop: {base_packages: acl}}}\n")
     (line,) = refusals(validate(tmp_path, files, bait))
     assert f'{tmp_path} (laptop): base_packages = "acl": must be a list' in line
+    assert bait.touched() == []
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, bait: Bait) -> None:
+    broken.write(broken.inventory(), tmp_path, bait.variables)
+    file = tmp_path / "group_vars/ocr_servers/name.yml"
+    file.parent.mkdir()
+    file.write_bytes("# why\nbase_note: café\n".encode("latin-1"))
+    run = ansible_playbook(PLAYBOOK, inventory=tmp_path, timeout=TIMEOUT_S)
+    (line,) = refusals(run)
+    assert run.rc != 0
+    assert f"refused: {file}:2: (text) = " in line and "is not UTF-8: byte 0xe9" in line
+    assert line.endswith("; fix: save the file in the encoding UTF-8")
+
+
+def encrypt(*words: str | Path, password: Path) -> str:
+    """What ansible-vault prints."""
+    return execute(BIN / "ansible-vault", *words, "--vault-password-file", password).check().stdout
+
+
+def test_a_vault_without_its_password_is_named(tmp_path: Path, bait: Bait) -> None:
+    """A whole file and a single value; with the password both are data like any other."""
+    password, other = tmp_path / "password", tmp_path / "other"
+    password.write_text("open\n")
+    other.write_text("sesame\n")
+    for place, edit in {"all": "file", "models": "file", "token": "value"}.items():
+        folder = tmp_path / place
+        broken.write(broken.inventory(), folder, bait.variables)
+        file = folder / broken.PATHS.get(place, "group_vars/all/token.yml")
+        if edit == "file":
+            encrypt("encrypt", file, password=password)
+            key = "(file)"
+        else:
+            key = "gguf_models_hf_token"
+            file.write_text(encrypt("encrypt_string", "hf_x", "--name", key, password=password))
+        for given in ((), ("--vault-password-file", other)):
+            run = ansible_playbook(PLAYBOOK, *given, inventory=folder, timeout=TIMEOUT_S)
+            (line,) = refusals(run)
+            assert run.rc != 0
+            assert f"refused: {file}:1: {key} = " in line, line
+            assert "no vault password that was given opens it; fix: add --ask-vault-pass or " in line
+        given = ("--vault-password-file", password)
+        ansible_playbook(PLAYBOOK, *given, inventory=folder, timeout=TIMEOUT_S).check()
     assert bait.touched() == []
 
 
