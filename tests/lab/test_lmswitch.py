@@ -292,7 +292,7 @@ def test_keys_are_a_block_beside_the_user_s_own(box: Box, tmp_path: Path) -> Non
         assert box.run(f"sudo stat -c '%a' {keys}").stdout.split() == ["640"]  # the rest is the user's own
         assert play(listed=[]).check().changed == 0
     finally:
-        box.run(f"sudo -u llm tee {keys}", stdin=kept).check()
+        box.run(f"sudo -u llm tee {keys}; sudo chmod 0600 {keys}", stdin=kept).check()
 
 
 def test_no_keys_for_a_user_that_is_not_there_yet(box: Box, tmp_path: Path) -> None:
