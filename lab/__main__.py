@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from lab import interrupt
+
+if __name__ == "__main__":
+    interrupt.exit_quietly()
+
 import argparse
 import json
 import os
@@ -190,4 +195,5 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.raise_again()
     sys.exit(main())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lab.shell import LabError
 
+DEFAULT_NAME = "lab"
 SUITES = ("bookworm", "trixie")
 HTTP_PORT = 8088
 GIT_PORT = 9418
@@ -141,7 +142,7 @@ class Lab:
 
 def third_octet(name: str) -> int:
     """Third number of the lab's 10.213.N.0/24: 77 for the default lab, from the name for any other."""
-    return 77 if name == "lab" else 100 + zlib.crc32(name.encode()) % 100
+    return 77 if name == DEFAULT_NAME else 100 + zlib.crc32(name.encode()) % 100
 
 
 def from_environment(environ: Mapping[str, str] = os.environ, suite: str | None = None) -> Lab:
@@ -149,7 +150,7 @@ def from_environment(environ: Mapping[str, str] = os.environ, suite: str | None 
 
     Raises LabError (exit status 2) for a name or suite that cannot be used.
     """
-    name = environ.get("LAB_NAME") or "lab"
+    name = environ.get("LAB_NAME") or DEFAULT_NAME
     if not re.fullmatch(r"[a-z0-9]{1,6}", name):
         raise LabError(f"LAB_NAME = {name!r}: must be 1 to 6 characters of a-z and 0-9", 2)
     wanted = suite or environ.get("LAB_SUITE") or SUITES[0]

@@ -145,7 +145,7 @@ def load(inventory: Path, *, limit: str | None = None) -> list[Host]:
     except subprocess.TimeoutExpired:
         raise InventoryUnreadable(
             f"reading {inventory} took more than {INVENTORY_TIMEOUT_S} s; run "
-            f"`ansible-inventory -i {inventory} --list` to see where it hangs"
+            f"`.venv/bin/ansible-inventory -i {inventory} --list` to see where it hangs"
         ) from None
     hosts = parse_hosts(done.stdout)
     if "no hosts to target" in done.stderr:
@@ -156,7 +156,7 @@ def load(inventory: Path, *, limit: str | None = None) -> list[Host]:
         raise InventoryUnreadable(
             f"{inventory}: no host"
             + (f" matches --limit {limit}" if limit else "")
-            + f"; `ansible-inventory -i {inventory} --graph` shows what there is"
+            + f"; `.venv/bin/ansible-inventory -i {inventory} --graph` shows what there is"
         )
     return hosts
 

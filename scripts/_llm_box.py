@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_common.derive import builds_plan, unit_name
 from llama_common.fields import Address
-from llama_common.presets import HostConfig
+from llama_common.presets import HostConfig, ModelFile
 
 GROUP = "llm_servers"
 
@@ -66,6 +66,10 @@ class LlmBox:
             name: merge_options(name, build["cmake_options"], self.base_options, self.owned_options)
             for name, build in builds_plan(self.config).items()
         }
+
+    def model_file(self, preset: str) -> ModelFile:
+        """The file that a preset gives to llama-server as its model."""
+        return self.config.files(self.config.llama_presets[preset].model)[0]
 
     def model_sizes(self) -> dict[str, int]:
         """Bytes of each model file that must be on the box."""

@@ -163,7 +163,7 @@ def executed(output: str) -> dict[str, int]:
     if not [row for row in rows if row["host"] != "localhost" and int(row["ok"])]:
         raise NoMeasurement(
             "site.yml ran on no host of the inventory; fix: --inventory DIR with hosts "
-            "(`ansible-inventory -i DIR --graph` shows them)"
+            "(`.venv/bin/ansible-inventory -i DIR --graph` shows them)"
         )
     failed = [row["host"] for row in rows if int(row["failed"]) or int(row["gone"])]
     if failed:

@@ -5,12 +5,21 @@
 
 Looks only. Hosts are asked side by side through pyinfra, with the inventory's own user, port, key and pinned
 host keys. Exit codes: 0 every box was reached and none is in trouble, 1 a box is in trouble (its preset
-failed, lmswitch or the GPU does not answer), 2 a box could not be reached or the inventory not be read.
+failed, lmswitch or the GPU does not answer), 2 a box could not be reached, its data is refused,
+or the inventory cannot be read.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lab import interrupt
+
 if __name__ == "__main__":
+    interrupt.exit_quietly()
     # Before anything imports sockets: pyinfra asks its hosts side by side through gevent.
     from gevent import monkey  # type: ignore[import-untyped]
 
@@ -19,20 +28,17 @@ if __name__ == "__main__":
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_common.problems import InventoryError
 
+from scripts import _command
 from scripts._ask_host import PROBE_TIMEOUT_S, probe_source
-from scripts._inventory import CONNECT_TIMEOUT_S, Host, InventoryUnreadable, load
+from scripts._inventory import CONNECT_TIMEOUT_S, Host, load
 from scripts._llm_box import GROUP, LlmBox
 from scripts._screen import size, table
 
@@ -43,7 +49,10 @@ HEADERS = ("host", "preset", "state", "build", "gpu", "disk free")
 
 @dataclass(frozen=True)
 class Row:
-    """One box on the screen. `disk_free` in bytes; `trouble` says what is wrong, "" when nothing is."""
+    """One box on the screen. `disk_free` in bytes; `trouble` says what is wrong, "" when nothing is.
+
+    A box that is not `reached` was asked in vain, or not at all because its data is `refused`.
+    """
 
     host: str
     reached: bool
@@ -54,11 +63,13 @@ class Row:
     gpu: str | None = None
     disk_free: int | None = None
     trouble: str = ""
+    refused: bool = False
 
     def cells(self) -> list[str]:
         """The row as text."""
         if not self.reached:
-            return [self.host, NOTHING, "unreachable", NOTHING, NOTHING, NOTHING]
+            state = "refused" if self.refused else "unreachable"
+            return [self.host, NOTHING, state, NOTHING, NOTHING, NOTHING]
         build = f"{self.build}@{self.commit[:9]}" if self.build and self.commit else self.build or NOTHING
         disk = NOTHING if self.disk_free is None else size(self.disk_free)
         return [self.host, self.preset or NOTHING, self.state or NOTHING, build, gpu_text(self.gpu), disk]
@@ -124,7 +135,21 @@ def request(host: Host) -> dict[str, Any]:
 
 
 def ask_all(hosts: Sequence[Host]) -> list[Row]:
-    """Ask all hosts side by side, in the order given. Raises InventoryError for data that is refused."""
+    """Ask all hosts side by side, in the order given; one whose data is refused is a row that says so."""
+    requests: dict[str, dict[str, Any]] = {}
+    refused: dict[str, Row] = {}
+    for host in hosts:
+        try:
+            requests[host.name] = request(host)
+        except InventoryError as error:
+            refused[host.name] = Row(host.name, False, trouble=str(error), refused=True)
+    sound = [host for host in hosts if host.name in requests]
+    rows = refused | {row.host: row for row in (ask(sound, requests) if sound else [])}
+    return [rows[host.name] for host in hosts]
+
+
+def ask(hosts: Sequence[Host], requests: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """Ask hosts side by side for what `requests` says, in the order given."""
     from gevent import joinall
     from pyinfra.api.connect import connect_all, disconnect_all
     from pyinfra.api.exceptions import PyinfraError
@@ -133,7 +158,6 @@ def ask_all(hosts: Sequence[Host]) -> list[Row]:
     pyinfra: Any = import_module("pyinfra.api")  # its classes are only half typed
     logging.getLogger("pyinfra").setLevel(logging.CRITICAL)
     logging.getLogger("paramiko").setLevel(logging.CRITICAL)
-    requests = {host.name: request(host) for host in hosts}
     inventory = pyinfra.Inventory(([(host.name, pyinfra_data(host)) for host in hosts], {}))
     state = pyinfra.State(inventory, pyinfra.Config(CONNECT_TIMEOUT=CONNECT_TIMEOUT_S))
     errors: dict[str, str] = {}
@@ -145,7 +169,7 @@ def ask_all(hosts: Sequence[Host]) -> list[Row]:
         def host_connect_error(_state: Any, failed: Any, error: Exception) -> None:
             errors[failed.name] = " ".join(str(error).split())
 
-    def ask(host: Host) -> Row:
+    def asked(host: Host) -> Row:
         remote = inventory.get_host(host.name)
         if not remote.connected:
             return Row(host.name, False, trouble=errors.get(host.name, "no connection"))
@@ -166,7 +190,7 @@ def ask_all(hosts: Sequence[Host]) -> list[Row]:
     state.add_callback_handler(Listener())
     with suppress(PyinfraError):  # raised when no host is left; the rows say why
         connect_all(state)
-    jobs = [state.pool.spawn(ask, host) for host in hosts]
+    jobs = [state.pool.spawn(asked, host) for host in hosts]
     joinall(jobs)
     disconnect_all(state)
     return [job.get() for job in jobs]
@@ -187,12 +211,10 @@ def screen(rows: Sequence[Row]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        epilog="exit codes: 0 all well, 1 a box is in trouble, 2 a box could not be reached",
+    parser = _command.parser(
+        __doc__,
+        "0 all well, 1 a box is in trouble, 2 a box could not be reached or its data is refused",
     )
-    parser.add_argument("--inventory", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--limit", metavar="PATTERN", help="only these hosts (an Ansible pattern)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     return parser.parse_args(argv)
 
@@ -200,14 +222,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Show the screen."""
     args = parse(argv)
-    try:
-        rows = ask_all(load(args.inventory, limit=args.limit))
-    except (InventoryUnreadable, InventoryError) as error:
-        print(f"fleet: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return _command.attempt("fleet", lambda: show(args))
+
+
+def show(args: argparse.Namespace) -> int:
+    """Ask the boxes and print what they said. Raises InventoryUnreadable."""
+    rows = ask_all(load(args.inventory, limit=args.limit))
     if args.json:
         print(json.dumps({"ok": exit_code(rows) == 0, "hosts": [asdict(one) for one in rows]}, indent=2))
     else:
@@ -216,4 +236,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _command.end(main)

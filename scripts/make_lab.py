@@ -7,18 +7,24 @@ Exit codes: 0 all done, 1 no answer or no inventory, 130 interrupted, otherwise 
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import time
 from pathlib import Path
-
-import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lab import interrupt
+
+if __name__ == "__main__":
+    interrupt.exit_quietly()
+
+import subprocess
+import time
+
+import httpx
 from llama_common.fields import Address
 from llama_common.problems import InventoryError
 
+from lab.config import DEFAULT_NAME, from_environment
 from scripts._inventory import ROOT, InventoryUnreadable, environment, load
 from scripts._llm_box import GROUP, LlmBox
 
@@ -103,13 +109,19 @@ def main() -> None:
     answer, speed = ask(url, QUESTION)
     print(f"\n== One chat through {url}\n  you:   {QUESTION}\n  {preset}: {answer}\n  ({speed:.0f} tokens/s)")
     steps = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"""
-== The lab is up ({time.monotonic() - started:.0f} s: {steps})
-  look around   python3 -m lab ssh {host.name}
-  switch model  python3 -m lab ssh {host.name} {switch} list
-  one screen    .venv/bin/python scripts/fleet.py --inventory {INVENTORY}
-  run it again  make lab          (changes nothing)
-  remove it     make lab-down""")
+    print(f"\n== The lab is up ({time.monotonic() - started:.0f} s: {steps})")
+    print(hints(from_environment().name, host.name, switch))
+
+
+def hints(lab: str, host: str, switch: str) -> str:
+    """What to type next; each command goes to this very lab. `switch` runs the switcher on the host."""
+    chosen = "" if lab == DEFAULT_NAME else f"LAB_NAME={lab} "
+    return f"""\
+  look around   {chosen}python3 -m lab ssh {host}
+  switch model  {chosen}python3 -m lab ssh {host} {switch} list
+  one screen    {chosen}.venv/bin/python scripts/fleet.py --inventory {INVENTORY}
+  run it again  {chosen}make lab          (changes nothing)
+  remove it     {chosen}make lab-down"""
 
 
 def run() -> int:
@@ -126,4 +138,5 @@ def run() -> int:
 
 
 if __name__ == "__main__":
+    interrupt.raise_again()
     sys.exit(run())

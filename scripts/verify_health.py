@@ -11,26 +11,32 @@ host could not be reached, 130 interrupted.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lab import interrupt
+
+if __name__ == "__main__":
+    interrupt.exit_quietly()
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import httpx
 from llama_common.problems import InventoryError
 
 from roles.llama_cpp.library.llama_cpp_build import HostError
+from scripts import _command
 from scripts._ask_host import Unreachable, ask, reach
-from scripts._inventory import Host, InventoryUnreadable, load
+from scripts._inventory import Host, load
 from scripts._llm_box import GROUP, LlmBox
 from scripts._screen import size, table
 
@@ -452,12 +458,7 @@ def line(check: Check) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        epilog="exit codes: 0 all well, 1 something fell short, 2 could not run",
-    )
-    parser.add_argument("--inventory", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--limit", metavar="PATTERN", help="only these hosts (an Ansible pattern)")
+    parser = _command.parser(__doc__, "0 all well, 1 something fell short, 2 could not run")
     parser.add_argument("--json", metavar="FILE", help="write the report there; - is standard output")
     return parser.parse_args(argv)
 
@@ -465,59 +466,50 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verification."""
     args = parse(argv)
+    return _command.attempt("verify_health", lambda: report(args))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Ask the hosts and show what they are. Raises InventoryUnreadable, OSError."""
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    report = Path(args.json) if args.json and args.json != "-" else None
-    try:
-        if report is not None:
-            ensure_writable(report)
-    except OSError as error:
-        print(
-            f"verify_health: --json {report}: {error.strerror}; fix: give a file that can be written",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        progress(f"reading {args.inventory}")
-        hosts = load(args.inventory, limit=args.limit)
-        progress(f"asking {', '.join(host.name for host in hosts)}")
-        reports = verify_all(hosts, progress)
-    except (InventoryUnreadable, OSError) as error:
-        print(f"verify_health: {error}", file=sys.stderr)
-        return 2
+    file = Path(args.json) if args.json and args.json != "-" else None
+    if file is not None:
+        ensure_writable(file)
+    progress(f"reading {args.inventory}")
+    hosts = load(args.inventory, limit=args.limit)
+    progress(f"asking {', '.join(host.name for host in hosts)}")
+    reports = verify_all(hosts, progress)
     print(
         as_json(reports) if args.json == "-" else screen(reports),
         end="" if args.json == "-" else "\n",
         flush=True,
     )
-    if report is not None:
-        try:
-            report.write_text(as_json(reports))
-        except OSError as error:
-            print(f"verify_health: --json {report}: {error.strerror}", file=sys.stderr)
-            return 2
+    if file is not None:
+        with naming_the_option(file):
+            file.write_text(as_json(reports))
     return exit_code(reports)
 
 
-def ensure_writable(report: Path) -> None:
+def ensure_writable(file: Path) -> None:
     """Find out before the checks whether the report can be written. Raises OSError; leaves no file."""
-    new = not report.exists()
-    report.open("a").close()
-    if new:
-        report.unlink()
+    with naming_the_option(file):
+        new = not file.exists()
+        file.open("a").close()
+        if new:
+            file.unlink()
 
 
-def run() -> None:
-    """Entry point: end at once on Ctrl-C, without waiting for hosts that are still being asked."""
+@contextmanager
+def naming_the_option(file: Path) -> Iterator[None]:
+    """Raises OSError that names the option and the fix, in place of one that only names the file."""
     try:
-        code = main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
-    sys.exit(code)
+        yield
+    except OSError as error:
+        raise OSError(f"--json {file}: {error.strerror}; fix: give a file that can be written") from None
 
 
 if __name__ == "__main__":
-    run()
+    _command.end(main)

@@ -11,6 +11,16 @@ failed or nothing ran, 130 interrupted. The lab that the run made is removed in 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lab import interrupt
+
+if __name__ == "__main__":
+    interrupt.exit_quietly()
+
 import argparse
 import datetime
 import json
@@ -19,16 +29,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import FrameType
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lab import config, packages
 from lab.shell import LabError
@@ -624,4 +630,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    interrupt.raise_again()
     sys.exit(main())

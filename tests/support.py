@@ -15,7 +15,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from scripts._inventory import Host, load
+from scripts._llm_box import LlmBox
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "build" / "figures"
@@ -126,6 +130,19 @@ def ansible_playbook(
 def on_host(host: str, command: str, *, timeout: float = 60, stdin: str = "") -> Run:
     """Run a shell command on a lab host as its ordinary sudo user; write `sudo …` where root is needed."""
     return run(sys.executable, "-m", "lab", "ssh", host, command, timeout=timeout, stdin=stdin)
+
+
+@cache
+def expected_host() -> Host:
+    """What inventory/lab, with the roles' defaults, says of the LLM host."""
+    (host,) = load(LAB_INVENTORY, limit=LLM)
+    return host
+
+
+@cache
+def expected() -> LlmBox:
+    """What the LLM host must look like: the values that tests on hosts compare with."""
+    return LlmBox.of(expected_host().variables)
 
 
 def keep_figures(name: str, what: str, seconds: Sequence[float], bar_s: float) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure  # type: ignore[import-untyped]
+from ansible.module_utils.parsing.convert_bool import boolean  # type: ignore[import-untyped]
 from ansible.plugins.action import ActionBase  # type: ignore[import-untyped]
 
 # A connection that breaks and comes back within this time does not end the play; the build runs on anyway.
@@ -67,8 +69,19 @@ class Reporter:
         return True
 
 
-def difference(plan: list[dict[str, Any]]) -> dict[str, str]:
-    """What --diff shows: the current release of each build before and after."""
+def unused_line(root: str, unused: list[dict[str, Any]], remove: bool) -> str:
+    """What is said of builds that the data does not name and that stay."""
+    names = ", ".join(f"{entry['build']} ({entry['bytes'] / 2**30:.1f} GiB)" for entry in unused)
+    fix = (
+        "a process still runs it: lmswitch off, then again"
+        if remove
+        else "llama_cpp_remove_unused: true removes it"
+    )
+    return f"{root}: llama_cpp_builds does not name {names}; {fix}"
+
+
+def difference(plan: list[dict[str, Any]], removed: Sequence[str] = ()) -> dict[str, str]:
+    """What --diff shows: the current release of each build before and after, and what is removed."""
 
     def text(key: str) -> str:
         return "".join(f"{entry['build']}: {entry[key] or 'none'}\n" for entry in plan)
@@ -77,7 +90,7 @@ def difference(plan: list[dict[str, Any]]) -> dict[str, str]:
     return {
         "before_header": "current llama.cpp releases",
         "after_header": "current llama.cpp releases",
-        "before": text("current"),
+        "before": text("current") + "".join(f"{name} (unused)\n" for name in removed),
         "after": "".join(f"{entry['build']}: {entry['release']}\n" for entry in after),
     }
 
@@ -109,16 +122,25 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _converge(self) -> dict[str, Any]:
         probed = self._call("probe")
+        remove = boolean(self._task.args.get("remove_unused", False))
+        removing = [entry["build"] for entry in probed["unused"] if remove and not entry["in_use"]]
+        staying = [entry for entry in probed["unused"] if entry["build"] not in removing]
         result = {
             "changed": probed["changed"],
             "builds": {entry["build"]: entry for entry in probed["plan"]},
             "installed": probed["missing_packages"],
-            "diff": difference(probed["plan"]),
+            "unused": [entry["build"] for entry in staying],
+            "removed": removing,
+            "diff": difference(probed["plan"], removing),
         }
+        if staying:
+            self._display.warning(unused_line(self._task.args.get("root", ""), staying, remove))
         to_do = [entry for entry in probed["plan"] if entry["action"] != "none"]
         if self._task.check_mode:
             if probed["missing_packages"]:
                 self._say(f"would install {', '.join(probed['missing_packages'])}")
+            if removing:
+                self._say(f"would remove {', '.join(removing)}")
             for entry in to_do:
                 self._say(
                     f"would {entry['action']} {entry['build']} {entry['commit'][:12]}: {entry['reason']}"
@@ -129,6 +151,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if probed["missing_packages"]:
             self._install(probed["missing_packages"])
         self._call("prepare")
+        if removing:  # before the free space is looked at
+            self._say(f"removing {', '.join(removing)}, no longer in llama_cpp_builds")
+            self._call("remove")
         for entry in to_do:
             if entry["action"] == "build":
                 self._build(entry)
@@ -137,7 +162,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         after = {entry["build"]: entry["current"] for entry in plan}
         before = {entry["build"]: entry["current"] for entry in probed["plan"]}
         result["builds"] = {entry["build"]: entry for entry in plan}
-        result["diff"] = difference([{**entry, "current": before[entry["build"]]} for entry in plan])
+        result["diff"] = difference(
+            [{**entry, "current": before[entry["build"]]} for entry in plan], removing
+        )
         result["replaced"] = {name: before[name] for name in after if after[name] != before[name]}
         return result
 

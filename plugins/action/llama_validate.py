@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 from ansible import constants, context  # type: ignore[import-untyped]
 from ansible.errors import AnsibleError  # type: ignore[import-untyped]
 from ansible.inventory.helpers import sort_groups  # type: ignore[import-untyped]
+from ansible.parsing.vault import EncryptedString  # type: ignore[import-untyped]
 from ansible.plugins.action import ActionBase  # type: ignore[import-untyped]
 from ansible.template import Templar  # type: ignore[import-untyped]
 from ansible.utils.display import Display  # type: ignore[import-untyped]
@@ -28,7 +29,7 @@ from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem, redact
 from llama_common.roles import RoleVariables
 from llama_common.rules import LOCK_COMMAND
-from llama_common.source import Document, shown
+from llama_common.source import Document, locked, shown
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = tuple(HostConfig.model_fields)
@@ -94,7 +95,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         except InventoryError as error:
             problems += error.problems
         except AnsibleError as error:
-            fix = f"ansible-inventory --host {host} says more"
+            fix = f".venv/bin/ansible-inventory --host {host} says more"
             problems.append(Problem((host,), "…", str(error), fix))
         for problem in problems:
             yield self._line(problem, files, host, hostvars)
@@ -158,7 +159,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _document(self, file: Path) -> Document:
         if file not in self._documents:
-            self._documents[file] = Document.read(file.read_text(encoding="utf-8", errors="replace"))
+            self._documents[file] = Document.of(
+                file.read_bytes(), partial(self._loader.get_text_file_contents, str(file))
+            )
         return self._documents[file]
 
     def _line(self, problem: Problem, files: list[Path], host: str, hostvars: Any) -> str:
@@ -191,6 +194,11 @@ def _resolve(value: Any, path: tuple[str, ...], templar: Any) -> Any:
             )
             raise UnreadableError(problem) from error
         return scalar(resolved) if isinstance(resolved, str) else _resolve(resolved, path, templar)
+    if isinstance(value, EncryptedString):
+        try:
+            return str(value)
+        except AnsibleError:
+            raise UnreadableError(locked(path)) from None
     if isinstance(value, Mapping):
         return {scalar(key): _resolve(value[key], (*path, str(key)), templar) for key in value}
     if isinstance(value, list | tuple):

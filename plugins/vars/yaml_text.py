@@ -1,4 +1,6 @@
-"""Refuse broken YAML in variable files in one line that names the file: Ansible's own message does not.
+"""Refuse variable files that cannot be read in one line that names the file: Ansible's own message does not.
+
+Broken YAML, keys that stand twice, text that is not UTF-8, a vault without its password.
 
 It runs before Ansible's own reader of group_vars and host_vars, in every play, and defines no variables.
 """
@@ -6,6 +8,7 @@ It runs before Ansible's own reader of group_vars and host_vars, in every play, 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +22,7 @@ from llama_common.source import Document, shown
 
 DOCUMENTATION = """
 name: yaml_text
-short_description: Refuse broken YAML in variable files
+short_description: Refuse variable files that cannot be read
 description: Checks the text of group_vars and host_vars before they are loaded.
 """
 
@@ -42,7 +45,7 @@ class VarsModule(BaseVarsPlugin):  # type: ignore[misc]
             self._checked.add(place)
             for name in loader.find_vars_files(str(base / kind), entity.name):
                 file = Path(name)
-                document = Document.read(file.read_text(encoding="utf-8", errors="replace"))
+                document = Document.of(file.read_bytes(), partial(loader.get_text_file_contents, name))
                 for found in document.problems:
                     raise AnsibleParserError(found.problem.line(f"{shown(file)}:{found.line}"))
         return {}

@@ -164,7 +164,7 @@ def read(inventory: Path) -> Requests:
     if code != 0:
         said = [line for line in errors.splitlines() if "ERROR" in line] or [errors]
         raise CannotRunError(
-            f"{where}: {last_line(said[0])}; fix: ansible-inventory -i {inventory} --list says more"
+            f"{where}: {last_line(said[0])}; fix: .venv/bin/ansible-inventory -i {inventory} --list says more"
         )
     listing = json.loads(output)
     hosts = group_hosts(listing, GROUP)

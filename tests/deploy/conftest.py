@@ -1,7 +1,7 @@
 """Fixtures of the deploy tests: what the inventory wants of the host that a test looks at.
 
-`pytest tests/deploy --ansible-inventory=inventory/production` works like the lab's run; `--hosts=ansible://NAME`
-narrows it to one box. Nothing is changed on a host.
+`.venv/bin/pytest tests/deploy --ansible-inventory=inventory/production` works like the lab's run;
+`--hosts=ansible://NAME` narrows it to one box. Nothing is changed on a host.
 """
 
 from __future__ import annotations
@@ -16,25 +16,30 @@ import pytest
 from scripts._inventory import Host, InventoryUnreadable, environment, load
 from scripts._llm_box import LlmBox
 
+COMMAND = ".venv/bin/pytest tests/deploy --ansible-inventory=inventory/lab [--hosts=ansible://HOST]"
+HOSTS = pytest.StashKey[list[Host]]()
 
-def pytest_configure() -> None:
-    """testinfra calls ansible-inventory by name: it must find this venv's, with the repository's settings."""
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the inventory before anything is asked: left alone, testinfra takes ansible.cfg's (production)."""
+    # testinfra calls ansible-inventory by name: it must find this venv's, with the repository's settings.
     os.environ.update(environment())
+    if config.getoption("help"):
+        return
+    path, patterns = config.getoption("ansible_inventory"), config.getoption("hosts") or ""
+    try:
+        if not path:
+            raise InventoryUnreadable("--ansible-inventory is missing")
+        limit = ",".join(pattern.partition("://")[2] for pattern in patterns.split(","))
+        config.stash[HOSTS] = load(Path(path), limit=limit)
+    except InventoryUnreadable as error:
+        raise pytest.UsageError(f"tests/deploy: {error}; type: {COMMAND}") from None
 
 
 @pytest.fixture(scope="session")
 def inventory(pytestconfig: pytest.Config) -> dict[str, Host]:
     """Every host of the inventory that pytest was given, by name and by address."""
-    path = pytestconfig.getoption("ansible_inventory")
-    if not path:
-        pytest.fail(
-            "give the inventory: pytest tests/deploy --ansible-inventory=inventory/lab", pytrace=False
-        )
-    try:
-        hosts = load(Path(path))
-    except InventoryUnreadable as error:
-        pytest.fail(str(error), pytrace=False)
-    return {key: host for host in hosts for key in (host.address, host.name)}
+    return {key: host for host in pytestconfig.stash[HOSTS] for key in (host.address, host.name)}
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Fixtures of the tests that run on the hosts of a lab.
 
 The lab must be up and provisioned with the same LAB_NAME as the tests:
-`python3 -m lab up && ansible-playbook -i inventory/lab site.yml`. The gate does both before it runs them.
+`python3 -m lab up && .venv/bin/ansible-playbook -i inventory/lab site.yml`. The gate does both
+before it runs them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +422,25 @@ def entry_of(release: str, base: Builds) -> dict[str, Any]:
 
 
 @pytest.mark.long
+def test_a_build_gone_from_the_data_is_reported_and_removed_on_request(base: Builds) -> None:
+    host(
+        f"cd {BUILD_ROOT} && mkdir -p gone/releases/old notes; echo x > gone/releases/old/x; ln -s gone link"
+    )
+    reported = base.play().check()
+    assert reported.changed == 0
+    assert "llama_cpp_builds does not name gone (0.0 GiB)" in " ".join(
+        reported.stdout.split() + reported.stderr.split()
+    )
+
+    removing = replace(base, options={"llama_cpp_remove_unused": True})
+    predicted = removing.play("--check", "--diff").check()
+    assert predicted.changed == 1 and "-gone (unused)" in predicted.stdout
+    assert removing.play().check().changed == 1
+    assert host(f"ls {BUILD_ROOT}").split() == ["libexec", "link", "notes", BUILD]
+    assert removing.play().check().changed == 0
+    host(f"rm -r {BUILD_ROOT}/link {BUILD_ROOT}/notes")
+
+
 def test_two_plays_at_once_are_one_build(
     base: Builds, background: Callable[[Builds], subprocess.Popen[str]]
 ) -> None:

@@ -13,22 +13,25 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from tests import support
 
 Host = Callable[..., support.Run]
 SWITCH_LIMIT_S = 90
 FAILURES, FAILURE_BAR_S = 3, 3.0
-UNITS = "/home/llm/.config/systemd/user"
 REASON = "error: this preset cannot load"
 USER_SYSTEMCTL = "sudo -u llm XDG_RUNTIME_DIR=/run/user/$(id -u llm) systemctl --user"
-PLAY = """
-- hosts: llm_servers
-  become: true
-  gather_facts: true
-  gather_subset: [min]
-  roles: [ROLES]
-"""
+PLAYBOOK = "playbooks/llm_server.yml"
+
+
+def play_of(folder: Path, *roles: str) -> Path:
+    """A playbook in which all roles of the box stand, and of which `roles` run."""
+    (play,) = (play for play in yaml.safe_load((support.ROOT / PLAYBOOK).read_text()) if "roles" in play)
+    play["roles"] = [{"role": name, "when": name in roles} for name in play["roles"]]
+    file = folder / "play.yml"
+    file.write_text(yaml.safe_dump([play]))
+    return file
 
 
 class Box:
@@ -38,6 +41,8 @@ class Box:
         self.on_host = on_host
         self.presets: dict[str, Any] = hostvars["llama_presets"]
         self.hostvars = hostvars
+        self.wanted = support.expected()
+        self.units = f"{self.wanted.home}/.config/systemd/user"
         self.first, self.second, *_ = self.presets
 
     def run(self, command: str, *, timeout: float = SWITCH_LIMIT_S, stdin: str = "") -> support.Run:
@@ -55,7 +60,7 @@ class Box:
 
     def write_drop_in(self, preset: str, text: str) -> str:
         """Write a drop-in as the LLM user and reload. Returns its path."""
-        folder = f"{UNITS}/llama-{preset}.service.d"
+        folder = f"{self.units}/llama-{preset}.service.d"
         path = f"{folder}/50-test.conf"
         encoded = base64.b64encode(text.encode()).decode()
         self.run(
@@ -66,12 +71,12 @@ class Box:
 
     def remove_drop_in(self, preset: str) -> None:
         """Remove it again."""
-        self.run(f"sudo rm -rf {UNITS}/llama-{preset}.service.d; {USER_SYSTEMCTL} daemon-reload").check()
+        self.run(f"sudo rm -rf {self.units}/llama-{preset}.service.d; {USER_SYSTEMCTL} daemon-reload").check()
 
     def complete(self) -> str:
         """A real completion through the port that clients use."""
         reply = httpx.post(
-            f"http://{self.hostvars['ansible_host']}:1234/completion",
+            f"http://{self.hostvars['ansible_host']}:{self.wanted.address(self.first).port}/completion",
             json={"prompt": "The capital of France is", "n_predict": 8, "temperature": 0.0},
             timeout=60,
             trust_env=False,
@@ -93,13 +98,10 @@ class Box:
         code, lines = json.loads(done.stdout)
         return code, [(moment, line) for moment, line in lines]
 
-    def play(
-        self, folder: Path, presets: dict[str, Any], roles: str = "llm_user, llmbox, llama_presets"
-    ) -> support.PlaybookRun:
-        """Roles with these presets in place of the inventory's."""
-        playbook = folder / "play.yml"
-        playbook.write_text(PLAY.replace("ROLES", roles))
+    def play(self, folder: Path, presets: dict[str, Any], *roles: str) -> support.PlaybookRun:
+        """Roles (default: those without downloads and builds) with these presets for the inventory's."""
         variables = json.dumps({"llama_presets": presets})
+        playbook = play_of(folder, *(roles or ("llm_user", "llmbox", "llama_presets")))
         return support.ansible_playbook(playbook, "--limit", support.LLM, "-e", variables, timeout=300)
 
 
@@ -122,9 +124,7 @@ def broken(box: Box) -> Iterator[str]:
     box.lmswitch(box.first).check()
 
 
-def test_failing_preset_is_reported_and_the_former_serves_again(
-    box: Box, broken: str, record_property: Callable[[str, object], None]
-) -> None:
+def test_failing_preset_is_reported_and_the_former_serves_again(box: Box, broken: str) -> None:
     reasons: list[float] = []
     for _ in range(FAILURES):
         code, lines = box.timeline(f"sudo -u llm lmswitch {broken}")
@@ -136,7 +136,6 @@ def test_failing_preset_is_reported_and_the_former_serves_again(
         reasons.append(told)
         assert told < 10 and told <= back, text
         assert "exited with status 7" in text and f"{box.first} serves again" in lines[-1][1]
-    record_property("reason_after_s", reasons)
     what = "reason of a failing preset, 1 s of it the preset's own"
     print(support.keep_figures("failing-preset", what, reasons, FAILURE_BAR_S))
     assert box.status()["active"] == box.first
@@ -158,14 +157,14 @@ def test_a_failed_preset_does_not_restart_later(box: Box, broken: str) -> None:
 
 
 def test_ten_switches_in_a_row_are_never_refused(
-    box: Box, record_property: Callable[[str, object], None]
+    box: Box, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     series = [box.first, box.second] * 5
     box.lmswitch("off").check()
     done = box.run(
         f"for preset in {shlex.join(series)}; do sudo -u llm lmswitch $preset || exit 1; done", timeout=300
     )
-    record_property("ten_switches_s", round(done.seconds, 1))
+    record_testsuite_property("ten_switches_s", round(done.seconds, 1))
     print(f"ten switches: {done.seconds:.1f} s")
     assert done.rc == 0, done.tail()
 
@@ -260,15 +259,13 @@ def test_over_ssh_without_a_login_shell(box: Box) -> None:
 
 def test_keys_are_a_block_beside_the_user_s_own(box: Box, tmp_path: Path) -> None:
     own = "ssh-ed25519 AAAAOWN own"
-    keys = "/home/llm/.ssh/authorized_keys"
+    keys = f"{box.wanted.home}/.ssh/authorized_keys"
     kept = box.run(f"sudo cat {keys}").check().stdout
 
     def play(*words: str, listed: list[str]) -> support.PlaybookRun:
-        playbook = tmp_path / "play.yml"
-        playbook.write_text(PLAY.replace("ROLES", "llm_user"))
         variables = json.dumps({"llm_user_authorized_keys": listed})
         return support.ansible_playbook(
-            playbook, "--limit", support.LLM, "-e", variables, *words, timeout=120
+            play_of(tmp_path, "llm_user"), "--limit", support.LLM, "-e", variables, *words, timeout=120
         )
 
     ours = box.hostvars["lab_ssh_public_key"]
@@ -279,15 +276,31 @@ def test_keys_are_a_block_beside_the_user_s_own(box: Box, tmp_path: Path) -> Non
         assert play(listed=[ours]).check().changed == 1
         lines = box.run(f"sudo cat {keys}").check().stdout.splitlines()
         assert [line for line in lines if not line.startswith("#")] == [ours, own]
-        assert box.run(f"sudo stat -c '%U %a' {keys} /home/llm/.ssh").stdout.split() == [
+        assert box.run(f"sudo stat -c '%U %a' {keys} {box.wanted.home}/.ssh").stdout.split() == [
             *("llm", "600"),
             *("llm", "700"),
         ]
         refused = play(listed=[ours, "-----BEGIN OPENSSH PRIVATE KEY-----"])
         assert refused.rc != 0
         assert "refused: llm_user_authorized_keys = -----BEGIN OPENSSH" in refused.stdout
+
+        box.run(f"sudo chmod 0640 {keys}").check()
+        dry = play("--check", "--diff", listed=[]).check()
+        assert dry.changed == 1 and f"-{ours}" in dry.stdout
+        assert play(listed=[]).check().changed == 1  # the last key too is taken back
+        assert box.run(f"sudo cat {keys}").check().stdout == f"{own}\n"
+        assert box.run(f"sudo stat -c '%a' {keys}").stdout.split() == ["640"]  # the rest is the user's own
+        assert play(listed=[]).check().changed == 0
     finally:
-        box.run(f"sudo -u llm tee {keys}", stdin=kept).check()
+        box.run(f"sudo -u llm tee {keys}; sudo chmod 0600 {keys}", stdin=kept).check()
+
+
+def test_no_keys_for_a_user_that_is_not_there_yet(box: Box, tmp_path: Path) -> None:
+    playbook = play_of(tmp_path, "llm_user")
+    variables = {"llm_user_name": "later", "llm_user_uid": 1999, "llm_user_authorized_keys": []}
+    words = ("--check", "--diff", "-e", json.dumps(variables))
+    dry = support.ansible_playbook(playbook, "--limit", support.LLM, *words, timeout=120).check()
+    assert "authorized_keys" not in dry.stdout
 
 
 def test_another_user_is_told_what_to_type(box: Box) -> None:
@@ -358,7 +371,7 @@ NOT_SANDBOX = {
 
 
 def test_every_line_of_the_sandbox_has_a_probe(box: Box) -> None:
-    text = box.run(f"sudo cat {UNITS}/llama-{box.first}.service").check().stdout
+    text = box.run(f"sudo cat {box.units}/llama-{box.first}.service").check().stdout
     service = text.partition("[Service]\n")[2]
     lines = {line for line in service.splitlines() if "=" in line and not line.startswith("#")}
     assert {line for line in lines if line.partition("=")[0] not in NOT_SANDBOX} == set(PROBES)
@@ -407,7 +420,7 @@ def test_one_more_preset_one_changed_one_removed(box: Box, converged: None, tmp_
         "extra": {**box.presets[box.second], "aliases": ["x"], "description": "One 100% more"},
     }
     try:
-        assert box.play(tmp_path, more, roles="llama_presets").check().changed == 1
+        assert box.play(tmp_path, more, "llama_presets").check().changed == 1
         assert box.status()["since"] == before, (
             "the active preset was restarted though its command is the same"
         )
@@ -418,16 +431,16 @@ def test_one_more_preset_one_changed_one_removed(box: Box, converged: None, tmp_
         assert "100% more" in box.lmswitch("status").stdout
 
         changed = {**more, "extra": {**more["extra"], "threads": 1}}
-        assert box.play(tmp_path, changed, roles="llama_presets").check().changed == 2
+        assert box.play(tmp_path, changed, "llama_presets").check().changed == 2
         assert box.status()["active"] == "extra"
         command = box.run("sudo cat /proc/$(pgrep -x llama-server)/cmdline").stdout.replace("\0", " ")
         assert "--threads 1" in command
     finally:
-        done = box.play(tmp_path, box.presets, roles="llama_presets").check()
+        done = box.play(tmp_path, box.presets, "llama_presets").check()
     assert done.changed == 1
     assert box.status()["active"] is None, "a preset that is no longer in the data still runs"
     assert "extra" not in box.lmswitch("list").stdout
-    assert box.run(f"sudo test -e {UNITS}/llama-extra.service").rc == 1
+    assert box.run(f"sudo test -e {box.units}/llama-extra.service").rc == 1
     box.lmswitch(box.first).check()
 
 
@@ -436,6 +449,6 @@ def test_a_damaged_environment_is_replaced(box: Box, converged: None, tmp_path: 
         "echo '# changed' | sudo tee -a /opt/llmbox/lib/python3*/site-packages/llmbox/cli.py >/dev/null"
     ).check()
     damaged = box.run("readlink -f /opt/llmbox").stdout
-    assert box.play(tmp_path, box.presets, roles="llmbox").check().changed == 2
+    assert box.play(tmp_path, box.presets, "llmbox").check().changed == 2
     assert box.run("readlink -f /opt/llmbox").stdout != damaged
     assert box.lmswitch("status").rc == 0

@@ -47,8 +47,13 @@ def lmswitch(*words: str) -> dict[str, object]:
 
 def unit(preset: str) -> str:
     """The text of a preset's unit on the box."""
-    path = f"/home/llm/.config/systemd/user/llama-{preset}.service"
-    return support.on_host(support.LLM, f"sudo cat {path}").check().stdout
+    return support.on_host(support.LLM, f"sudo cat {unit_path(preset)}").check().stdout
+
+
+def unit_path(preset: str) -> str:
+    """Where a preset's unit is on the box."""
+    box = support.expected()
+    return f"{box.home}/.config/systemd/user/{box.unit(preset)}"
 
 
 def test_one_entry_appears_everywhere(copied_inventory: Path) -> None:
@@ -88,6 +93,6 @@ def test_one_entry_appears_everywhere(copied_inventory: Path) -> None:
 def test_a_removed_entry_disappears(copied_inventory: Path) -> None:
     support.ansible_playbook("playbooks/llm_server.yml", inventory=copied_inventory).check()
     support.ansible_playbook("playbooks/llm_server.yml").check()
-    gone = support.on_host(support.LLM, f"sudo test ! -e /home/llm/.config/systemd/user/llama-{NAME}.service")
+    gone = support.on_host(support.LLM, f"sudo test ! -e {unit_path(NAME)}")
     gone.check()
     assert NAME not in json.dumps(lmswitch("list"))

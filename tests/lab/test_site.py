@@ -10,8 +10,8 @@ from tests import support
 
 pytestmark = pytest.mark.usefixtures("lab")
 
-MODEL = "/home/llm/models/gguf/smollm2-135m-instruct-q4_1.gguf"
 # Each line damages something that a role made; the second command proves that it is whole again.
+# MODEL and SHA256 are those of the first preset's model.
 DAMAGE = {
     "a file of the venv": (
         "echo 'raise SystemExit(9)' >> $(echo /opt/llmbox/lib/python3*/site-packages/llmbox/__init__.py)",
@@ -51,8 +51,8 @@ DAMAGE = {
         "test $(stat --format=%a%u /etc/llmbox/presets.json) = 6440",
     ),
     "a model": (
-        f"printf X | dd of={MODEL} bs=1 seek=5000 conv=notrunc status=none",
-        f"test $(sha256sum < {MODEL} | cut -c1-8) = b179c952",
+        "printf X | dd of=MODEL bs=1 seek=5000 conv=notrunc status=none",
+        "test $(sha256sum < MODEL | cut -d' ' -f1) = SHA256",
     ),
     "the command's link": ("rm /usr/local/bin/lmswitch", "test -x /usr/local/bin/lmswitch"),
     "the sudo rule": (
@@ -72,6 +72,9 @@ DAMAGE = {
 
 def as_root(command: str, timeout: float = 60) -> support.Run:
     """Run a shell command as root on the LLM box."""
+    box = support.expected()
+    model = box.model_file(box.names()[0])
+    command = command.replace("MODEL", f"{box.models_dir}/{model.file}").replace("SHA256", model.sha256)
     return support.on_host(support.LLM, "sudo sh -s", stdin=command + "\n", timeout=timeout)
 
 

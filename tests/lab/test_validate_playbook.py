@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, PlaybookRun, ansible_playbook, keep_figures
+from tests.support import BIN, ROOT, PlaybookRun, ansible_playbook, keep_figures
+from tests.support import run as execute
 from tests.unit import broken_inventories as broken
 
 PLAYBOOK = "playbooks/validate.yml"
@@ -176,6 +177,33 @@ def test_a_refusal_ends_the_whole_run(tmp_path: Path, bait: Bait) -> None:
     assert bait.touched() == []
 
 
+@pytest.mark.parametrize(
+    "playbook", ["site.yml", *sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("playbooks/*.yml"))]
+)
+def test_every_playbook_refuses_bad_data_of_any_host(playbook: str, tmp_path: Path, bait: Bait) -> None:
+    """Also when it is run alone, on other hosts than the one whose data is wrong."""
+    files = broken.inventory()
+    broken.role("llm_user_uid", 999)(files)
+    broken.write(files, tmp_path, bait.variables)
+    (tmp_path / "clients.yml").write_text("clients: {hosts: {laptop: {}}}\n")
+    run = ansible_playbook(playbook, inventory=tmp_path, timeout=TIMEOUT_S)
+    assert run.rc != 0
+    (line,) = refusals(run)
+    assert "llm_user_uid = 999: " in line
+    assert bait.touched() == []
+
+
+def test_a_run_checks_the_data_once(tmp_path: Path, bait: Bait) -> None:
+    """However many of its playbooks import the check, and with --limit too."""
+    broken.write(broken.inventory(), tmp_path / "inventory", bait.variables)
+    playbook = tmp_path / "site.yml"
+    playbook.write_text("---\n" + f"- ansible.builtin.import_playbook: {ROOT / PLAYBOOK}\n" * 3)
+    for host, arguments in (("localhost", ()), ("ocr-box", ("--limit", "ocr-box"))):
+        run = ansible_playbook(playbook, *arguments, inventory=tmp_path / "inventory", timeout=TIMEOUT_S)
+        counts = run.check().recap[host]
+        assert (counts["ok"], counts["skipped"]) == (1, 2), run.tail()
+
+
 def test_extra_variables_are_checked_and_named(tmp_path: Path, bait: Bait) -> None:
     """What -e brings in has no file; the line says where it came from."""
     run = validate(tmp_path, broken.inventory(), bait, "-e", '{"llama_presets_listen": "everywhere"}')
@@ -205,6 +233,49 @@ def test_every_host_s_role_variables_are_checked_with_the_defaults_at_hand(
     clients.write_text("clients: {hosts: {laptop: {base_packages: acl}}}\n")
     (line,) = refusals(validate(tmp_path, files, bait))
     assert f'{tmp_path} (laptop): base_packages = "acl": must be a list' in line
+    assert bait.touched() == []
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, bait: Bait) -> None:
+    broken.write(broken.inventory(), tmp_path, bait.variables)
+    file = tmp_path / "group_vars/ocr_servers/name.yml"
+    file.parent.mkdir()
+    file.write_bytes("# why\nbase_note: café\n".encode("latin-1"))
+    run = ansible_playbook(PLAYBOOK, inventory=tmp_path, timeout=TIMEOUT_S)
+    (line,) = refusals(run)
+    assert run.rc != 0
+    assert f"refused: {file}:2: (text) = " in line and "is not UTF-8: byte 0xe9" in line
+    assert line.endswith("; fix: save the file in the encoding UTF-8")
+
+
+def encrypt(*words: str | Path, password: Path) -> str:
+    """What ansible-vault prints."""
+    return execute(BIN / "ansible-vault", *words, "--vault-password-file", password).check().stdout
+
+
+def test_a_vault_without_its_password_is_named(tmp_path: Path, bait: Bait) -> None:
+    """A whole file and a single value; with the password both are data like any other."""
+    password, other = tmp_path / "password", tmp_path / "other"
+    password.write_text("open\n")
+    other.write_text("sesame\n")
+    for place, edit in {"all": "file", "models": "file", "token": "value"}.items():
+        folder = tmp_path / place
+        broken.write(broken.inventory(), folder, bait.variables)
+        file = folder / broken.PATHS.get(place, "group_vars/all/token.yml")
+        if edit == "file":
+            encrypt("encrypt", file, password=password)
+            key = "(file)"
+        else:
+            key = "gguf_models_hf_token"
+            file.write_text(encrypt("encrypt_string", "hf_x", "--name", key, password=password))
+        for given in ((), ("--vault-password-file", other)):
+            run = ansible_playbook(PLAYBOOK, *given, inventory=folder, timeout=TIMEOUT_S)
+            (line,) = refusals(run)
+            assert run.rc != 0
+            assert f"refused: {file}:1: {key} = " in line, line
+            assert "no vault password that was given opens it; fix: add --ask-vault-pass or " in line
+        given = ("--vault-password-file", password)
+        ansible_playbook(PLAYBOOK, *given, inventory=folder, timeout=TIMEOUT_S).check()
     assert bait.touched() == []
 
 

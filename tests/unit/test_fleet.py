@@ -11,6 +11,7 @@ import pytest
 
 from scripts import fleet
 from scripts._inventory import Host
+from scripts._llm_box import GROUP
 from scripts.fleet import Row
 
 COMMIT = "4ca1d6abe6fbc56a30072a4328cfbb554cbb5ecc"
@@ -93,6 +94,23 @@ def test_hosts_that_do_not_answer_are_rows(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "unreachable" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_box_whose_data_is_refused_is_a_row_beside_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables = {"llama_cpp_builds": {}, "gguf_models": {}, "llama_presets": {"x": {"build": "none"}}}
+    hosts = [Host("wrong", frozenset({GROUP}), variables), Host("well"), Host("gone")]
+    answers = {"well": Row("well", True, disk_free=2**30), "gone": Row("gone", False, trouble="no route")}
+    monkeypatch.setattr(fleet, "load", lambda *_args, **_options: hosts)
+    monkeypatch.setattr(fleet, "ask", lambda hosts, _requests: [answers[host.name] for host in hosts])
+    assert fleet.main(["--inventory", "anything"]) == 2
+    _, *rows, empty, reason, gone = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in rows] == ["wrong", "well", "gone"]
+    assert rows[0].split() == ["wrong", "-", "refused", "-", "-", "-"]
+    assert rows[1].endswith("1.0 GiB")
+    assert empty == "" and reason.startswith("wrong: refused: inventory: llama_presets.x.")
+    assert gone == "gone: no route"
 
 
 def test_an_inventory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

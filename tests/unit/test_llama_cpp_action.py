@@ -52,14 +52,15 @@ class Host:
     ) -> None:
         self.asked: list[str] = []
         self.said: list[str] = []
+        self.warned: list[str] = []
         self._probes, self._follows, self._running = probes, follows, running
 
-    def plugin(self, check_mode: bool = False) -> Any:
+    def plugin(self, check_mode: bool = False, **args: Any) -> Any:
         plugin = action.ActionModule.__new__(action.ActionModule)
-        plugin._task = SimpleNamespace(args={"follow_interval": 0}, check_mode=check_mode)
+        plugin._task = SimpleNamespace(args={"follow_interval": 0, **args}, check_mode=check_mode)
         plugin._vars, plugin._tool = {"inventory_hostname": "box"}, "tool"
         plugin._execute_module = self.answer
-        plugin._display = SimpleNamespace(display=self.said.append)
+        plugin._display = SimpleNamespace(display=self.said.append, warning=self.warned.append)
         return plugin
 
     def answer(
@@ -91,7 +92,12 @@ def probe(action_: str, missing: list[str] | None = None) -> dict[str, Any]:
         "action": action_,
         "reason": "r",
     }
-    return {"changed": action_ != "none" or bool(missing), "missing_packages": missing or [], "plan": [entry]}
+    return {
+        "changed": action_ != "none" or bool(missing),
+        "missing_packages": missing or [],
+        "plan": [entry],
+        "unused": [],
+    }
 
 
 RUNNING = {"state": "running", "phase": "compile", "done": 1, "total": 2, "elapsed": 1}
@@ -130,6 +136,39 @@ def test_a_first_build_installs_starts_follows_and_activates() -> None:
     assert result["changed"] is True
     assert result["replaced"] == {"up": None}
     assert any("50 % (1/2)" in line for line in host.said)
+
+
+UNUSED = [
+    {"build": "gone", "bytes": 3 << 29, "in_use": False},
+    {"build": "serves", "bytes": 1 << 30, "in_use": True},
+]
+
+
+def test_unused_builds_are_a_warning_as_long_as_nobody_asks_for_more() -> None:
+    host = Host([{**probe("none"), "unused": UNUSED}], [])
+    result = host.plugin(root="/opt/llama.cpp")._converge()
+    assert host.asked == ["probe"] and result["changed"] is False
+    assert host.warned == [
+        "/opt/llama.cpp: llama_cpp_builds does not name gone (1.5 GiB), serves (1.0 GiB);"
+        " llama_cpp_remove_unused: true removes it"
+    ]
+
+
+def test_unused_builds_are_removed_on_request_but_for_one_that_runs() -> None:
+    seen = {**probe("none"), "unused": UNUSED, "changed": True}
+    dry = Host([seen], [])
+    predicted = dry.plugin(check_mode=True, root="/r", remove_unused="yes")._converge()
+    assert dry.asked == ["probe"] and dry.said == ["  [box] would remove gone"]
+    assert (predicted["diff"]["before"], predicted["diff"]["after"]) == (
+        "up: new\ngone (unused)\n",
+        "up: new\n",
+    )
+
+    host = Host([seen, probe("none")], [])
+    result = host.plugin(root="/r", remove_unused=True)._converge()
+    assert host.asked == ["probe", "prepare", "remove", "probe"]
+    assert (result["changed"], result["removed"], result["unused"]) == (True, ["gone"], ["serves"])
+    assert "serves (1.0 GiB); a process still runs it" in host.warned[0]
 
 
 def test_a_failed_build_is_one_line_and_the_end_of_its_journal() -> None:

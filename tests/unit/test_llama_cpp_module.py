@@ -271,6 +271,10 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> module.Host:
             "root": str(tmp_path / "opt"),
             "user": None,
             "keep_releases": 2,
+            "remove_unused": False,
+            "tool": "",
+            "packages": [],
+            "option_packages": {},
             "base_options": {},
             "owned_options": {},
             "builds": {"up": {"repo": "r", "commit": COMMIT, "cmake_options": {}}},
@@ -319,6 +323,37 @@ def test_a_damaged_release_is_not_made_current(host: module.Host) -> None:
     with pytest.raises(module.HostError, match="is missing"):
         host.activate(host.builds["up"])
     assert not (host.root / "up" / "current").exists()
+
+
+def test_a_build_that_the_data_no_longer_names_is_reported_and_removed_on_request(
+    host: module.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_release(host.root / "up" / "releases", "new")
+    module.point(host.root / "up" / "current", "new")
+    for name in ("gone", "serves", "Not-A-Build"):
+        make_release(host.root / name / "releases", "old")
+    (host.root / "libexec").mkdir()
+    (host.root / "notes").mkdir()
+    (host.root / "link").symlink_to(host.root / "gone")
+    monkeypatch.setattr(module, "in_use", lambda releases: {"old"} if "serves" in str(releases) else set())
+    monkeypatch.setattr(module.Host, "_tool_differs", lambda self: False)
+    monkeypatch.setattr(module.Host, "_probe_build", lambda self, *_: {"action": "none"})
+    probed = host.probe()
+    assert [(entry["build"], entry["in_use"]) for entry in probed["unused"]] == [
+        ("gone", False),
+        ("serves", True),
+    ]
+    assert all(entry["bytes"] > 0 for entry in probed["unused"])
+    assert probed["changed"] is False
+
+    host.params = {**host.params, "remove_unused": True}
+    assert host.probe()["changed"] is True
+    assert host.remove()["removed"] == ["gone"]
+    assert sorted(path.name for path in host.root.iterdir()) == [
+        "Not-A-Build", "libexec", "link", "notes", "serves", "up",
+    ]  # fmt: skip
+    assert host.probe()["changed"] is False
+    assert host.remove()["changed"] is False
 
 
 def test_the_own_process_counts_as_a_user_of_its_program(tmp_path: Path) -> None:

@@ -112,3 +112,10 @@ def test_every_end_is_one_line_and_a_code(
     assert make_lab.run() == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("make lab: ")
+
+
+def test_the_hints_name_the_lab_that_is_up() -> None:
+    assert "LAB_NAME" not in make_lab.hints("lab", "lab-llm", "lmswitch")
+    lines = make_lab.hints("other", "lab-llm", "sudo -iu llm lmswitch").splitlines()
+    assert [line[16:].partition(" ")[0] for line in lines] == ["LAB_NAME=other"] * len(lines)
+    assert lines[1].endswith(" LAB_NAME=other python3 -m lab ssh lab-llm sudo -iu llm lmswitch list")

@@ -71,6 +71,10 @@ options:
     description: How many releases of a build stay, C(current) and C(previous) included.
     type: int
     default: 2
+  remove_unused:
+    description: Remove what earlier C(builds) left below the root; without it they are reported.
+    type: bool
+    default: false
   jobs:
     description: Compilers at once; 0 means one for each CPU, as far as the memory reaches.
     type: int
@@ -102,7 +106,7 @@ options:
   phase:
     description: The step; set by the action plugin.
     type: str
-    choices: [probe, prepare, start, follow, activate]
+    choices: [probe, prepare, remove, start, follow, activate]
     default: probe
   build:
     description: The build that start, follow and activate are about; set by the action plugin.
@@ -120,6 +124,7 @@ JOURNAL_TAIL = 25
 _PROGRESS = re.compile(r"^\[(?P<done>\d+)/(?P<total>\d+)\] ", re.MULTILINE)
 _PHASE = re.compile(r"^llama-build: phase (?P<phase>.+)$", re.MULTILINE)
 _ERROR = re.compile(r"^llama-build: error: (?P<error>.+)$", re.MULTILINE)
+_BUILD_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _GIB = 1 << 30
 _ON = frozenset({"1", "ON", "TRUE", "YES", "Y"})
 
@@ -555,8 +560,34 @@ class Host:
         """What is there and what is to do, without changing anything."""
         packages = self.packages()
         plan = [self._probe_build(build, bool(packages)) for build in self.builds.values()]
-        to_do = packages or self._tool_differs() or any(entry["action"] != "none" for entry in plan)
-        return {"changed": bool(to_do), "missing_packages": packages, "plan": plan}
+        unused = self._unused()
+        removable = self.params["remove_unused"] and not all(entry["in_use"] for entry in unused)
+        to_do = (
+            packages or self._tool_differs() or removable or any(entry["action"] != "none" for entry in plan)
+        )
+        return {"changed": bool(to_do), "missing_packages": packages, "plan": plan, "unused": unused}
+
+    def _unused(self) -> list[dict[str, Any]]:
+        """Builds below the root that the data does not name: size, and whether a process runs one of them.
+
+        Only what this module makes counts: a directory with a build's name and `releases` in it, no link.
+        """
+        return [
+            {"build": path.name, "bytes": _size(path), "in_use": bool(in_use(path / "releases"))}
+            for path in sorted(self.root.glob("*"))
+            if path.name not in self.builds and _BUILD_NAME.fullmatch(path.name)
+            if not path.is_symlink() and (path / "releases").is_dir()
+        ]
+
+    def remove(self) -> dict[str, Any]:
+        """Remove the unused builds of which nothing runs, and stop what still builds them."""
+        with one_play():
+            stopped = self._stop_unwanted()
+            removed = [entry["build"] for entry in self._unused() if not entry["in_use"]]
+            for name in removed:
+                shutil.rmtree(self.root / name)
+                (RUN_DIR / f"{name}.json").unlink(missing_ok=True)
+        return {"changed": bool(removed), "removed": removed, "stopped": stopped}
 
     def _probe_build(self, build: Build, packages_missing: bool) -> dict[str, Any]:
         directory = self.directory(build)
@@ -812,6 +843,13 @@ def _available_memory() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+def _size(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(
+        os.lstat(f"{folder}/{name}").st_size for folder, _, names in os.walk(directory) for name in names
+    )
+
+
 def _built_at(release: Path) -> float:
     """When a release was finished; 0 for what never was."""
     try:
@@ -856,6 +894,7 @@ def main() -> None:
             "packages": {"type": "list", "elements": "str", "default": []},
             "option_packages": {"type": "dict", "default": {}},
             "keep_releases": {"type": "int", "default": 2},
+            "remove_unused": {"type": "bool", "default": False},
             "jobs": {"type": "int", "default": 0},
             "nice": {"type": "int", "default": 10},
             "memory_max": {"type": "str", "default": "80%"},
@@ -865,7 +904,7 @@ def main() -> None:
             "follow_interval": {"type": "int", "default": 3},
             "phase": {
                 "type": "str",
-                "choices": ["probe", "prepare", "start", "follow", "activate"],
+                "choices": ["probe", "prepare", "remove", "start", "follow", "activate"],
                 "default": "probe",
             },
             "build": {"type": "str"},
@@ -878,7 +917,7 @@ def main() -> None:
         module.fail_json(msg=f"phase {phase} changes the host: not in check mode")
     try:
         host = Host(module.params)
-        if phase in ("probe", "prepare"):
+        if phase in ("probe", "prepare", "remove"):
             result = getattr(host, phase)()
         else:
             result = getattr(host, phase)(host.builds[module.params["build"]])

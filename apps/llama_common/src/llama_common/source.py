@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,27 @@ class Document:
 
     root: yaml.Node | None
     problems: tuple[Found, ...] = ()
+
+    @classmethod
+    def of(cls, data: bytes, decrypt: Callable[[], object]) -> Document:
+        """Parse a file, which must be UTF-8. `decrypt` raises when no password at hand opens a vault."""
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            number = data.count(b"\n", 0, error.start)
+            problem = Problem(
+                ("(text)",),
+                data.split(b"\n")[number].decode(errors="replace").strip(),
+                f"is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}",
+                "save the file in the encoding UTF-8",
+            )
+            return cls(None, (Found(number + 1, problem),))
+        if text.startswith(_VAULT):
+            try:
+                decrypt()
+            except Exception:  # Ansible's own errors, which this package does not know
+                return cls(None, (Found(1, locked(["(file)"])),))
+        return cls.read(text)
 
     @classmethod
     def read(cls, text: str) -> Document:
@@ -60,6 +81,16 @@ class Document:
                 break
             found = mark.line + 1
         return found
+
+
+def locked(path: Sequence[str]) -> Problem:
+    """The problem of a file or a value that no vault password at hand opens."""
+    return Problem(
+        tuple(path),
+        "***",
+        "is encrypted, and no vault password that was given opens it",
+        "add --ask-vault-pass or --vault-password-file FILE",
+    )
 
 
 def shown(path: Path) -> str:
