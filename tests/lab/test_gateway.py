@@ -1,0 +1,201 @@
+"""The gateway on a real host: nothing is lost while presets are switched, killed, and the gateway is restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from scripts._traffic import Sent, Traffic, chat, run_clients
+from tests import support
+
+Host = Callable[..., support.Run]
+CLIENTS = 8
+SEED = 20261122
+REASON = "error: this preset cannot load"
+PATIENCE_S = 240
+
+
+class Box:
+    """lab-llm behind its gateway."""
+
+    def __init__(self, on_host: Host, hostvars: dict[str, Any]) -> None:
+        self.on_host = on_host
+        self.wanted = support.expected()
+        self.url = self.wanted.url(hostvars["ansible_host"])
+        self.first, self.second, *_ = self.wanted.names("user")
+        self.manager = f"sudo -u {self.wanted.user} XDG_RUNTIME_DIR=/run/user/$(id -u {self.wanted.user}) systemctl --user"
+
+    def run(self, command: str, timeout: float = 120) -> support.Run:
+        """A shell command as the sudo user; it must succeed."""
+        return self.on_host(support.LLM, command, timeout=timeout).check()
+
+    def lmswitch(self, *words: str) -> str:
+        """lmswitch as the LLM user."""
+        return self.run(f"sudo -u {self.wanted.user} lmswitch {' '.join(words)}").stdout
+
+    def chat(self, model: str | None = None, *, stream: bool = False, tokens: int = 4) -> Sent:
+        """One chat from this machine."""
+
+        async def one() -> Sent:
+            async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S, trust_env=False) as client:
+                return await chat(client, model, stream=stream, tokens=tokens)
+
+        return asyncio.run(one())
+
+    def active(self) -> str | None:
+        """The preset that serves."""
+        found: dict[str, Any] = json.loads(self.lmswitch("status", "--json"))
+        return found["active"]
+
+    def kill_server(self) -> None:
+        """SIGKILL for llama-server, and nothing else."""
+        self.run("sudo pkill -KILL -x llama-server")
+
+    def restart_gateway(self) -> None:
+        """As an update does it."""
+        self.run(f"{self.manager} restart llm-gateway.service")
+
+
+@pytest.fixture
+def box(on_host: Host, lab_hostvars: dict[str, dict[str, Any]]) -> Box:
+    """The LLM box, its first preset serving."""
+    box = Box(on_host, lab_hostvars[support.LLM])
+    box.lmswitch(box.first)
+    return box
+
+
+@pytest.fixture
+def broken(box: Box) -> Iterator[str]:
+    """A preset whose server dies as soon as it has started."""
+    folder = f"{box.wanted.home}/.config/systemd/user/llama-{box.second}.service.d"
+    box.run(
+        f"sudo -u {box.wanted.user} mkdir -p {folder} && printf '[Service]\\nExecStart=\\n"
+        f'ExecStart=/bin/sh -c "sleep 0.3; echo {REASON} >&2; exit 7"\\n\''
+        f" | sudo -u {box.wanted.user} tee {folder}/50-test.conf >/dev/null && {box.manager} daemon-reload"
+    )
+    yield box.second
+    box.run(f"sudo rm -rf {folder}; {box.manager} daemon-reload")
+
+
+class Clients:
+    """Traffic in a thread of its own, while the test makes trouble."""
+
+    def __init__(self, url: str, models: list[str | None], pause_s: float = 0.0) -> None:
+        self.traffic = Traffic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(
+                run_clients(
+                    url,
+                    self.traffic,
+                    models,
+                    clients=CLIENTS,
+                    until=self._stop.is_set,
+                    pause_s=pause_s,
+                    seed=SEED,
+                )
+            )
+        )
+
+    def __enter__(self) -> Clients:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(PATIENCE_S)
+        print(self.traffic.summary())
+
+    def wait_for(self, count: int) -> None:
+        """Wait until so many requests have ended."""
+        deadline = time.monotonic() + PATIENCE_S
+        while len(self.traffic.sent) < count:
+            assert time.monotonic() < deadline, f"{len(self.traffic.sent)} of {count} requests had ended"
+            time.sleep(0.05)
+
+
+def lost(traffic: Traffic) -> str:
+    """What failed, for a person."""
+    return "\n".join(
+        f"{one.took:.1f} s, {one.status}, stream={one.stream}: {one.error}" for one in traffic.failed
+    )
+
+
+@pytest.mark.parametrize(
+    ("requests", "switches", "kills", "restarts"),
+    [
+        pytest.param(120, 2, 1, 3, id="sample"),
+        pytest.param(2000, 10, 3, 20, id="whole", marks=pytest.mark.long),
+    ],
+)
+def test_no_request_is_lost(box: Box, requests: int, switches: int, kills: int, restarts: int) -> None:
+    trouble = ["switch"] * switches + ["kill"] * kills + ["restart"] * restarts
+    random.Random(SEED).shuffle(trouble)  # noqa: S311  (a series to repeat, not a secret)
+    presets = [box.first, box.second]
+    by_hand = 0
+    with Clients(box.url, [None]) as clients:
+        for number, what in enumerate(trouble, 1):
+            clients.wait_for(requests * number // (len(trouble) + 1))
+            if what == "kill":
+                box.kill_server()
+            elif what == "restart":
+                box.restart_gateway()
+            else:
+                presets.reverse()
+                by_hand += 1
+                if by_hand % 2:
+                    box.lmswitch(presets[0])
+                else:
+                    named = box.chat(presets[0])
+                    assert named.ok, named.error
+        clients.wait_for(requests)
+    traffic = clients.traffic
+    assert not traffic.failed, lost(traffic)
+    assert len([one for one in traffic.sent if one.ok]) >= requests * 0.98
+    assert sum(1 for one in traffic.sent if not one.ok) <= kills * CLIENTS
+
+
+def test_a_preset_that_cannot_start_costs_one_request(box: Box, broken: str) -> None:
+    with Clients(box.url, [None]) as clients:
+        clients.wait_for(10)
+        named = box.chat(broken)
+        clients.wait_for(len(clients.traffic.sent) + 20)
+    assert named.status == 503 and REASON in named.error, named
+    assert not clients.traffic.failed, lost(clients.traffic)
+    assert all(one.ok for one in clients.traffic.sent)
+    assert box.active() == box.first
+
+
+def test_a_request_asks_for_its_preset_by_name_and_by_alias(box: Box) -> None:
+    alias = box.wanted.config.llama_presets[box.first].aliases[0]
+    assert box.chat(box.second).ok
+    assert box.active() == box.second
+    assert box.chat("a-model-that-nobody-knows").ok
+    assert box.active() == box.second
+    assert box.chat(alias, stream=True).ok
+    assert box.active() == box.first
+
+
+def test_lmswitch_waits_for_what_runs_and_holds_what_comes(box: Box) -> None:
+    with Clients(box.url, [None]) as clients:
+        clients.wait_for(10)
+        box.lmswitch(box.second)
+        clients.wait_for(len(clients.traffic.sent) + 20)
+    assert not clients.traffic.failed, lost(clients.traffic)
+    assert all(one.ok for one in clients.traffic.sent)
+    assert "switched" in box.lmswitch("status") or box.active() == box.second
+
+
+def test_nothing_runs_and_the_client_is_told_how_to_start_one(box: Box) -> None:
+    box.lmswitch("off")
+    told = box.chat()
+    assert told.status == 503 and "lmswitch" in told.error
+    assert box.chat(box.first).ok, "a request that names a preset starts it"
