@@ -91,7 +91,7 @@ class Ticket:
     granted: asyncio.Future[Lease]
     unserved_since: float | None = None
     losses: int = 0
-    switched: bool = False
+    switch: str = ""  # caused, waited: what it had to do with a switch
 
 
 class Board:
@@ -113,6 +113,7 @@ class Board:
         self.failed: dict[str, tuple[float, str]] = {}
         self.last_switch: dict[str, object] = {}
         self.switches: dict[tuple[str, str], int] = {}
+        self.switch_parts: dict[tuple[str, str], tuple[int, float]] = {}  # how many, and their seconds
         self.load_s: dict[str, float] = {}
         self.service_s = 0.0
         self._run = 0
@@ -152,6 +153,7 @@ class Board:
         old = lease.ticket
         ticket = Ticket(old.preset, old.account, old.slot, old.arrived, _future())
         ticket.losses = old.losses + counts
+        ticket.switch = old.switch
         ticket.unserved_since = self.clock()
         self.waiting = {ticket: None, **self.waiting}
         self._wake.set()
@@ -300,6 +302,8 @@ class Board:
         while self._holds:
             self._wake.clear()
             await self._wake.wait()
+        for ticket in self.waiting:
+            ticket.switch = ticket.switch or "waited"
 
     async def _down(self, seen: Seen) -> None:
         self._enter("failed" if seen.reason else "stopped")
@@ -361,15 +365,24 @@ class Board:
     async def _move(self, former: str | None, target: str, parts: dict[str, float]) -> None:
         self._enter("loading", target)
         began = self.clock()
+        wanting = (target,) if former else (target, None)
+        cause = next((ticket for ticket in self.waiting if ticket.preset in wanting), None)
         try:
             moved = await self.box.switch(target)
         except Busy:
             await asyncio.sleep(LOCKED_S)
             return
+        if cause:
+            cause.switch = "caused"
+        for ticket in self.waiting:
+            ticket.switch = ticket.switch or ("waited" if ticket.preset in (target, None) else "")
         parts = {**parts, **moved.parts, "ready": self.clock() - began}
         self.last_switch = {"from": former, "to": target, "ok": moved.ok, "parts": parts}
         outcome = (target, "ok" if moved.ok else "failed")
         self.switches[outcome] = self.switches.get(outcome, 0) + 1
+        for part, seconds in parts.items():
+            count, total = self.switch_parts.get((target, part), (0, 0.0))
+            self.switch_parts[target, part] = (count + 1, total + seconds)
         if moved.ok:
             self.load_s[target] = parts["ready"]
             return

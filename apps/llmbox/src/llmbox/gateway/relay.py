@@ -15,6 +15,7 @@ from typing import Any
 from llmbox.gateway.accounts import Account, Accounts
 from llmbox.gateway.audit import Audit, Entry
 from llmbox.gateway.board import Board, Lease, Ticket
+from llmbox.gateway.metrics import Metrics
 from llmbox.gateway.refusals import Protocol, Refusal, error_body, error_event
 from llmbox.gateway.requests import Asked, Route, read_body
 from llmbox.gateway.settings import Settings
@@ -155,6 +156,7 @@ class Relay:
         presets: list[tuple[str, list[str]]],
         accounts: Accounts,
         audit: Audit,
+        metrics: Metrics,
     ) -> None:
         self.board = board
         self.upstream = upstream
@@ -162,6 +164,7 @@ class Relay:
         self.presets = presets
         self.accounts = accounts
         self.audit = audit
+        self.metrics = metrics
         self.bodies = Bodies(settings)
         self._suspects: OrderedDict[str, None] = OrderedDict()
 
@@ -179,13 +182,15 @@ class Relay:
             asked = read_body(body) if route.reads_body else Asked()
             await self._answer(route, scope, receive, body, asked, account, reply, entry)
         except Refusal as refusal:
-            entry.error = refusal.message
+            entry.error = entry.error or refusal.message
             await reply.refuse(refusal)
         except ClientGone:
             entry.error = "the client went away"
+            reply.status = reply.status or 499
         finally:
             self.bodies.give_back(size)
-            entry.status = reply.status
+            entry.end(reply.status or 500)
+            self.metrics.observe(entry)
             self.audit.write(entry, body if size and self.settings.audit_content else b"")
 
     async def _answer(
@@ -209,6 +214,7 @@ class Relay:
                 lease = await self._turn(ticket, reply, gone, stream=asked.stream)
                 entry.preset, entry.waited_s = lease.preset, lease.granted - ticket.arrived
                 try:
+                    account.check(lease.preset)  # one that named none is unchecked so far
                     await self._exchange(lease, route, scope, body, asked, account, reply, entry, gone)
                     return
                 except Lost as lost:
@@ -218,6 +224,9 @@ class Relay:
         finally:
             gone.cancel()
             self.board.leave(ticket)
+            entry.switch = ticket.switch
+            if entry.preset is None:
+                entry.waited_s = self.board.clock() - ticket.arrived
 
     async def _turn(self, ticket: Ticket, reply: Reply, gone: asyncio.Future[None], *, stream: bool) -> Lease:
         """Wait until it is this request's turn. Raises Refusal, ClientGone."""
@@ -301,6 +310,8 @@ class Relay:
                 raise Lost("it is loading still", sent=False)
             entry.usage = usage_of(body)
             account.spend(entry.usage.total)
+            if answer.status >= 400:
+                entry.error = "llama-server refused it"  # its own words may quote the request
             if reply.begun:  # the stream has begun with comments, and the server says no
                 raise Refusal(answer.status, _message(body))
             await reply.whole(answer.status, [*answer.headers, waited, named], body)
@@ -308,19 +319,23 @@ class Relay:
         if not reply.begun:
             await reply.begin(answer.status, [*answer.headers, waited, named])
         tail = Tail()
-        left = account.tokens_left()
+        counted = 0
         try:
             async for chunk in answer.chunks():
                 tail.add(chunk)
                 await reply.forward(chunk)
-                if left is not None and tail.events > left:
+                # As they come, so that the streams of one key cannot each use what is left.
+                account.spend(tail.events - counted)
+                counted = tail.events
+                left = account.tokens_left()
+                if left is not None and left < 0:
                     raise Refusal(429, account.exhausted())
             await reply.finish()
         finally:
             entry.usage = tail.usage()
             if entry.usage.generated is None:
                 entry.usage.generated = tail.events
-            account.spend(entry.usage.total)
+            account.spend(entry.usage.total - counted)
 
     def _after_loss(self, lease: Lease, lost: Lost, body: bytes, reply: Reply) -> Ticket:
         """What follows when the server went away under a request. Raises Refusal, or gives a new ticket."""
