@@ -207,7 +207,7 @@ def test_the_lock_pins_every_dependency_with_hashes() -> None:
     ]
     names = {entry.partition("==")[0] for entry in entries}
     assert all("==" in entry and "--hash=sha256:" in entry for entry in entries)
-    assert {"httpx", "pydantic", "pydantic-core", "pip"} <= names
+    assert {"httpx", "pydantic", "pydantic-core", "pip", "starlette", "uvicorn", "click"} <= names
 
 
 def test_the_lock_s_versions_are_the_controller_s() -> None:
