@@ -1,10 +1,4 @@
-"""Who may use the gateway and how much of it: the keys of `keys.json`, and what each has used.
-
-`python -m llmbox.gateway.accounts FILE` checks one: exit 0, or 2 and one line that says what is wrong.
-
-The file holds a SHA-256 of each key. A slow hash protects words that a person chose; a key has 256 random
-bits (`llmbox-key new`), which nobody finds from any hash, and a slow one would only delay every request.
-"""
+"""Who may use the gateway, and how much of it each of them has used."""
 
 from __future__ import annotations
 
@@ -12,74 +6,30 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-import json
 import logging
 import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llmbox.errors import LlmboxError, UsageError
+from llmbox.errors import UsageError
+from llmbox.gateway.keyfile import BUDGETS, Budget, Key, read_keys
 from llmbox.gateway.refusals import Refusal
 from llmbox.gateway.windows import Window
-from llmbox.presets import Name
 
-REMEDY = "mend llm_gateway_keys in the inventory and run the playbook llm_server.yml"
 ANONYMOUS = "anonymous"
 TICK_S = 1.0  # between two looks at the keys file, and two writes of the usage file
 LOG_AGAIN_S = 60.0  # between two log lines about one budget of one key
 
-Budget = Literal["requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day"]
-BUDGETS: tuple[Budget, ...] = get_args(Budget)
 SECONDS: dict[Budget, int] = {budget: 60 if budget.endswith("minute") else 86400 for budget in BUDGETS}
 
-Limit = Annotated[int, Field(gt=0, le=10**12)]
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
-KeyName = Annotated[str, Field(pattern=NAME)]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 log = logging.getLogger(__name__)
-
-
-class Key(BaseModel):
-    """An entry of the keys file. `presets`: null means all; a limit that is null is none."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-
-    name: KeyName
-    sha256: str = Field(pattern=r"^[0-9a-fA-F]{64}$", repr=False)
-    presets: list[Name] | None = None
-    requests_per_minute: Limit | None = None
-    requests_per_day: Limit | None = None
-    tokens_per_minute: Limit | None = None
-    tokens_per_day: Limit | None = None
-
-
-class KeysFile(BaseModel):
-    """The whole of keys.json."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-
-    version: Literal[1]
-    keys: list[Key]
-
-    @model_validator(mode="after")
-    def _distinct(self) -> KeysFile:
-        names = [key.name for key in self.keys]
-        hashes = [key.sha256.lower() for key in self.keys]
-        for name, digest in zip(names, hashes, strict=True):
-            if names.count(name) > 1:
-                raise ValueError(f"{name!r} is there twice; give each key a name of its own")
-            if hashes.count(digest) > 1:
-                raise ValueError(
-                    f"{name!r} has the sha256 of another key; make one with: llmbox-key new {name}"
-                )
-        return self
 
 
 class _Used(BaseModel):
@@ -358,34 +308,6 @@ class Accounts:
                     log.error("%s cannot be written (%s); trying again", self.usage_file, error.strerror)
 
 
-def read_keys(path: Path) -> list[Key]:
-    """The entries of a keys file. Raises UsageError in one line, which never shows a value of the file."""
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON (line {error.lineno}: {error.msg}); {REMEDY}") from None
-    except (ValueError, RecursionError):
-        raise UsageError(f"{path} is not usable JSON; {REMEDY}") from None
-    try:
-        return KeysFile.model_validate(found).keys
-    except ValidationError as error:
-        raise UsageError(f"{path}: {_problem(error)}; {REMEDY}") from None
-
-
-def _problem(error: ValidationError) -> str:
-    """What is wrong, without a word of what stands there: it may be a key, pasted into the wrong place."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    fields = [*Key.model_fields, *KeysFile.model_fields]
-    where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in fields)
-    if first["type"] == "extra_forbidden":
-        return f"{where or 'the whole'}: a field that is none of {', '.join(Key.model_fields)}"
-    if first["loc"][-1:] == ("sha256",):
-        return f"{where}: must be the 64 hexadecimal digits that llmbox-key new prints, not the key"
-    return f"{where or 'the whole'}: {first['msg'].removeprefix('Value error, ')}"
-
-
 def _limits(key: Key) -> dict[Budget, int]:
     found: dict[Budget, int] = {}
     for budget in BUDGETS:
@@ -433,17 +355,3 @@ def _write(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
-
-
-def main() -> int:
-    """Check the file named on the command line: exit 0, or 2 and one line that says what is wrong."""
-    try:
-        read_keys(Path(sys.argv[1]))
-    except LlmboxError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

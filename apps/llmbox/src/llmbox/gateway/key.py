@@ -10,7 +10,7 @@ import secrets
 import sys
 
 from llmbox.errors import EXIT_DONE, EXIT_USAGE
-from llmbox.gateway.accounts import BUDGETS, NAME
+from llmbox.gateway.keyfile import BUDGETS, NAME
 
 PREFIX = "llmbox-"  # by which a person, or a scanner for secrets, knows what it is
 BYTES = 32
