@@ -85,8 +85,8 @@ def test_presets(config: HostConfig) -> None:
     assert coder["model_path"] == "/home/llm/models/gguf/Qwen-Coder-Q4_K_M.gguf"
     assert coder["draft_path"] == "/home/llm/models/gguf/qwen-draft-q8.gguf"
     assert coder["command"][coder["command"].index("--spec-draft-model") + 1] == coder["draft_path"]
-    assert coder["listen"] == "0.0.0.0:1234"
-    assert coder["health_url"] == "http://127.0.0.1:1234"
+    assert coder["listen"] == "/run/user/1500/llama/server.sock"
+    assert coder["health_url"] == "unix:///run/user/1500/llama/server.sock"
     assert coder["commit"] == broken.COMMIT
     assert coder["expect"]["generation_tok_s"] == {"target": 81.5, "floor": 55.0}
     assert presets["chat"]["model_path"].endswith("/split-00001-of-00002.gguf")
@@ -122,16 +122,21 @@ def test_one_variable_moves_every_user_preset(config: HostConfig) -> None:
     moved = plan(config, listen="/run/user/1500/llama.sock")
     assert {entry["listen"] for entry in moved.values()} == {"/run/user/1500/llama.sock"}
     assert {entry["health_url"] for entry in moved.values()} == {"unix:///run/user/1500/llama.sock"}
-    data = {**variables(broken.inventory(), "box"), "llama_presets_listen": "[::]:4321"}
-    assert {entry["health_url"] for entry in plan(HostConfig.load(data)).values()} == {"http://[::1]:4321"}
+    data = {**variables(broken.inventory(), "box"), "llama_presets_listen": "/run/l.sock"}
+    assert {entry["health_url"] for entry in plan(HostConfig.load(data)).values()} == {"unix:///run/l.sock"}
 
 
-def test_the_role_s_default_is_the_model_s() -> None:
-    """Where user presets listen when nothing says so."""
-    defaults = yaml.safe_load((ROOT / "roles/llama_presets/defaults/main.yml").read_text(encoding="utf-8"))
-    empty = HostConfig.load({})
-    assert defaults["llama_presets_listen"] == empty.llama_presets_listen
-    assert defaults["llama_presets_foreign_units"] == empty.llama_presets_foreign_units
+def test_the_roles_defaults_are_the_model_s() -> None:
+    """What holds when nothing says so."""
+    defaults: dict[str, Any] = {}
+    for role in ("llm_user", "llama_presets", "llm_gateway"):
+        defaults |= yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text(encoding="utf-8"))
+    listen = defaults["llama_presets_listen"].replace("{{ llm_user_uid }}", str(defaults["llm_user_uid"]))
+    empty = HostConfig.load({}).model_dump()
+    data = {"llama_cpp_builds", "gguf_models", "llama_presets", "llama_lock"}
+    assert {**defaults, "llama_presets_listen": listen}.items() >= {
+        name: value for name, value in empty.items() if name not in data
+    }.items()
 
 
 def test_options_that_the_build_role_sets_cannot_be_data() -> None:

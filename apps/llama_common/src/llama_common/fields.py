@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Annotated, Any, Final
 from urllib.parse import unquote, urlsplit
 
@@ -30,6 +30,9 @@ LMSWITCH_VERBS: Final = ("off", "sleep", "status", "list", "logs", "help")
 """Words that mean something else to lmswitch than a preset's name."""
 
 DRAFT_WORDS: Final = ("none", "auto")
+
+FIRST_OPEN_PORT: Final = 1024
+"""A user's service manager may not bind a port below this (net.ipv4.ip_unprivileged_port_start)."""
 
 GGUF_PART: Final = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 
@@ -120,6 +123,32 @@ Sha256 = Annotated[
         r"[0-9a-f]{64}",
         "a SHA-256: 64 lower-case hexadecimal digits",
         "write the first word that `sha256sum FILE` prints, in quotes",
+    ),
+]
+KeyName = Annotated[
+    str,
+    Text(
+        r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}",
+        "the name of a key's holder, 1 to 64 characters: letters, digits, '.', '_', '@' and '-'",
+        "write it like laptop",
+        max_length=64,
+    ),
+]
+KeySha256 = Annotated[
+    str,
+    Text(
+        r"[0-9a-f]{64}",
+        "the SHA-256 of a key: 64 lower-case hexadecimal digits, never the key itself",
+        "write the line that `llmbox-key new NAME` prints",
+    ),
+]
+ModelPattern = Annotated[
+    str,
+    Text(
+        r"\S+",
+        "a model's name, in which * and ? stand for anything, without blanks",
+        'write it like "claude-*"',
+        max_length=100,
     ),
 ]
 GitRef = Annotated[
@@ -295,7 +324,7 @@ class Address:
 
     @property
     def base_url(self) -> str:
-        """The URL under which this very host reaches it: `http://127.0.0.1:1234`, or `unix:///run/x.sock`."""
+        """The URL under which this very host reaches it: `http://127.0.0.1:8090`, or `unix:///run/x.sock`."""
         if self.port is None:
             return f"unix://{self.host}"
         address = ip_address(self.host)
@@ -331,7 +360,36 @@ def _listen(value: str) -> str:
     return value
 
 
+def _front(value: str) -> str:
+    """Where clients reach the gateway."""
+    address = Address.parse(value)
+    if address.port is None:
+        raise refuse("must be IP:PORT: clients reach the gateway over TCP", 'write it like "127.0.0.1:1234"')
+    if address.port < FIRST_OPEN_PORT:
+        raise refuse(
+            f"port {address.port}: a user's service manager may not bind one below {FIRST_OPEN_PORT}",
+            f"write a port from {FIRST_OPEN_PORT} to 65535",
+        )
+    return value
+
+
+def _network(value: str) -> str:
+    """An IP network. Raises PydanticCustomError."""
+    refuse_control_characters(value)
+    try:
+        found = ip_network(value, strict=False)
+    except ValueError as error:
+        raise refuse(
+            "must be an IP network in CIDR notation", "write it like 192.168.1.0/24 or fd00::/8"
+        ) from error
+    if str(found.network_address) != value.partition("/")[0]:
+        raise refuse("is an address within a network, not the network", f"write {found}")
+    return value
+
+
 Listen = Annotated[str, Checked(_listen, r"^(/.+\.sock|.+:[0-9]{1,5})$")]
+Front = Annotated[str, Checked(_front, r"^.+:[0-9]{1,5}$")]
+Network = Annotated[str, Checked(_network, r"^[0-9a-fA-F.:]+(/[0-9]{1,3})?$")]
 
 _FOREIGN_UNIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9:_.@\\-]*\.service")
 

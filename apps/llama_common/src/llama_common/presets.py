@@ -7,7 +7,8 @@ value, limit and fix.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,23 +28,29 @@ from llama_common.fields import (
     ExtraArgument,
     FileName,
     ForeignUnit,
+    Front,
     GitRef,
     HubFile,
     HubRepo,
+    KeyName,
+    KeySha256,
     Listen,
     LocalPath,
     ModelName,
+    ModelPattern,
     PresetName,
     RepoUrl,
     Sha256,
     url_file_name,
 )
-from llama_common.problems import InventoryError
+from llama_common.problems import HIDDEN, InventoryError, Problem
 from llama_common.translate import problems_of
 
 MAX_CONTEXT = 1_048_576
 MAX_FILE_BYTES = 2**42
-DEFAULT_LISTEN = "0.0.0.0:1234"
+MAX_BUDGET = 10**12
+DEFAULT_LISTEN = "/run/user/1500/llama/server.sock"
+DEFAULT_FRONT = "0.0.0.0:1234"
 
 
 class _Strict(BaseModel):
@@ -197,7 +204,7 @@ class Preset(_Strict):
     )
     listen: Listen | None = Field(
         None,
-        description="IP:PORT or the path of a socket ending in .sock; left out, a user preset listens at "
+        description="IP:PORT or the path of a socket ending in .sock, of a system preset; user presets listen at "
         "llama_presets_listen.",
     )
     start_timeout: int = Field(180, ge=5, le=3600, description="Seconds from start to a healthy server.")
@@ -246,6 +253,23 @@ class Lock(_Strict):
     )
 
 
+Budget = Annotated[int, Field(ge=1, le=MAX_BUDGET)]
+
+
+class GatewayKey(_Strict):
+    """Whoever may use the gateway, and how much of it."""
+
+    name: KeyName = Field(description="Whose key it is; logs and figures show this name.")
+    sha256: KeySha256 = Field(description="SHA-256 of the key, as `llmbox-key new NAME` prints it.")
+    presets: list[PresetName] | None = Field(
+        None, description="Presets that it may use; left out or null: all."
+    )
+    requests_per_minute: Budget | None = Field(None, description="Requests in a minute; null: no limit.")
+    requests_per_day: Budget | None = Field(None, description="Requests in 24 hours; null: no limit.")
+    tokens_per_minute: Budget | None = Field(None, description="Tokens in a minute; null: no limit.")
+    tokens_per_day: Budget | None = Field(None, description="Tokens in 24 hours; null: no limit.")
+
+
 class ModelFile(_Strict):
     """One file that a host needs, with everything known about it."""
 
@@ -269,16 +293,33 @@ class HostConfig(_Strict):
     )
     llama_presets_listen: Listen = Field(
         DEFAULT_LISTEN,
-        description="Where the active user preset listens: IP:PORT or a socket path ending in .sock.",
+        description="Where the active user preset listens: the path of a socket ending in .sock, behind the "
+        "gateway.",
     )
     llama_presets_foreign_units: list[ForeignUnit] = Field(
         default_factory=list,
         description="User units of other programs that must not run beside a preset, e.g. lmstudio.service.",
     )
+    llm_gateway_listen: list[Front] = Field(
+        [DEFAULT_FRONT],
+        min_length=1,
+        max_length=16,
+        description="Where clients reach the gateway of the LLM box: IP:PORT each.",
+    )
+    llm_gateway_default_preset: PresetName | Literal[""] = Field(
+        "", description="The user preset that a request starts when nothing runs; empty: none."
+    )
+    llm_gateway_model_names: dict[ModelPattern, PresetName] = Field(
+        default_factory=dict,
+        description="Names that clients use, with * and ?, and the user preset that each means.",
+    )
+    llm_gateway_keys: list[GatewayKey] = Field(
+        default_factory=list, max_length=1000, description="Keys that clients must show; none: see the networks."
+    )
 
     @classmethod
     def load(cls, variables: Mapping[str, Any]) -> HostConfig:
-        """Check `variables` (the six names above; those left out are empty) and merge the lock.
+        """Check `variables` (the names above; those left out have their defaults) and merge the lock.
 
         Raises InventoryError with every problem of the first stage that found any: shape first, then what
         keys say of each other.
@@ -289,7 +330,7 @@ class HostConfig(_Strict):
         try:
             config = cls.model_validate(data)
         except ValidationError as error:
-            raise InventoryError(problems_of(error, data, cls)) from None
+            raise InventoryError([_hidden(problem) for problem in problems_of(error, data, cls)]) from None
         problems = rules.check(config)
         if problems:
             raise InventoryError(problems)
@@ -340,3 +381,13 @@ class HostConfig(_Strict):
     def address(self, preset: str) -> Address:
         """Where a preset listens."""
         return Address.parse(self.llama_presets[preset].listen or self.llama_presets_listen)
+
+    @property
+    def user_presets(self) -> list[str]:
+        """The presets behind the gateway, in the order of the data."""
+        return [name for name, preset in self.llama_presets.items() if preset.scope == "user"]
+
+
+def _hidden(problem: Problem) -> Problem:
+    """The problem, without what stands among the keys: it may be a key itself."""
+    return replace(problem, value=HIDDEN) if problem.path[:1] == ("llm_gateway_keys",) else problem

@@ -12,6 +12,9 @@ from typing import Any, Final
 SHOWN_CHARACTERS: Final = 72
 """A value is cut to this many characters when it is shown in a line."""
 
+HIDDEN: Final = "***"
+"""What is shown for a secret."""
+
 
 class _Missing:
     """The value of a key that is not there."""

@@ -12,14 +12,13 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from llama_common.fields import Checked, Endpoint, Text, refuse, refuse_control_characters
+from llama_common.fields import Checked, Endpoint, Network, Text, refuse, refuse_control_characters
 from llama_common.presets import HostConfig
-from llama_common.problems import Problem
+from llama_common.problems import HIDDEN, Problem
 from llama_common.translate import closest, misspelt, problems_of
 
 OWNED: Final = frozenset(HostConfig.model_fields)
 SECRET_SUFFIXES: Final = ("_token", "_password", "_secret")
-HIDDEN: Final = "***"
 
 
 def _line(value: str) -> str:
@@ -74,6 +73,8 @@ MemoryMax = Annotated[
 
 AtLeast0 = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
+UpToADay = Annotated[int, Field(ge=0, le=86400)]
+SomeSeconds = Annotated[int, Field(ge=1, le=86400)]
 
 LIMITS: Final[Mapping[str, Any]] = {
     "base_packages": list[Package],
@@ -101,6 +102,23 @@ LIMITS: Final[Mapping[str, Any]] = {
     "gguf_models_stall_timeout": AtLeast1,
     "gguf_models_retries": AtLeast0,
     "gguf_models_follow_interval": AtLeast1,
+    "llm_gateway_min_dwell": UpToADay,
+    "llm_gateway_hold_timeout": SomeSeconds,
+    "llm_gateway_commit_after": UpToADay,
+    "llm_gateway_drain_timeout": UpToADay,
+    "llm_gateway_request_timeout": SomeSeconds,
+    "llm_gateway_shutdown_grace": UpToADay,
+    "llm_gateway_stop_timeout": SomeSeconds,
+    "llm_gateway_idle_unload": UpToADay,
+    "llm_gateway_queue_limit": Annotated[int, Field(ge=1, le=100_000)],
+    "llm_gateway_queue_limit_per_key": Annotated[int, Field(ge=1, le=100_000)],
+    # A request takes two descriptors, and the unit has 65536.
+    "llm_gateway_max_connections": Annotated[int, Field(ge=1, le=30_000)],
+    "llm_gateway_max_body": Annotated[int, Field(ge=1024, le=2**31)],
+    "llm_gateway_max_buffered": Annotated[int, Field(ge=1024, le=2**36)],
+    "llm_gateway_networks": list[Network],
+    "llm_gateway_audit_max_size": Annotated[int, Field(ge=4096, le=2**40)],
+    "llm_gateway_audit_keep": Annotated[int, Field(ge=1, le=1000)],
 }
 """What a variable may hold beyond its type; `path` variables are folders without further ado."""
 

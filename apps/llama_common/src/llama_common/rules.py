@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic_core import PydanticCustomError
 
 from llama_common import fields, flags
-from llama_common.problems import MISSING, Problem
+from llama_common.problems import HIDDEN, MISSING, Problem
 from llama_common.translate import closest
 
 if TYPE_CHECKING:
@@ -270,15 +270,45 @@ def expectations(config: HostConfig) -> Iterator[Problem]:
                 )
 
 
+def gateway_only(config: HostConfig) -> Iterator[Problem]:
+    """No preset of the LLM box is ever reachable except through the gateway, which looks in one place."""
+    front = config.llama_presets_listen
+    if config.user_presets and not fields.Address.parse(front).is_socket:
+        yield Problem(
+            ("llama_presets_listen",),
+            front,
+            "would let clients past the gateway: user presets listen on a UNIX socket only",
+            "remove it; llm_gateway_listen says where clients connect",
+        )
+        return
+    for name in config.user_presets:
+        listen = config.llama_presets[name].listen
+        if listen is not None and listen != front:
+            past = "would let clients past the gateway" if not listen.startswith("/") else "is no place for it"
+            yield Problem(
+                ("llama_presets", name, "listen"),
+                listen,
+                f"{past}: a user preset listens where the gateway looks, at llama_presets_listen",
+                "remove it; llm_gateway_listen says where clients connect",
+            )
+
+
 def addresses(config: HostConfig) -> Iterator[Problem]:
     """What runs at the same time listens at different places."""
-    front = fields.Address.parse(config.llama_presets_listen)
-    taken = []
-    if any(preset.scope == "user" and preset.listen is None for preset in config.llama_presets.values()):
-        taken.append((front, "llama_presets_listen"))
-    for name, preset in config.llama_presets.items():
-        if preset.scope == "user" and preset.listen:
-            taken.append((fields.Address.parse(preset.listen), f"the preset {name}"))
+    taken: list[tuple[fields.Address, str]] = []
+    if config.user_presets:
+        for index, text in enumerate(config.llm_gateway_listen):
+            mine = fields.Address.parse(text)
+            clash = next((owner for other, owner in taken if mine.clashes_with(other)), None)
+            if clash:
+                yield Problem(
+                    ("llm_gateway_listen", str(index)),
+                    text,
+                    f"is already taken by {clash}: the same port at the same or at every address",
+                    "remove one of them",
+                )
+            taken.append((mine, f"llm_gateway_listen.{index}"))
+        taken.append((fields.Address.parse(config.llama_presets_listen), "llama_presets_listen"))
     for name, preset in config.llama_presets.items():
         if preset.scope != "system":
             continue
@@ -298,10 +328,37 @@ def addresses(config: HostConfig) -> Iterator[Problem]:
                     path,
                     preset.listen,
                     f"is already taken by {owner}; both run at the same time",
-                    "choose another port",
+                    "choose another port" if mine.port else "choose another path",
                 )
                 break
         taken.append((mine, f"the preset {name}"))
+
+
+def gateway_names(config: HostConfig) -> Iterator[Problem]:
+    """What the gateway starts, and lets a key use, are user presets of this host."""
+    known = dict.fromkeys(config.user_presets)
+    if not known:
+        return  # a host without them has no gateway
+    group = "llama_presets with scope user"
+    if config.llm_gateway_default_preset:
+        yield from _unknown(("llm_gateway_default_preset",), config.llm_gateway_default_preset, known, group)
+    words = {word for name in known for word in (name, *config.llama_presets[name].aliases)}
+    for pattern, name in config.llm_gateway_model_names.items():
+        path = ("llm_gateway_model_names", pattern)
+        yield from _unknown(path, name, known, group)
+        if pattern in words:
+            yield Problem(path, name, f"'{pattern}' means a preset already, by its name or alias", "remove it")
+    seen: dict[str, str] = {}
+    for index, key in enumerate(config.llm_gateway_keys):
+        place = ("llm_gateway_keys", str(index))
+        for number, name in enumerate(key.presets or ()):
+            yield from _unknown((*place, "presets", str(number)), name, known, group)
+        for what, value in (("name", key.name), ("sha256", key.sha256)):
+            if value in seen:
+                fix = "give it another name" if what == "name" else f"make one with: llmbox-key new {key.name}"
+                shown = value if what == "name" else HIDDEN
+                yield Problem((*place, what), shown, f"is that of {seen[value]} too", fix)
+            seen.setdefault(value, f"llm_gateway_keys.{index}")
 
 
 def cmake_switches(config: HostConfig) -> Iterator[Problem]:
@@ -343,7 +400,9 @@ RULES: Final[tuple[Rule, ...]] = (
     caches,
     extra_args,
     expectations,
+    gateway_only,
     addresses,
+    gateway_names,
     foreign_units,
 )
 

@@ -89,7 +89,7 @@ def _problem(details: ErrorDetails, data: Mapping[str, Any], model: type[BaseMod
             path,
             value,
             f"must be one of {', '.join(allowed)}",
-            f"did you mean '{guess}'?" if guess else "write one of them",
+            _yaml_word(value, allowed) or (f"did you mean '{guess}'?" if guess else "write one of them"),
         )
     limit = _limit(kind, context, value)
     if limit is not None:
@@ -100,6 +100,14 @@ def _problem(details: ErrorDetails, data: Mapping[str, Any], model: type[BaseMod
         str(details["msg"]),
         "see the description of this key in docs/schema/llama_hosts.schema.json",
     )
+
+
+def _yaml_word(value: object, allowed: Collection[str]) -> str | None:
+    """The fix for a word that YAML has read as true or false, None for any other value."""
+    if not isinstance(value, bool):
+        return None
+    words = ("on", "yes", "true") if value else ("off", "no", "false")
+    return next((f'put it in quotes: "{word}"' for word in words if word in allowed), None)
 
 
 def _limit(kind: str, context: Mapping[str, Any], value: object) -> tuple[str, str] | None:
