@@ -7,10 +7,10 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvloop
 from starlette.requests import Request
@@ -20,8 +20,11 @@ from starlette.routing import Router
 from starlette.types import ASGIApp
 
 from llmbox.errors import LlmboxError, UsageError
-from llmbox.gateway import server, settings
+from llmbox.gateway import control, server, settings
+from llmbox.gateway.accounts import Accounts
+from llmbox.gateway.audit import Audit
 from llmbox.gateway.board import Board, Box
+from llmbox.gateway.metrics import CONTENT_TYPE, Metrics
 from llmbox.gateway.refusals import Refusal
 from llmbox.gateway.relay import Receive, Relay, Reply, Scope, Send
 from llmbox.gateway.requests import ROUTES, protocol_of
@@ -29,10 +32,6 @@ from llmbox.gateway.settings import Settings
 from llmbox.gateway.upstream import Upstream
 from llmbox.presets import PresetsFile, presets_path
 from llmbox.presets import load as load_presets
-
-if TYPE_CHECKING:
-    from llmbox.gateway.accounts import Accounts
-    from llmbox.gateway.audit import Audit
 
 FREE = ("/health", "/v1/health")  # for whoever asks whether the gateway lives
 USAGE = """\
@@ -67,10 +66,11 @@ class Gateway:
         audit: Audit,
     ) -> None:
         self.presets = presets.exclusive
+        self.metrics = Metrics(board, accounts, upstream, [preset.name for preset in self.presets])
         self.board = board
         self.accounts = accounts
         names = [(preset.name, list(preset.aliases)) for preset in self.presets]
-        self.relay = Relay(board, upstream, limits, names, accounts, audit)
+        self.relay = Relay(board, upstream, limits, names, accounts, audit, self.metrics)
         own = {
             "/health": self._health,
             "/v1/health": self._health,
@@ -79,7 +79,8 @@ class Gateway:
             "/v1/models": self._models,
             "/metrics": self._metrics,
         }
-        self._own: ASGIApp = Router([OwnRoute(path, answer) for path, answer in own.items()], redirect_slashes=False)
+        routes = [OwnRoute(path, answer) for path, answer in own.items()]
+        self._own: ASGIApp = Router(routes, redirect_slashes=False)
         self._methods = {path: ["GET", "HEAD"] for path in own}
         for method, path in ROUTES:
             self._methods.setdefault(path, []).append(method)
@@ -157,10 +158,7 @@ class Gateway:
         return "failed" if preset in board.failed else "stopped"
 
     async def _metrics(self, _: Request) -> Response:
-        from llmbox.gateway.metrics import render
-
-        body, content_type = render(self.board)
-        return Response(body, headers={"Content-Type": content_type})
+        return Response(await self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def upstream_path(presets: PresetsFile) -> str:
@@ -185,33 +183,38 @@ def systemd_box(presets: PresetsFile) -> Box:
 
 async def run(presets: PresetsFile, limits: Settings, make_box: Callable[[PresetsFile], Box]) -> int:
     """Serve until SIGTERM has come and everything accepted is answered. Returns the exit code."""
-    from llmbox.gateway import control
-    from llmbox.gateway.accounts import Accounts
-    from llmbox.gateway.audit import Audit
-
     http, control_socket = server.split(server.passed_sockets())
     board = Board({preset.name: preset.parallel for preset in presets.exclusive}, limits, make_box(presets))
     upstream = Upstream(upstream_path(presets))
-    accounts, audit = Accounts(limits), Audit(limits)
+    usage = Path(limits.state_dir) / "usage.json"
+    accounts = Accounts.load(Path(limits.keys_file), usage, limits.networks, time.time)
+    audit = Audit(Path(limits.audit_file), limits.audit_max_size, limits.audit_keep)
     web = server.Server(Gateway(presets, limits, board, upstream, accounts, audit), limits)
 
     def ended(task: asyncio.Task[Any]) -> None:
-        if not task.cancelled():  # without the board every request would wait in vain: systemd starts anew
-            log.critical("the board has failed", exc_info=task.exception())
+        # Without the board every request would wait in vain, without the accounts no budget would be kept:
+        # systemd starts the gateway anew.
+        if not task.cancelled():
+            log.critical("%s has failed", task.get_name(), exc_info=task.exception())
             web.should_exit = web.force_exit = True
 
-    moving = asyncio.create_task(board.run())
-    moving.add_done_callback(ended)
+    running = [
+        asyncio.create_task(board.run(), name="the board"),
+        asyncio.create_task(accounts.run(), name="the task of the accounts"),
+    ]
+    for task in running:
+        task.add_done_callback(ended)
     controlling = await control.serve(board, control_socket) if control_socket else None
     try:
         await web.serve(http)
     finally:
         if controlling:
             controlling.close()
-        failed = moving.done()
-        moving.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await moving
+        failed = any(task.done() for task in running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        accounts.flush()
         await upstream.close()
     return 1 if failed else 0
 
