@@ -25,6 +25,7 @@ def inventory(lab: Lab) -> dict[str, Any]:
         "all": {
             "children": ["lab"],
             "vars": {
+                "lab_network": lab.subnet,
                 "lab_source_git": lab.source_git,
                 "lab_source_http": lab.source_http,
                 "lab_ssh_public_key": lab.ssh_public_key,

@@ -1,7 +1,7 @@
 """Filters over the inventory's data: thin wrappers of llama_common, so that roles derive nothing in Jinja.
 
-`variables` is a dict of llama_cpp_builds, gguf_models, llama_presets and, where they are set, llama_lock,
-llama_presets_listen and llama_presets_foreign_units.
+`variables` is a dict of llama_cpp_builds, gguf_models, llama_presets and, where they are set, of the other
+variables that HostConfig names.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ SOUND: Files = {
         "llm_gateway_listen": ["0.0.0.0:1234", "[::1]:4321"],
         "llm_gateway_default_preset": "coder",
         "llm_gateway_model_names": {"claude-*": "coder"},
-        "llm_gateway_keys": [{"name": "laptop", "sha256": SHA_A, "presets": None, "tokens_per_day": 1_000_000}],
+        "llm_gateway_keys": [
+            {"name": "laptop", "sha256": SHA_A, "presets": None, "tokens_per_day": 1_000_000}
+        ],
         "llama_presets": {
             "coder": {
                 "description": "Qwen Coder, coding agent",

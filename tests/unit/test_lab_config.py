@@ -81,6 +81,7 @@ def test_the_inventory_has_the_groups_of_production() -> None:
     assert found["lab"] == {"children": ["llama_hosts", "clients"]}
     assert found["all"]["vars"] == {
         "lab_source_git": "git://10.213.179.1",
+        "lab_network": "10.213.179.0/24",
         "lab_source_http": "http://10.213.179.1:8088",
         "lab_ssh_public_key": "",
     }

@@ -204,8 +204,8 @@ class Preset(_Strict):
     )
     listen: Listen | None = Field(
         None,
-        description="IP:PORT or the path of a socket ending in .sock, of a system preset; user presets listen at "
-        "llama_presets_listen.",
+        description="Of a system preset: IP:PORT or the path of a socket ending in .sock. User presets listen "
+        "at llama_presets_listen.",
     )
     start_timeout: int = Field(180, ge=5, le=3600, description="Seconds from start to a healthy server.")
     stop_timeout: int = Field(15, ge=1, le=300, description="Seconds from the stop signal to the kill.")
@@ -314,7 +314,9 @@ class HostConfig(_Strict):
         description="Names that clients use, with * and ?, and the user preset that each means.",
     )
     llm_gateway_keys: list[GatewayKey] = Field(
-        default_factory=list, max_length=1000, description="Keys that clients must show; none: see the networks."
+        default_factory=list,
+        max_length=1000,
+        description="Keys that clients must show; none: see the networks.",
     )
 
     @classmethod

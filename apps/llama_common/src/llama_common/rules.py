@@ -284,7 +284,9 @@ def gateway_only(config: HostConfig) -> Iterator[Problem]:
     for name in config.user_presets:
         listen = config.llama_presets[name].listen
         if listen is not None and listen != front:
-            past = "would let clients past the gateway" if not listen.startswith("/") else "is no place for it"
+            past = (
+                "would let clients past the gateway" if not listen.startswith("/") else "is no place for it"
+            )
             yield Problem(
                 ("llama_presets", name, "listen"),
                 listen,
@@ -347,7 +349,9 @@ def gateway_names(config: HostConfig) -> Iterator[Problem]:
         path = ("llm_gateway_model_names", pattern)
         yield from _unknown(path, name, known, group)
         if pattern in words:
-            yield Problem(path, name, f"'{pattern}' means a preset already, by its name or alias", "remove it")
+            yield Problem(
+                path, name, f"'{pattern}' means a preset already, by its name or alias", "remove it"
+            )
     seen: dict[str, str] = {}
     for index, key in enumerate(config.llm_gateway_keys):
         place = ("llm_gateway_keys", str(index))
@@ -355,7 +359,9 @@ def gateway_names(config: HostConfig) -> Iterator[Problem]:
             yield from _unknown((*place, "presets", str(number)), name, known, group)
         for what, value in (("name", key.name), ("sha256", key.sha256)):
             if value in seen:
-                fix = "give it another name" if what == "name" else f"make one with: llmbox-key new {key.name}"
+                fix = (
+                    "give it another name" if what == "name" else f"make one with: llmbox-key new {key.name}"
+                )
                 shown = value if what == "name" else HIDDEN
                 yield Problem((*place, what), shown, f"is that of {seen[value]} too", fix)
             seen.setdefault(value, f"llm_gateway_keys.{index}")
