@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -181,10 +182,15 @@ def systemd_box(presets: PresetsFile) -> Box:
     return SystemdBox(presets, Systemd(runtime), runtime)
 
 
-async def run(presets: PresetsFile, limits: Settings, make_box: Callable[[PresetsFile], Box]) -> int:
+async def run(
+    presets: PresetsFile,
+    limits: Settings,
+    box: Box,
+    http: list[socket.socket],
+    control_socket: socket.socket | None,
+) -> int:
     """Serve until SIGTERM has come and everything accepted is answered. Returns the exit code."""
-    http, control_socket = server.split(server.passed_sockets())
-    board = Board({preset.name: preset.parallel for preset in presets.exclusive}, limits, make_box(presets))
+    board = Board({preset.name: preset.parallel for preset in presets.exclusive}, limits, box)
     upstream = Upstream(upstream_path(presets))
     usage = Path(limits.state_dir) / "usage.json"
     accounts = Accounts.load(Path(limits.keys_file), usage, limits.networks, time.time)
@@ -229,11 +235,12 @@ def main(argv: list[str] | None = None, make_box: Callable[[PresetsFile], Box] =
     ).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
+        http, control_socket = server.split(server.passed_sockets())
         presets = load_presets(presets_path())
         limits = settings.load(Path(os.environ.get("LLMBOX_GATEWAY") or settings.SETTINGS_FILE))
         limits.check(presets)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(run(presets, limits, make_box))
+            return runner.run(run(presets, limits, make_box(presets), http, control_socket))
     except LlmboxError as error:
         print(f"llmbox-gateway: {error}", file=sys.stderr)
         return error.exit_code

@@ -16,8 +16,8 @@ MODEL_NAME_LIMIT = 200  # characters; the longest name of a model in use is well
 class Route:
     """A route of llama-server that is passed through.
 
-    `slot`: it generates, so it takes one of the preset's slots. `reads_body`: its body is JSON, and may name a
-    model.
+    `slot`: it generates, so it takes one of the preset's slots.
+    `reads_body`: its body is JSON, and may name a model.
     """
 
     method: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -26,7 +27,10 @@ HEAD_LIMIT = 64 * 1024  # bytes of request line and headers
 BACKLOG = 2048
 LINGER_S = 3.0  # for a client to take its refusal before a connection with unread bytes is reset
 LOOK_INTERVAL_S = 0.02  # between two looks at the connections that are open at a stop
+TURNED_AWAY_LIMIT = 4096  # connections that are being told that there are too many
 KEEPALIVE_PROBE_S = 60  # a client that is gone without a word is found after some of these
+
+_UPGRADE = re.compile(rb"\r\nUpgrade:", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +139,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self.connections.discard(self)
             self._surplus = True
             state.turned_away += 1
-            if state.turned_away > limit:
+            if state.turned_away > TURNED_AWAY_LIMIT:
                 transport.abort()
             else:
                 message = f"all {limit} connections are taken; try again in 2 s"
@@ -156,13 +160,18 @@ class GatewayProtocol(HttpToolsProtocol):
         """Parse, and watch how long and how large the head of a request becomes."""
         if self._farewell.lingering:
             return
-        was_heading = self._heading
+        resting, cycle = self._at_rest() and not self._heading, self.cycle
+        # An offer that a server may leave aside, but the parser would take the body for another protocol.
+        if resting and _UPGRADE.search(data, 0, HEAD_LIMIT):
+            head, blank, body = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nX-Upgrade:", head) + blank + body
+        alone = resting or self._heading
         super().data_received(data)
         if self._farewell.is_closing():
             return
         if self._heading:
-            # The piece that a head begins in may hold another request too; the loop bounds its size.
-            self._head_size += len(data) if was_heading else 0
+            # A piece that another request ends in does not count; the loop bounds its size.
+            self._head_size += len(data) if alone and cycle is self.cycle else 0
             if self._head_size > HEAD_LIMIT:
                 self._refuse(_head_too_large())
             elif self._head_timer is None:
@@ -184,6 +193,9 @@ class GatewayProtocol(HttpToolsProtocol):
         if size > HEAD_LIMIT:
             self._wrong = _head_too_large()
             raise ValueError  # the parser hands it to send_400_response
+        if self.parser.should_upgrade():
+            self._wrong = Refusal(400, "neither CONNECT nor an upgrade of the protocol is possible here")
+            raise ValueError
         super().on_headers_complete()
         if self.server_state.draining:
             self.cycle.keep_alive = False
@@ -204,9 +216,6 @@ class GatewayProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP."""
         self._refuse(self._wrong or Refusal(400, "this is not a valid HTTP/1.1 request"))
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """An Upgrade is an offer that a server may leave aside: curl --http2 makes one with each request."""
 
     def shutdown(self) -> None:
         """Announce the end to the client; read an idle connection for `shutdown_grace` seconds more."""
