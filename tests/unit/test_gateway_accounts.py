@@ -291,7 +291,7 @@ def test_no_stretch_of_a_window_ever_holds_more_than_its_limit(place: Place, see
     budget = chance.choice(["requests_per_minute", "requests_per_day"])
     length = 60 if budget.endswith("minute") else 86400
     place.clock.now += chance.random() * length
-    place.write(entry(**{budget: limit}))
+    place.write({**entry(), budget: limit})
     alice = place.load().identify(bearer(KEY), "")
     admitted: deque[float] = deque()
     for _ in range(400):

@@ -19,22 +19,12 @@ from llmbox.gateway.board import Board, Moved, Seen
 from llmbox.gateway.metrics import FETCH_LIMIT, Metrics
 from llmbox.gateway.refusals import Refusal
 from llmbox.gateway.requests import ROUTES
-from llmbox.gateway.settings import Settings
 from llmbox.gateway.upstream import Upstream
 from llmbox.gateway.usage import Usage
 from prometheus_client.parser import text_string_to_metric_families
 
-SETTINGS = Settings.model_construct(
-    drain_timeout=5.0,
-    hold_timeout=5.0,
-    idle_unload=None,
-    min_dwell=0.0,
-    prefetch=True,
-    default_preset=None,
-    queue_limit=10,
-    queue_limit_per_key=10,
-    switch_policy="always",
-)
+from tests.unit.gateway_settings import settings
+
 # As llama-server writes them (tools/server/server-context.cpp).
 LLAMA = (
     b"# HELP llamacpp:prompt_tokens_total Number of prompt tokens processed.\n"
@@ -79,7 +69,7 @@ class Place:
         keys = path / "keys.json"
         keys.write_text(json.dumps({"version": 1, "keys": []}))
         self.accounts = Accounts.load(keys, path / "usage.json", [], lambda: 1e9)
-        self.board = Board({"coder": 1, "tiny": 1}, SETTINGS, Box())
+        self.board = Board({"coder": 1, "tiny": 1}, settings(), Box())
         self.socket = str(path / "llama.sock")
         self.metrics = Metrics(self.board, self.accounts, Upstream(self.socket), ["coder", "tiny"])
 
