@@ -201,8 +201,9 @@ def test_a_key_may_be_bound_to_presets(place: Place) -> None:
     alice.admit("coder")
     alice.admit(None)  # whichever is active: the relay checks it
     assert alice.may_use("tiny") and not alice.may_use("big")
+    alice.start("tiny")
     with pytest.raises(Refusal, match="big"):
-        alice.check("big")
+        alice.start("big")
     assert accounts.identify(bearer(OTHER), "").may_use("big")
     assert "it may use: none" in breach(accounts.identify(bearer("e" * 43), ""), "coder").message
 

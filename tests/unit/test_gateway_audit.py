@@ -142,10 +142,12 @@ def test_the_newest_lines_are_kept_in_order(tmp_path: Path, seed: int) -> None:
 
 def test_a_line_larger_than_a_file_has_one_of_its_own(tmp_path: Path) -> None:
     audit = Audit(tmp_path / "audit.jsonl", 1000, 3)
+    audit.write(entry(), b"x" * 5000)
+    assert names(tmp_path) == ["audit.jsonl"]
     for body in (b"", b"x" * 5000, b""):
         audit.write(entry(), body)
     sizes = [(tmp_path / name).stat().st_size for name in names(tmp_path)]
-    assert len(sizes) == 3 and sizes[1] > 5000 > sizes[0] == sizes[2]
+    assert [size > 5000 for size in sizes] == [False, True, False, True]
 
 
 def test_whoever_removes_the_file_does_no_harm(tmp_path: Path) -> None:

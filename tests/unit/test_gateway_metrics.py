@@ -173,7 +173,7 @@ def test_what_clients_send_never_becomes_a_label(tmp_path: Path) -> None:
                 client=f"10.0.0.{number}",
                 wanted=chance.choice([None, f"wanted{number}", "tiny"]),
                 preset=chance.choice([None, f"preset{number}", "coder"]),
-                waited_s=chance.choice([-1.0, 1e9]),
+                waited_s=chance.choice([0.0, 1e9]),
                 usage=Usage(-5, chance.choice([None, 10**400]), chance.choice([None, 3])),
                 status=chance.choice([0, 200, 404, -1, 10**9]),
                 error=f"error{number}",

@@ -193,6 +193,20 @@ def test_the_words_of_a_request_do_not_come_back_into_the_log(tmp_path: Path) ->
     asyncio.run(test())
 
 
+def test_tokens_used_up_meanwhile_stop_what_waits(tmp_path: Path) -> None:
+    async def test() -> None:
+        place = Place(tmp_path, tokens_per_minute=100)
+        place.board.slots["coder"] = 1
+        async with place.llama(
+            whole(b"200 OK", b'{"usage": {"prompt_tokens": 90, "completion_tokens": 10}}')
+        ):
+            answers = await asyncio.gather(*(place.ask({}) for _ in range(3)))
+        assert [status for status, _ in answers] == [200, 429, 429]
+        assert (place.served, place.board.in_flight) == (1, 0)
+
+    asyncio.run(test())
+
+
 def test_a_client_that_left_is_logged_as_499(tmp_path: Path) -> None:
     async def hang(_: asyncio.StreamWriter) -> None:
         await asyncio.Event().wait()

@@ -26,6 +26,7 @@ TICK_S = 1.0  # between two looks at the keys file, and two writes of the usage 
 LOG_AGAIN_S = 60.0  # between two log lines about one budget of one key
 
 SECONDS: dict[Budget, int] = {budget: 60 if budget.endswith("minute") else 86400 for budget in BUDGETS}
+TOKEN_BUDGETS: tuple[Budget, ...] = ("tokens_per_minute", "tokens_per_day")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -91,15 +92,20 @@ class Account:
     def admit(self, preset: str | None) -> None:
         """Count a request. Raises Refusal: 403 for a preset that is not its own, 429 for a budget used up.
 
-        None is whatever preset is active: `check` it when it is known.
+        None is whatever preset will be active: `start` checks that.
         """
         if preset is not None:
             self.check(preset)
-        found = self._breach(BUDGETS)
-        if found:
-            message, wait = found
-            raise Refusal(429, message, {"Retry-After": str(wait)})
+        self._halt(BUDGETS)
         self._count("requests", 1)
+
+    def start(self, preset: str) -> None:
+        """A request that was admitted is about to be sent to `preset`.
+
+        Raises Refusal: 403 for a preset that is not its own, 429 for tokens used up while it waited.
+        """
+        self.check(preset)
+        self._halt(TOKEN_BUDGETS)
 
     def spend(self, tokens: int) -> None:
         """Count tokens; less than nothing takes back what was counted too much."""
@@ -110,16 +116,22 @@ class Account:
         """Tokens that it may still use now, None when nothing limits it; below 0 it has used too many."""
         now = self._book.clock()
         left = [
-            limit - self._windows[budget].used(now)
-            for budget, limit in self._limits.items()
-            if budget.startswith("tokens")
+            self._limits[budget] - self._windows[budget].used(now)
+            for budget in TOKEN_BUDGETS
+            if budget in self._limits
         ]
         return min(left, default=None)
 
     def exhausted(self) -> str:
         """Count and log that a request is cut off because its tokens are used up; what its client is told."""
-        found = self._breach([budget for budget in BUDGETS if budget.startswith("tokens")])
+        found = self._breach(TOKEN_BUDGETS)
         return found[0] if found else f"the key {self.name} has used up its tokens; try again later"
+
+    def _halt(self, budgets: Sequence[Budget]) -> None:
+        found = self._breach(budgets)
+        if found:
+            message, wait = found
+            raise Refusal(429, message, {"Retry-After": str(wait)})
 
     def _breach(self, budgets: Sequence[Budget]) -> tuple[str, int] | None:
         """Which of these is used up, for the longest time: a sentence, and the seconds to wait."""

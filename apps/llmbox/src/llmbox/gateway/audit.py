@@ -146,8 +146,7 @@ def line(entry: Entry, body: bytes = b"") -> bytes:
     }
     if body:
         told["body"] = body.decode(errors="replace")
-    # JSON lets DEL stand, which a terminal may act on.
-    return json.dumps(told, allow_nan=False).replace("\x7f", "\\u007f").encode() + b"\n"
+    return json.dumps(told, allow_nan=False).encode() + b"\n"
 
 
 def _number(value: float | None) -> float | None:

@@ -214,7 +214,7 @@ class Relay:
                 lease = await self._turn(ticket, reply, gone, stream=asked.stream)
                 entry.preset, entry.waited_s = lease.preset, lease.granted - ticket.arrived
                 try:
-                    account.check(lease.preset)  # one that named none is unchecked so far
+                    account.start(lease.preset)
                     await self._exchange(lease, route, scope, body, asked, account, reply, entry, gone)
                     return
                 except Lost as lost:
