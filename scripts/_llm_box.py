@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
 
 from llama_common.derive import builds_plan, unit_name
@@ -11,6 +12,7 @@ from llama_common.fields import Address
 from llama_common.presets import HostConfig, ModelFile
 
 GROUP = "llm_servers"
+GATEWAY_UNITS = ("llm-gateway.socket", "llm-gateway.service")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,23 @@ class LlmBox:
         """Where a preset listens."""
         return self.config.address(preset)
 
+    @property
+    def fronts(self) -> list[Address]:
+        """Where clients reach the gateway."""
+        return [Address.parse(listen) for listen in self.config.llm_gateway_listen]
+
+    @property
+    def front(self) -> Address:
+        """Where other machines reach the gateway: its first address that is not loopback, if any."""
+        outside = (front for front in self.fronts if not ip_address(front.host).is_loopback)
+        return next(outside, self.fronts[0])
+
+    def url(self, address: str) -> str:
+        """The gateway's base URL for another machine; `address` is that of the box."""
+        front = self.front
+        host = address if ip_address(front.host).is_unspecified else front.host
+        return f"http://[{host}]:{front.port}" if ":" in host else f"http://{host}:{front.port}"
+
     def slot_context(self, preset: str) -> int:
         """Tokens that one request of a preset may use: what llama-server's /props must say in n_ctx."""
         return self.config.llama_presets[preset].context_per_slot
@@ -92,8 +111,16 @@ class LlmBox:
             "presets_json": self.presets_json,
             "user_units": [self.unit(name) for name in self.names("user")],
             "system_units": [self.unit(name) for name in self.names("system")],
+            "gateway_units": list(GATEWAY_UNITS),
+            "ports": sorted({front.port for front in self.fronts if front.port}),
+            "listen": self.config.llama_presets_listen,
             "builds_root": self.builds_root,
             "builds": sorted(self.config.llama_cpp_builds),
             "models_dir": self.models_dir,
             "files": sorted(self.model_sizes()),
         }
+
+
+def gateway_units_unlike(units: Mapping[str, Mapping[str, str]] | None, key: str, wanted: str) -> list[str]:
+    """The gateway's units of which systemd does not say `wanted` for `key`; all when it says nothing."""
+    return [unit for unit in GATEWAY_UNITS if (units or {}).get(unit, {}).get(key) != wanted]

@@ -6,11 +6,15 @@ exception: the reader decides what that means. As root it sees every process; ot
 
 from __future__ import annotations
 
+import contextlib
 import grp
+import http.client
+import ipaddress
 import json
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +22,8 @@ from typing import Any
 
 COMMAND_TIMEOUT_S = 20
 GPU_TIMEOUT_S = 5
+SERVER_TIMEOUT_S = 10
+SERVER_ANSWER_LIMIT = 4 * 1024 * 1024
 TCP_LISTEN = "0A"
 
 
@@ -93,19 +99,101 @@ def account(user: str) -> dict[str, Any] | None:
 
 
 def listeners(process: Path) -> list[str]:
-    """TCP addresses (host:port, IPv4) on which a process listens; `process` is its folder under /proc."""
+    """TCP addresses (host:port) on which a process listens; `process` is its folder under /proc."""
+    inodes = sockets(process)
+    return sorted(address for inode, address in listening(process / "net").items() if inode in inodes)
+
+
+def sockets(process: Path) -> set[str]:
+    """The inodes of a process's open sockets; empty when they cannot be read."""
+    found = set()
     try:
-        targets = [str(entry.readlink()) for entry in (process / "fd").iterdir()]
-        rows = [row.split() for row in (process / "net/tcp").read_text().splitlines()[1:]]
+        for entry in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found.add(str(entry.readlink()))
     except OSError:
-        return []
-    inodes = {target[8:-1] for target in targets if target.startswith("socket:[")}
-    found = []
-    for row in rows:
-        if row[3] == TCP_LISTEN and row[9] in inodes:
-            address, port = row[1].split(":")
-            octets = [str(int(address[at : at + 2], 16)) for at in (6, 4, 2, 0)]
-            found.append(f"{'.'.join(octets)}:{int(port, 16)}")
+        return set()
+    return {target[8:-1] for target in found if target.startswith("socket:[")}
+
+
+def listening(net: Path) -> dict[str, str]:
+    """The TCP addresses that are listened on, by the inode of their socket; `net` as in /proc/net."""
+    found = {}
+    for name in ("tcp", "tcp6"):
+        try:
+            rows = [row.split() for row in (net / name).read_text().splitlines()[1:]]
+        except OSError:
+            continue
+        for row in rows:
+            if row[3] == TCP_LISTEN:
+                address, port = row[1].split(":")
+                # Words in the machine's order of bytes: little-endian on every box that is supported.
+                words = [bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8)]
+                host = str(ipaddress.ip_address(b"".join(words)))
+                found[row[9]] = f"[{host}]:{int(port, 16)}" if ":" in host else f"{host}:{int(port, 16)}"
+    return found
+
+
+def holders(ports: list[int]) -> list[dict[str, Any]]:
+    """Who listens on these TCP ports: each address with the control groups of the processes that hold it."""
+    wanted = {
+        inode: address
+        for inode, address in listening(Path("/proc/net")).items()
+        if int(address.rpartition(":")[2]) in ports
+    }
+    found: dict[str, set[str]] = {address: set() for address in wanted.values()}
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and wanted:
+            for inode in sockets(process) & wanted.keys():
+                found[wanted[inode]].add(control_group(process))
+    return [{"address": address, "groups": sorted(groups)} for address, groups in sorted(found.items())]
+
+
+def control_group(process: Path) -> str:
+    """The path of a process's control group, in which systemd puts it; empty when it cannot be read."""
+    try:
+        lines = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
+    except OSError:
+        return ""
+    # Which of the two hierarchies systemd uses differs; it is at the root of the other one, if that is there.
+    return max((path for _, name, path in lines if name in ("", "name=systemd")), key=len, default="")
+
+
+class OverSocket(http.client.HTTPConnection):
+    """HTTP over the path of a UNIX socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
+
+    def connect(self) -> None:
+        """Connect to the path."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+def server(path: str) -> dict[str, Any]:
+    """What the llama-server behind a socket says: the status of /health and the tokens of one slot."""
+    found: dict[str, Any] = {"health": None, "n_ctx": None, "error": ""}
+    try:
+        for target in ("/health", "/props"):
+            connection = OverSocket(path, SERVER_TIMEOUT_S)
+            try:
+                connection.request("GET", target)
+                reply = connection.getresponse()
+                body = reply.read(SERVER_ANSWER_LIMIT)
+            finally:
+                connection.close()
+            if target == "/health":
+                found["health"] = reply.status
+            elif reply.status == 200:
+                settings = as_object(json.loads(body)).get("default_generation_settings")
+                found["n_ctx"] = as_object(settings)["n_ctx"]
+    except (OSError, http.client.HTTPException) as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    except (ValueError, LookupError, AttributeError, TypeError):
+        found["error"] = "its answer is not llama-server's"
     return found
 
 
@@ -239,6 +327,9 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
             "user_units": units(llm["user_units"], user),
             "boot_links": boot_links(user),
             "system_units": units(llm["system_units"], None),
+            "gateway_units": units(llm["gateway_units"], user),
+            "ports": holders(llm["ports"]),
+            "server": server(llm["listen"]),
             "builds": builds(llm["builds_root"], llm["builds"]),
             "files": file_sizes(llm["models_dir"], llm["files"]),
             "disk": disk(llm["models_dir"]),

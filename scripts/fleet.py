@@ -39,7 +39,7 @@ from llama_common.problems import InventoryError
 from scripts import _command
 from scripts._ask_host import PROBE_TIMEOUT_S, probe_source
 from scripts._inventory import CONNECT_TIMEOUT_S, Host, load
-from scripts._llm_box import GROUP, LlmBox
+from scripts._llm_box import GROUP, LlmBox, gateway_units_unlike
 from scripts._screen import size, table
 
 NOTHING = "-"
@@ -98,6 +98,9 @@ def row(host: Host, seen: Mapping[str, Any]) -> Row:
     if status is None:
         silent = "lmswitch status --json gave no answer; fix: run site.yml"
         return Row(host.name, True, gpu=gpu, disk_free=disk_free, trouble=trouble or silent)
+    down = gateway_units_unlike(llm["gateway_units"], "ActiveState", "active")
+    if down:
+        trouble = trouble or f"{' and '.join(down)} not active; fix: systemctl --user start {' '.join(down)}"
     if status["state"] in STATES_IN_TROUBLE:
         trouble = trouble or f"the preset {status['active']} failed; look with: lmswitch logs"
     return Row(

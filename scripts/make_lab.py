@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`make lab`: boot the lab, provision it with site.yml, verify it, print one answer through its port.
+"""`make lab`: boot the lab, provision it with site.yml, verify it, print one answer through its gateway.
 
 Safe to repeat and to interrupt: every step converges on what is there already.
 Exit codes: 0 all done, 1 no answer or no inventory, 130 interrupted, otherwise that of the step that failed.
@@ -21,7 +21,6 @@ import subprocess
 import time
 
 import httpx
-from llama_common.fields import Address
 from llama_common.problems import InventoryError
 
 from lab.config import DEFAULT_NAME, from_environment
@@ -105,7 +104,7 @@ def main() -> None:
     )
     seconds["verify"] = step("Verify", python, "scripts/verify_health.py", "--inventory", INVENTORY)
 
-    url = f"http://{host.address}:{Address.parse(host.variables['llama_presets_listen']).port}"
+    url = box.url(host.address)
     answer, speed = ask(url, QUESTION)
     print(f"\n== One chat through {url}\n  you:   {QUESTION}\n  {preset}: {answer}\n  ({speed:.0f} tokens/s)")
     steps = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())

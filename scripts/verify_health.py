@@ -3,8 +3,9 @@
 
     scripts/verify_health.py --inventory DIR [--limit PATTERN] [--json FILE]
 
-Nothing is changed. All expected values come from the inventory and the roles' defaults. Progress goes to
-standard error, a table and one line for each check that fell short to standard output, JSON to FILE (`-`:
+Nothing is changed. All expected values come from the inventory and the roles' defaults. A gateway that wants
+a key is shown the one in the environment variable LLMBOX_KEY. Progress goes to standard error, a table and
+one line for each check that fell short to standard output, JSON to FILE (`-`:
 standard output, instead of the table). Exit codes: 0 all well, 1 something fell short, 2 could not run or a
 host could not be reached, 130 interrupted.
 """
@@ -23,6 +24,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -35,14 +37,15 @@ from llama_common.problems import InventoryError
 
 from roles.llama_cpp.library.llama_cpp_build import HostError
 from scripts import _command
-from scripts._ask_host import Unreachable, ask, reach
+from scripts._ask_host import Unreachable, ask, bracketed, reach
 from scripts._inventory import Host, load
-from scripts._llm_box import GROUP, LlmBox
+from scripts._llm_box import GATEWAY_UNITS, GROUP, LlmBox, gateway_units_unlike
 from scripts._screen import size, table
 
 HOSTS_AT_ONCE = 8
 HEALTH_TIMEOUT_S = 10.0
 CHAT_TIMEOUT_S = 120.0
+KEY_VARIABLE = "LLMBOX_KEY"
 CLOCK_LIMIT_S = 5.0
 CHAT = {
     "messages": [{"role": "user", "content": "Count from one to five in words."}],
@@ -90,10 +93,13 @@ class HostReport:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the server said over HTTP; `failure` instead of what could not be had."""
+    """What the gateway said over HTTP; `failure` instead of what could not be had.
+
+    `health` and `ready` are HTTP statuses, None without an answer.
+    """
 
     health: int | None = None
-    props: Mapping[str, Any] | None = None
+    ready: int | None = None
     text: str = ""
     failure: str = ""
 
@@ -130,7 +136,7 @@ def host_checks(seen: Mapping[str, Any], offset_s: float) -> list[Check]:
     return checks
 
 
-def llm_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers | None) -> list[Check]:
+def llm_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers) -> list[Check]:
     """What an LLM box must fulfil besides."""
     return [
         *account_checks(seen),
@@ -138,6 +144,8 @@ def llm_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers | None) ->
         *model_checks(box, seen),
         *preset_checks(box, seen),
         *serving_checks(box, seen),
+        *server_checks(box, seen),
+        *gateway_checks(box, seen),
         *answer_checks(box, seen, answers),
     ]
 
@@ -272,7 +280,7 @@ def serving_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
         Check("active_preset", known, active, "", choice, "" if known else unknown),
         equal("state", state, "ready", "look with: lmswitch logs"),
     ]
-    user_servers = [one for one in seen["servers"] if one["uid"] == (seen["account"] or {}).get("uid")]
+    user_servers = [one for one in seen["servers"] if is_own(one, seen)]
     pids = ", ".join(str(one["pid"]) for one in user_servers)
     checks.append(
         equal(
@@ -304,23 +312,32 @@ def running_release(servers: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def answer_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers | None) -> list[Check]:
-    """What came over HTTP, through the port that clients use."""
+def server_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
+    """What the active preset's own server says on its socket, which only the gateway uses."""
     active = (seen["status"] or {}).get("active")
-    if answers is None or active not in box.names():
-        detail = f"there is nothing to ask; fix: lmswitch {'|'.join(box.names('user'))}"
+    tcp = [address for one in seen["servers"] if is_own(one, seen) for address in one["listen"]]
+    if tcp:
+        detail = f"clients get past the gateway there; fix: run site.yml, then lmswitch --restart {active}"
+    else:
+        detail = "" if seen["account"] else f"the user {box.user} is missing; fix: run site.yml"
+    past = Check("past_gateway", not detail, ", ".join(tcp), "", "", detail)
+    if active not in box.names():
         return [
-            Check("health", False, None, "HTTP status", 200, detail),
-            Check("n_ctx", False, None, "tokens", "the preset's", detail),
-            Check("chat", False, None, "", "a non-empty answer", detail),
+            Check("health", False, None, "HTTP status", 200, nothing_serves(box)),
+            Check("n_ctx", False, None, "tokens", "the preset's", nothing_serves(box)),
+            past,
         ]
-    address = box.address(active)
-    where = f"{address.host}:{address.port}" if address.port else address.host
-    props = answers.props or {}
-    context = (props.get("default_generation_settings") or {}).get("n_ctx")
-    hint = answers.failure or "look with: lmswitch logs"
+    where = box.address(active).host
+    hint = f"{seen['server']['error']}; look with: lmswitch logs".removeprefix("; ")
+    context = seen["server"]["n_ctx"]
     return [
-        equal("health", answers.health, 200, f"GET /health on {where}: {hint}", "HTTP status"),
+        equal(
+            "health",
+            seen["server"]["health"],
+            200,
+            f"GET /health on {where} on the host: {hint}",
+            "HTTP status",
+        ),
         equal(
             "n_ctx",
             context,
@@ -328,45 +345,115 @@ def answer_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers | None)
             "a request has another context than the preset says: the model was trained for less, or an older "
             f"unit runs; fix: lmswitch --restart {active}"
             if context
-            else f"GET /props on {where}: {hint}",
+            else f"GET /props on {where} on the host: {hint}",
             "tokens",
         ),
-        Check(
-            "chat",
-            bool(answers.text.strip()),
-            answers.text.strip()[:40],
-            "",
-            "a non-empty answer",
-            "" if answers.text.strip() else f"POST /v1/chat/completions on {where}: {hint}",
-        ),
+        past,
+    ]
+
+
+def is_own(server: Mapping[str, Any], seen: Mapping[str, Any]) -> bool:
+    """Whether a llama-server is one of the model user's."""
+    return bool(server["uid"] == (seen["account"] or {}).get("uid"))
+
+
+def nothing_serves(box: LlmBox) -> str:
+    """Why nothing can be asked."""
+    return f"there is nothing to ask; fix: lmswitch {'|'.join(box.names('user'))}"
+
+
+def gateway_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
+    """The gateway's units run, now and after a boot, and nobody else listens on its ports."""
+    checks = []
+    for name, key, wanted, fix in (
+        ("gateway_active", "ActiveState", "active", "systemctl --user start"),
+        ("gateway_enabled", "UnitFileState", "enabled", "systemctl --user enable"),
+    ):
+        short = gateway_units_unlike(seen["gateway_units"], key, wanted)
+        detail = f"not {wanted}: {', '.join(short)}; fix: {fix} {' '.join(short)}" if short else ""
+        count = len(GATEWAY_UNITS)
+        checks.append(Check(name, not short, count - len(short), "units", count, detail))
+    wanted_addresses = {f"{bracketed(front.host)}:{front.port}" for front in box.fronts}
+    found = {one["address"]: one["groups"] for one in seen["ports"]}
+    faults = [f"nobody listens on {address}" for address in sorted(wanted_addresses - found.keys())]
+    for address, groups in found.items():
+        others = [group.rpartition("/")[2] or "somebody" for group in groups if not is_gateway(group)]
+        if others or not groups:
+            faults.append(f"{address} is held by {', '.join(others) or 'somebody'}")
+        elif address not in wanted_addresses:
+            faults.append(f"{address} is not in llm_gateway_listen")
+    fix = "; fix: end what holds it, then run site.yml and systemctl --user restart " + " ".join(
+        GATEWAY_UNITS
+    )
+    detail = f"{', '.join(faults)}{fix}" if faults else ""
+    value, limit = ", ".join(sorted(found)), ", ".join(sorted(wanted_addresses))
+    checks.append(Check("gateway_port", not faults, value, "", limit, detail))
+    return checks
+
+
+def is_gateway(group: str) -> bool:
+    """Whether a control group is the gateway's, or that of the service manager that holds its sockets."""
+    *_, manager, last = ("", *group.split("/"))
+    return last in GATEWAY_UNITS or (last == "init.scope" and manager.startswith("user@"))
+
+
+def answer_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers) -> list[Check]:
+    """What came over HTTP, through the port that clients use."""
+    where = f"{bracketed(box.front.host)}:{box.front.port}"
+    hint = answers.failure or "look with: journalctl --user -u llm-gateway as the user"
+    checks = [
+        equal("gateway_health", answers.health, 200, f"GET /health on {where}: {hint}", "HTTP status"),
+    ]
+    if (seen["status"] or {}).get("active") not in box.names():
+        return [
+            *checks,
+            Check("ready", False, answers.ready, "HTTP status", 200, nothing_serves(box)),
+            Check("chat", False, None, "", "a non-empty answer", nothing_serves(box)),
+        ]
+    text = answers.text.strip()
+    detail = "" if text else f"POST /v1/chat/completions on {where}: {hint}"
+    return [
+        *checks,
+        equal("ready", answers.ready, 200, f"GET /ready on {where}: {hint}", "HTTP status"),
+        Check("chat", bool(text), text[:40], "", "a non-empty answer", detail),
     ]
 
 
 # --- asking the hosts ---
 
 
-def question(url: str) -> Answers:
-    """Health, properties and one real answer of the server at `url`. Never raises for a server's failure."""
+def question(url: str, *, chat: bool = True) -> Answers:
+    """Health, readiness and one real answer of the gateway at `url`. Never raises for its failure."""
     health: int | None = None
-    props: Mapping[str, Any] | None = None
+    ready: int | None = None
+    key = os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        with httpx.Client(base_url=url, timeout=HEALTH_TIMEOUT_S, trust_env=False) as client:
+        with httpx.Client(base_url=url, timeout=HEALTH_TIMEOUT_S, trust_env=False, headers=headers) as client:
             health = client.get("/health").status_code
-            props = client.get("/props").raise_for_status().json()
-            reply = (
-                client.post("/v1/chat/completions", json=CHAT, timeout=CHAT_TIMEOUT_S)
-                .raise_for_status()
-                .json()
-            )
-        message = reply["choices"][0]["message"]
-        return Answers(
-            health,
-            props,
-            str(message.get("content") or message.get("reasoning_content") or ""),
-            "the answer was empty",
-        )
-    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        return Answers(health, props, "", f"{type(error).__name__}: {error}".splitlines()[0])
+            reply = client.get("/ready")
+            ready = reply.status_code
+            if not chat or ready != 200:
+                return Answers(health, ready, "", refusal(reply))
+            reply = client.post("/v1/chat/completions", json=CHAT, timeout=CHAT_TIMEOUT_S)
+        if reply.status_code != 200:
+            return Answers(health, ready, "", refusal(reply))
+        message = reply.json()["choices"][0]["message"]
+        text = str(message.get("content") or message.get("reasoning_content") or "")
+        return Answers(health, ready, text, "the answer was empty")
+    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        return Answers(health, ready, "", f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def refusal(reply: httpx.Response) -> str:
+    """Why the gateway did not do it, in its own words where it has some, and the fix where there is one."""
+    try:
+        body = reply.json()
+        said = body.get("reason") or body["error"]["message"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        said = reply.reason_phrase
+    fix = f"; fix: {KEY_VARIABLE}=KEY in the environment" if reply.status_code == 401 else ""
+    return f"HTTP {reply.status_code}: {said}{fix}".splitlines()[0]
 
 
 def verify(host: Host) -> HostReport:
@@ -385,15 +472,12 @@ def verify(host: Host) -> HostReport:
     return HostReport(host.name, tuple(checks))
 
 
-def over_http(host: Host, box: LlmBox, seen: Mapping[str, Any]) -> Answers | None:
-    """What the active preset says over HTTP; None when none of the inventory's presets is active."""
+def over_http(host: Host, box: LlmBox, seen: Mapping[str, Any]) -> Answers:
+    """What the gateway says over HTTP; a chat is sent when a preset of the inventory is active."""
     active = (seen["status"] or {}).get("active")
-    if active not in box.names():
-        return None
-    address = box.address(active)
     try:
-        with reach(host, address.host, address.port) as url:
-            return question(url)
+        with reach(host, box.front.host, box.front.port) as url:
+            return question(url, chat=active in box.names())
     except Unreachable as error:
         return Answers(failure=str(error))
 

@@ -11,7 +11,7 @@ import pytest
 
 from scripts import fleet
 from scripts._inventory import Host
-from scripts._llm_box import GROUP
+from scripts._llm_box import GATEWAY_UNITS, GROUP
 from scripts.fleet import Row
 
 COMMIT = "4ca1d6abe6fbc56a30072a4328cfbb554cbb5ecc"
@@ -19,7 +19,15 @@ READY = {"active": "coder", "state": "ready", "build": "upstream", "commit": COM
 
 
 def seen(status: dict[str, Any] | None = READY, gpu: str | None = None) -> dict[str, Any]:
-    return {"disk": {"free": 5 * 2**30}, "gpu": gpu, "llm": {"status": status, "disk": {"free": 3 * 2**30}}}
+    units = {unit: {"ActiveState": "active"} for unit in GATEWAY_UNITS}
+    llm = {"status": status, "disk": {"free": 3 * 2**30}, "gateway_units": units}
+    return {"disk": {"free": 5 * 2**30}, "gpu": gpu, "llm": llm}
+
+
+def without_gateway() -> dict[str, Any]:
+    data = seen()
+    data["llm"]["gateway_units"]["llm-gateway.service"]["ActiveState"] = "failed"
+    return data
 
 
 HOST = Host("box")
@@ -44,6 +52,7 @@ def test_a_box_that_is_off_is_well() -> None:
     [
         (seen({**READY, "state": "failed"}), "lmswitch logs"),
         (seen(None), "run site.yml"),
+        (without_gateway(), "systemctl --user start llm-gateway.service"),
         (seen(gpu="hung: timeout after 5 s"), "nvidia-smi hung"),
         (seen(gpu="failed"), "nvidia-smi failed"),
     ],

@@ -6,17 +6,19 @@ import copy
 import json
 import os
 import pwd
+import socket
+import socketserver
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from scripts import _ask_host, _probe, verify_health
 from scripts._inventory import Host, InventoryUnreadable, load, parse_hosts
-from scripts._llm_box import LlmBox
+from scripts._llm_box import GATEWAY_UNITS, LlmBox
 from scripts.verify_health import Answers, Check, HostReport
 
 COMMIT = "4ca1d6abe6fbc56a30072a4328cfbb554cbb5ecc"
@@ -28,7 +30,8 @@ VARIABLES: dict[str, Any] = {
     "gguf_models_reserve_bytes": 1000,
     "gguf_models_install": "used",
     "llama_presets_dir": "/etc/llmbox",
-    "llama_presets_listen": "0.0.0.0:1234",
+    "llama_presets_listen": "/run/user/1500/llama/server.sock",
+    "llm_gateway_listen": ["0.0.0.0:1234"],
     "llama_cpp_builds": {
         "upstream": {
             "repo": "git://host/upstream.git", "commit": COMMIT, "cmake_options": {"GGML_NATIVE": False},
@@ -53,6 +56,7 @@ VARIABLES: dict[str, Any] = {
 }  # fmt: skip
 BOX = LlmBox.of(VARIABLES)
 OPTIONS = {"CMAKE_BUILD_TYPE": "Release", "CMAKE_C_COMPILER_LAUNCHER": "ccache", "GGML_NATIVE": "OFF"}
+MANAGER = "/user.slice/user-1500.slice/user@1500.service"
 RELEASE = f"/opt/llama.cpp/upstream/releases/{COMMIT}-0123abcd"
 
 
@@ -68,11 +72,16 @@ def seen() -> dict[str, Any]:
         "status": {"active": "one", "state": "ready"},
         "list": {"presets": [{"name": "one"}, {"name": "two"}]},
         "presets": {"presets": {"one": preset_data("one"), "two": preset_data("two")}},
-        "servers": [{"pid": 7, "uid": 1500, "listen": ["0.0.0.0:1234"],
+        "servers": [{"pid": 7, "uid": 1500, "listen": [],
                      "exe": f"{RELEASE}/bin/llama-server"}],
         "user_units": {"llama-one.service": dict(unit), "llama-two.service": dict(unit)},
         "boot_links": [],
         "system_units": {},
+        "gateway_units": {name: {"ActiveState": "active", "UnitFileState": "enabled"}
+                          for name in GATEWAY_UNITS},
+        "ports": [{"address": "0.0.0.0:1234", "groups": [f"{MANAGER}/app.slice/llm-gateway.service",
+                                                         f"{MANAGER}/init.scope"]}],
+        "server": {"health": 200, "n_ctx": 4096, "error": ""},
         "builds": {"upstream": {"current": RELEASE, "previous": None,
                                 "release": {"commit": COMMIT, "cmake_options": dict(OPTIONS)}}},
         "files": {"small.gguf": 77},
@@ -80,11 +89,11 @@ def seen() -> dict[str, Any]:
     }  # fmt: skip
 
 
-SERVING = ("running_release", "health", "n_ctx", "chat")
-GOOD = Answers(200, {"default_generation_settings": {"n_ctx": 4096}}, "one two three")
+SERVING = ("running_release", "health", "n_ctx", "ready", "chat")
+GOOD = Answers(200, 200, "one two three")
 
 
-def failing(data: dict[str, Any], answers: Answers | None = GOOD) -> dict[str, Check]:
+def failing(data: dict[str, Any], answers: Answers = GOOD) -> dict[str, Check]:
     return {check.name: check for check in verify_health.llm_checks(BOX, data, answers) if not check.ok}
 
 
@@ -99,7 +108,7 @@ def test_a_box_as_its_inventory_wants_it_is_well() -> None:
     ("path", "value", "names"),
     [
         (("account", "linger"), False, {"lingering"}),
-        (("account",), None, {"lingering", "llama_servers", "running_release"}),
+        (("account",), None, {"lingering", "llama_servers", "running_release", "past_gateway"}),
         (("status", "state"), "loading", {"state"}),
         (("status", "active"), None, {"active_preset", *SERVING}),
         (("status",), None, {"active_preset", "state", *SERVING}),
@@ -112,6 +121,19 @@ def test_a_box_as_its_inventory_wants_it_is_well() -> None:
         (("presets", "presets", "two"), None, {"presets_data"}),
         (("list", "presets"), {}, {"lmswitch_list"}),
         (("servers",), [], {"llama_servers", "running_release"}),
+        (("servers", 0, "listen"), ["0.0.0.0:8080"], {"past_gateway"}),
+        (("server", "health"), 503, {"health"}),
+        (("server",), {"health": None, "n_ctx": None, "error": "no"}, {"health", "n_ctx"}),
+        (("server", "n_ctx"), 8192, {"n_ctx"}),
+        (("server", "n_ctx"), None, {"n_ctx"}),
+        (("gateway_units",), None, {"gateway_active", "gateway_enabled"}),
+        (("gateway_units", "llm-gateway.service", "ActiveState"), "failed", {"gateway_active"}),
+        (("gateway_units", "llm-gateway.socket", "UnitFileState"), "disabled", {"gateway_enabled"}),
+        (("ports",), [], {"gateway_port"}),
+        (("ports", 0, "address"), "127.0.0.1:1234", {"gateway_port"}),
+        (("ports", 0, "groups"), [], {"gateway_port"}),
+        (("ports", 0, "groups", 0), "/system.slice/lmstudio.service", {"gateway_port"}),
+        (("ports", 0, "groups", 1), "/init.scope", {"gateway_port"}),
         (("user_units", "llama-two.service", "LoadState"), "not-found", {"user_units"}),
         (("user_units", "llama-two.service", "UnitFileState"), "enabled", {"units_enabled"}),
         (("user_units",), None, {"user_units", "units_enabled"}),
@@ -131,9 +153,11 @@ def test_a_box_as_its_inventory_wants_it_is_well() -> None:
         (("disk",), None, {"disk_free"}),
     ],
 )
-def test_each_fault_is_found_and_nothing_else(path: tuple[str, ...], value: object, names: set[str]) -> None:
+def test_each_fault_is_found_and_nothing_else(
+    path: tuple[str | int, ...], value: object, names: set[str]
+) -> None:
     data = copy.deepcopy(seen())
-    place = data
+    place: Any = data
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
@@ -161,8 +185,9 @@ def test_no_check_is_absent_when_nothing_serves(status: object) -> None:
     nothing: dict[str, Any] = {
         **seen(), "account": None, "status": status, "list": None, "presets": None, "servers": [],
         "user_units": None, "boot_links": None, "builds": {}, "files": {}, "disk": None,
+        "gateway_units": None, "ports": [], "server": {"health": None, "n_ctx": None, "error": ""},
     }  # fmt: skip
-    checks = verify_health.llm_checks(BOX, nothing, None)
+    checks = verify_health.llm_checks(BOX, nothing, Answers())
     assert [check.name for check in checks] == wanted
     assert not [check.name for check in checks if check.ok]
 
@@ -184,11 +209,10 @@ def test_an_old_release_that_still_runs_is_found() -> None:
 @pytest.mark.parametrize(
     ("answers", "names"),
     [
-        (Answers(503, None, "", "HTTPStatusError: 503"), {"health", "n_ctx", "chat"}),
-        (Answers(failure="ConnectError"), {"health", "n_ctx", "chat"}),
-        (Answers(200, {"default_generation_settings": {"n_ctx": 8192}}, "hi"), {"n_ctx"}),
-        (Answers(200, {}, "hi"), {"n_ctx"}),
-        (Answers(200, GOOD.props, " \n"), {"chat"}),
+        (Answers(503, None, "", "HTTPStatusError: 503"), {"gateway_health", "ready", "chat"}),
+        (Answers(failure="ConnectError"), {"gateway_health", "ready", "chat"}),
+        (Answers(200, 503, "", "HTTP 503: a preset is loading"), {"ready", "chat"}),
+        (Answers(200, 200, " \n"), {"chat"}),
     ],
 )
 def test_answers_that_fall_short(answers: Answers, names: set[str]) -> None:
@@ -225,21 +249,27 @@ def test_exit_codes_and_json() -> None:
     assert shown[-2:] == ["b: x = 1 tokens, wanted 2 tokens: fix: y", "c: could not be asked: no route"]
 
 
-class FakeServer(BaseHTTPRequestHandler):
-    """As much of llama-server as the verification asks."""
+class FakeGateway(BaseHTTPRequestHandler):
+    """As much of the gateway as the verification asks; it wants a key when it has one."""
 
-    answer = "hello"
+    key = ""
+    chats: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
-        self.reply({"default_generation_settings": {"n_ctx": 4096}})
+        shown = self.headers.get("Authorization", "")
+        if self.path != "/health" and self.key and shown != f"Bearer {self.key}":
+            self.reply({"error": {"message": "a key is needed"}}, 401)
+        else:
+            self.reply({"status": "ok"})
 
     def do_POST(self) -> None:
+        self.chats.append(self.path)
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.reply({"choices": [{"message": {"content": "", "reasoning_content": self.answer}}]})
+        self.reply({"choices": [{"message": {"content": "", "reasoning_content": "hello"}}]})
 
-    def reply(self, body: dict[str, Any]) -> None:
+    def reply(self, body: dict[str, Any], status: int = 200) -> None:
         data = json.dumps(body).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -249,23 +279,55 @@ class FakeServer(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as http:
+def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.delenv(verify_health.KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(FakeGateway, "chats", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeGateway) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http.server_address[1]}"
         http.shutdown()
 
 
-def test_a_server_is_asked_three_things(server: str) -> None:
-    answers = verify_health.question(server)
-    assert (answers.health, answers.text) == (200, "hello")
+def test_a_gateway_is_asked_three_things(gateway: str) -> None:
+    answers = verify_health.question(gateway)
+    assert (answers.health, answers.ready, answers.text) == (200, 200, "hello")
     assert failing(seen(), answers) == {}
 
 
-def test_a_server_that_is_not_there_is_an_answer() -> None:
+def test_a_chat_is_not_sent_where_nothing_serves(gateway: str) -> None:
+    """It would start a preset: the verification changes nothing."""
+    assert verify_health.question(gateway, chat=False).health == 200
+    assert FakeGateway.chats == []
+
+
+def test_a_gateway_that_wants_a_key(gateway: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeGateway, "key", "k-1")
+    found = failing(seen(), verify_health.question(gateway))
+    assert found.keys() == {"ready", "chat"}
+    assert "HTTP 401: a key is needed; fix: LLMBOX_KEY=KEY" in found["ready"].detail
+    monkeypatch.setenv(verify_health.KEY_VARIABLE, "k-1")
+    assert failing(seen(), verify_health.question(gateway)) == {}
+
+
+def test_a_gateway_that_is_not_there_is_an_answer() -> None:
     answers = verify_health.question("http://127.0.0.1:9")
     assert answers.health is None
     assert answers.failure.startswith("ConnectError")
+
+
+@pytest.mark.parametrize(
+    ("listen", "front", "url"),
+    [
+        (["0.0.0.0:1234"], "0.0.0.0", "http://192.0.2.1:1234"),
+        (["127.0.0.1:1234", "100.64.0.10:1300"], "100.64.0.10", "http://100.64.0.10:1300"),
+        (["[::]:1234"], "::", "http://192.0.2.1:1234"),
+        (["127.0.0.1:1234", "[fd00::1]:1234"], "fd00::1", "http://[fd00::1]:1234"),
+        (["127.0.0.1:1234"], "127.0.0.1", "http://127.0.0.1:1234"),
+    ],
+)
+def test_where_other_machines_reach_the_gateway(listen: list[str], front: str, url: str) -> None:
+    box = LlmBox.of({**VARIABLES, "llm_gateway_listen": listen})
+    assert (box.front.host, box.url("192.0.2.1")) == (front, url)
 
 
 def local(**variables: Any) -> Host:
@@ -315,6 +377,56 @@ def test_the_probe_runs_as_it_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert answer["llm"]["builds"]["upstream"]["current"] is None
     assert answer["llm"]["account"]["uid"] == os.getuid()
     assert answer["llm"]["disk"]["free"] > 0
+
+
+class SocketServer(socketserver.ThreadingUnixStreamServer):
+    """A server on the path of a socket, which has no client's address to show."""
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        return super().get_request()[0], ("socket", 0)
+
+
+class FakeServer(FakeGateway):
+    """As much of llama-server as the probe asks."""
+
+    props: ClassVar[Any] = {"default_generation_settings": {"n_ctx": 4096}}
+
+    def do_GET(self) -> None:
+        self.reply(self.props if self.path == "/props" else {"status": "ok"})
+
+
+@pytest.mark.parametrize(
+    ("props", "n_ctx", "error"),
+    [
+        (FakeServer.props, 4096, ""),
+        ({}, None, "its answer is not llama-server's"),
+        ([], None, "its answer is not llama-server's"),
+    ],
+)
+def test_the_probe_asks_the_server_behind_its_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, props: Any, n_ctx: int | None, error: str
+) -> None:
+    monkeypatch.setattr(FakeServer, "props", props)
+    path = str(tmp_path / "server.sock")
+    assert _probe.server(path)["error"].startswith("FileNotFoundError")
+    with SocketServer(path, FakeServer) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        assert _probe.server(path) == {"health": 200, "n_ctx": n_ctx, "error": error}
+        http.shutdown()
+
+
+def test_the_probe_tells_who_holds_a_port() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as two,
+    ):
+        ports = [one.getsockname()[1], two.getsockname()[1]]
+        own = _probe.control_group(Path("/proc/self"))
+        found = {entry["address"]: entry["groups"] for entry in _probe.holders(ports)}
+        assert found.keys() == {f"127.0.0.1:{ports[0]}", f"[::1]:{ports[1]}"}
+        assert all(own in groups for groups in found.values())
+        assert set(found) <= set(_probe.listeners(Path("/proc/self")))
+    assert _probe.holders(ports) == []
 
 
 def test_the_probe_never_waits_for_a_program_that_hangs() -> None:
