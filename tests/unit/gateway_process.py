@@ -4,6 +4,7 @@ imported everything already. It plays systemd: it holds no socket, but reaps and
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -119,14 +120,18 @@ class Gateway:
         self._notified.settimeout(DEADLINE_S)
         self.pid = 0
 
-    def start(self) -> None:
-        """Start it and wait until it says that it is ready."""
+    def launch(self) -> None:
+        """Start it."""
         env = {
             "LLMBOX_PRESETS": str(self.folder / "presets.json"),
             "LLMBOX_GATEWAY": str(self.folder / "gateway.json"),
             "NOTIFY_SOCKET": str(self.folder / "notify.sock"),
         }
         self.pid = self.forge.start(env, [self.listener, self.control], self.log, self.box)
+
+    def start(self) -> None:
+        """Start it and wait until it says that it is ready."""
+        self.launch()
         self.await_state("READY=1")
 
     def await_state(self, state: str) -> None:
@@ -175,7 +180,10 @@ def running(
 
 def main() -> None:
     """Fork gateways as told."""
-    from llmbox.gateway import app, box  # noqa: F401  (what takes long to import)
+    from llmbox.gateway import app
+
+    for module in ("llmbox.gateway.box", "anyio._backends._asyncio", "httpcore", "uvicorn.lifespan.off"):
+        importlib.import_module(module)  # what a gateway imports when it first needs it
 
     line = socket.socket(fileno=int(sys.argv[1]))
     while True:
