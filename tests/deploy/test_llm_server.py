@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from scripts._ask_host import probe_source
+from scripts._ask_host import bracketed, probe_source
 from scripts._inventory import Host
-from scripts._llm_box import GROUP, LlmBox
+from scripts._llm_box import GATEWAY_UNITS, GROUP, LlmBox
 
 testinfra_hosts = [f"ansible://{GROUP}"]
 
@@ -142,7 +142,9 @@ def test_units_are_known_to_systemd_and_do_not_start_at_boot(
 
 def test_the_user_cannot_change_what_it_runs(box: LlmBox, as_root: Run, wanted: Host) -> None:
     places = [box.builds_root, wanted.variables["llmbox_path"] + "/", wanted.variables["llmbox_store"],
-              box.presets_json, "/usr/local/bin/lmswitch", "/etc/sudoers.d"]  # fmt: skip
+              box.presets_json, "/usr/local/bin/lmswitch", "/etc/sudoers.d",
+              wanted.variables["llama_presets_dir"],
+              *(f"/etc/systemd/user/{unit}" for unit in GATEWAY_UNITS)]  # fmt: skip
     paths = " ".join(shlex.quote(place) for place in places)
     # Root lists, so that a path that is missing is an error and a closed folder none; the user tries each.
     tries = shlex.quote('for path do test ! -w "$path" || echo "$path"; done')
@@ -176,9 +178,48 @@ def test_one_preset_serves_where_the_inventory_says_and_no_other(box: LlmBox, se
         assert (running, own) == ([], [])
         pytest.skip("no preset is active on this box: lmswitch PRESET")
     assert running == [box.unit(status["active"])]
-    address = box.address(status["active"])
     assert len(own) == 1
-    assert own[0]["listen"] == ([] if address.is_socket else [f"{address.host}:{address.port}"])
+    assert own[0]["listen"] == [], "a preset can be reached without the gateway"
+    assert seen["server"]["health"] == 200, seen["server"]
+
+
+def test_nobody_but_the_user_reaches_a_preset_s_socket(box: LlmBox, seen: dict[str, Any], host: Any) -> None:
+    if seen["status"]["active"] is None:
+        pytest.skip("no preset is active on this box: lmswitch PRESET")
+    with host.sudo():
+        socket = host.file(box.config.llama_presets_listen)
+        assert (socket.is_socket, socket.user, socket.mode & 0o077) == (True, box.user, 0)
+
+
+def test_the_gateway_runs_and_starts_at_boot(seen: dict[str, Any]) -> None:
+    states = {
+        name: (unit["ActiveState"], unit["UnitFileState"]) for name, unit in seen["gateway_units"].items()
+    }
+    assert states == dict.fromkeys(GATEWAY_UNITS, ("active", "enabled"))
+
+
+def test_the_port_is_the_gateway_s(box: LlmBox, seen: dict[str, Any]) -> None:
+    held = {one["address"]: one["groups"] for one in seen["ports"]}
+    assert held.keys() == {f"{bracketed(front.host)}:{front.port}" for front in box.fronts}
+    for groups in held.values():
+        assert {group.rpartition("/")[2] for group in groups} == {"init.scope", "llm-gateway.service"}
+        assert all(f"user@{seen['account']['uid']}.service" in group for group in groups)
+
+
+def test_keys_are_root_s_and_nobody_else_s_to_read(
+    host: Any, box: LlmBox, as_root: Run, wanted: Host
+) -> None:
+    folder = wanted.variables["llama_presets_dir"]
+    assert output(as_root(f"stat --format='%U %G %a' {folder}/keys.json")).split() == [
+        "root",
+        box.user,
+        "640",
+    ]
+    assert output(as_root(f"stat --format='%U %G %a' {folder}/gateway.json")).split() == [
+        "root",
+        "root",
+        "644",
+    ]
 
 
 def test_the_running_server_is_the_pinned_release(box: LlmBox, seen: dict[str, Any]) -> None:

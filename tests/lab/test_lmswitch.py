@@ -76,7 +76,7 @@ class Box:
     def complete(self) -> str:
         """A real completion through the port that clients use."""
         reply = httpx.post(
-            f"http://{self.hostvars['ansible_host']}:{self.wanted.address(self.first).port}/completion",
+            f"{self.wanted.url(self.hostvars['ansible_host'])}/completion",
             json={"prompt": "The capital of France is", "n_predict": 8, "temperature": 0.0},
             timeout=60,
             trust_env=False,
@@ -101,7 +101,7 @@ class Box:
     def play(self, folder: Path, presets: dict[str, Any], *roles: str) -> support.PlaybookRun:
         """Roles (default: those without downloads and builds) with these presets for the inventory's."""
         variables = json.dumps({"llama_presets": presets})
-        playbook = play_of(folder, *(roles or ("llm_user", "llmbox", "llama_presets")))
+        playbook = play_of(folder, *(roles or ("llm_user", "llmbox", "llama_presets", "llm_gateway")))
         return support.ansible_playbook(playbook, "--limit", support.LLM, "-e", variables, timeout=300)
 
 
@@ -403,7 +403,7 @@ def test_roles_change_nothing_twice_and_keep_drop_ins(box: Box, converged: None,
     path = box.write_drop_in(box.second, "[Service]\nNice=3\n")
     try:
         done = box.play(tmp_path, box.presets).check()
-        print(f"three roles, nothing to do: {done.seconds:.1f} s")
+        print(f"four roles, nothing to do: {done.seconds:.1f} s")
         assert done.changed == 0, done.tail()
         assert "Nice=3" in box.run(f"sudo cat {path}").check().stdout
         assert "Nice=3" in box.run(f"{USER_SYSTEMCTL} show --property=Nice llama-{box.second}.service").stdout

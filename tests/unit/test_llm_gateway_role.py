@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 from llama_common.presets import GatewayKey
-from llmbox.gateway.keys import Key
+from llmbox.gateway.keyfile import Key
 from llmbox.gateway.settings import Settings
 
 from scripts._llm_box import GATEWAY_UNITS
