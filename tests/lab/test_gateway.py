@@ -52,8 +52,8 @@ class Box:
 
     def active(self) -> str | None:
         """The preset that serves."""
-        found: dict[str, Any] = json.loads(self.lmswitch("status", "--json"))
-        return found["active"]
+        active: str | None = json.loads(self.lmswitch("status", "--json"))["active"]
+        return active
 
     def kill_server(self) -> None:
         """SIGKILL for llama-server, and nothing else."""
