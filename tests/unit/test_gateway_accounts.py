@@ -340,7 +340,7 @@ def test_a_clock_set_back_forgives_nothing_and_blocks_nobody_for_long(place: Pla
 # --- over restarts and changes ---
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(4))  # each writes to the disk some 30 times
 def test_budgets_go_on_over_restarts(place: Place, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311
     place.write(entry(tokens_per_minute=1000, tokens_per_day=5000, requests_per_day=1000))
