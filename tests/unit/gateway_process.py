@@ -45,6 +45,8 @@ SETTINGS: dict[str, Any] = {
     "audit_content": False,
 }
 
+FILES = {"keys_file": "keys.json", "state_dir": "", "audit_file": "audit.jsonl"}
+
 
 def preset(listen: Path, **fields: Any) -> dict[str, Any]:
     """A preset as it stands in presets.json."""
@@ -105,7 +107,7 @@ class Gateway:
             "gemma": preset(listen, unit="llama-gemma.service", aliases=["g"]),
             "smol": preset(listen, unit="llama-smol.service", aliases=["s"], context=2048),
         }
-        files = {"keys_file": folder / "keys.json", "state_dir": folder, "audit_file": folder / "audit.jsonl"}
+        files = {name: folder / path for name, path in FILES.items()}
         settings = {**SETTINGS, **{name: str(path) for name, path in files.items()}, **changed}
         (folder / "presets.json").write_text(json.dumps({"version": 1, "user": "llm", "presets": presets}))
         (folder / "gateway.json").write_text(json.dumps(settings))

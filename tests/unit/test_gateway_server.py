@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 from llmbox.errors import UsageError
 from llmbox.gateway import server
+from llmbox.gateway.settings import Settings
 
-from tests.unit.gateway_process import Forge, Gateway, running
+from tests.unit.gateway_process import FILES, SETTINGS, Forge, Gateway, running
 from tests.unit.stub_llama_server import StubLlamaServer, events
 
 CHAT = "/v1/chat/completions"
@@ -273,6 +274,43 @@ def test_a_connection_is_kept_and_says_nothing_of_its_server(gateway: Gateway) -
             sock.sendall(chat())
             status, headers, _ = read_answer(sock)
             assert status == 200 and "connection" not in headers and "uvicorn" not in str(headers)
+
+
+def test_a_connection_that_says_nothing_is_closed_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.15)
+
+    async def app(_: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def closed(sent: bytes) -> bool:
+        """Whether the connection ends in time after these bytes."""
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(sent)
+        try:
+            async with asyncio.timeout(1.5):
+                await reader.read()
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            writer.close()
+
+    async def go() -> list[bool]:
+        settings = Settings.model_validate({**SETTINGS, **dict.fromkeys(FILES, str(tmp_path))})
+        web = server.Server(app, settings)
+        web.config.load()
+        web.lifespan = web.config.lifespan_class(web.config)
+        await web.startup([listener])
+        results = await asyncio.gather(*(closed(sent) for sent in (b"", b"\r\n", HEALTH, HEALTH + b"\r\n")))
+        await web.shutdown([listener])
+        return results
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    assert all(asyncio.run(go()))
 
 
 # --- streams ---
