@@ -83,6 +83,7 @@ def broken(box: Box) -> Iterator[str]:
     )
     yield box.second
     box.run(f"sudo rm -rf {folder}; {box.manager} daemon-reload")
+    box.restart_gateway()  # it would not try this preset again for a while
 
 
 class Clients:

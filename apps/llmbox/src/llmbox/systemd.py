@@ -70,7 +70,8 @@ class Systemd:
 
     def __init__(self, runtime: Path) -> None:
         self.environment = {
-            **os.environ,
+            # Without the gateway's own notification socket, on which systemctl would answer too.
+            **{name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
             "XDG_RUNTIME_DIR": str(runtime),
             "DBUS_SESSION_BUS_ADDRESS": f"unix:path={runtime}/bus",
             "LC_ALL": "C.UTF-8",

@@ -234,6 +234,7 @@ def main(argv: list[str] | None = None, make_box: Callable[[PresetsFile], Box] =
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells each look at /health
     try:
         http, control_socket = server.split(server.passed_sockets())
         presets = load_presets(presets_path())
