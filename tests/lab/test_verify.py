@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import CLIENT, LAB_INVENTORY, LLM, OCR, ROOT, Run, run
+from tests.support import CLIENT, LAB_INVENTORY, LLM, OCR, ROOT, Run, expected, run
 
 pytestmark = pytest.mark.usefixtures("lab")
 
@@ -74,8 +74,30 @@ def test_verification_names_what_fell_short(serving: str, on_host: OnHost) -> No
         on_host(LLM, f"sudo -u llm lmswitch {serving}", timeout=240).check()
     assert answer.rc == 1
     found = short(report(answer))
-    nothing_serves = {"active_preset", "state", "llama_servers", "running_release", "health", "n_ctx", "chat"}
-    assert found == {f"model_{model.rpartition('/')[2]}", *nothing_serves}
+    nothing_serves = {"active_preset", "state", "llama_servers", "running_release", "health", "n_ctx"}
+    assert found == {f"model_{model.rpartition('/')[2]}", *nothing_serves, "ready", "chat"}
+
+
+def test_verification_and_fleet_name_a_gateway_that_is_down_and_who_has_its_port(
+    serving: str, on_host: OnHost
+) -> None:
+    manager = "sudo -u llm XDG_RUNTIME_DIR=/run/user/$(id -u llm) systemctl --user"
+    units = "llm-gateway.socket llm-gateway.service"
+    port = expected().front.port
+    on_host(LLM, f"{manager} stop {units}").check()
+    try:
+        thief = f"systemd-run --quiet --unit=thief python3 -m http.server {port}"
+        on_host(LLM, f"sudo {thief}").check()
+        answer = run(*VERIFY, "--limit", LLM, timeout=180)
+        screen = run(*FLEET, "--limit", LLM, timeout=120)
+    finally:
+        on_host(LLM, f"sudo systemctl stop thief; {manager} start {units}").check()
+    assert (answer.rc, screen.rc) == (1, 1)
+    data = report(answer)
+    assert short(data) == {"gateway_active", "gateway_port", "gateway_health", "ready", "chat"}
+    checks = {check["name"]: check["detail"] for check in data["hosts"][0]["checks"]}
+    assert f":{port} is held by thief.service" in checks["gateway_port"]
+    assert "systemctl --user start llm-gateway" in json.loads(screen.stdout)["hosts"][0]["trouble"]
 
 
 def test_a_host_that_does_not_answer_is_an_entry_with_an_error(tmp_path: Any) -> None:
