@@ -420,7 +420,8 @@ def test_one_more_preset_one_changed_one_removed(box: Box, converged: None, tmp_
         "extra": {**box.presets[box.second], "aliases": ["x"], "description": "One 100% more"},
     }
     try:
-        assert box.play(tmp_path, more, "llama_presets").check().changed == 1
+        # The units, and the gateway, which has to know them.
+        assert box.play(tmp_path, more, "llama_presets", "llm_gateway").check().changed == 2
         assert box.status()["since"] == before, (
             "the active preset was restarted though its command is the same"
         )
@@ -431,13 +432,13 @@ def test_one_more_preset_one_changed_one_removed(box: Box, converged: None, tmp_
         assert "100% more" in box.lmswitch("status").stdout
 
         changed = {**more, "extra": {**more["extra"], "threads": 1}}
-        assert box.play(tmp_path, changed, "llama_presets").check().changed == 2
+        assert box.play(tmp_path, changed, "llama_presets", "llm_gateway").check().changed == 3
         assert box.status()["active"] == "extra"
         command = box.run("sudo cat /proc/$(pgrep -x llama-server)/cmdline").stdout.replace("\0", " ")
         assert "--threads 1" in command
     finally:
-        done = box.play(tmp_path, box.presets, "llama_presets").check()
-    assert done.changed == 1
+        done = box.play(tmp_path, box.presets, "llama_presets", "llm_gateway").check()
+    assert done.changed == 2
     assert box.status()["active"] is None, "a preset that is no longer in the data still runs"
     assert "extra" not in box.lmswitch("list").stdout
     assert box.run(f"sudo test -e {box.units}/llama-extra.service").rc == 1

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -45,6 +46,11 @@ def lmswitch(*words: str) -> dict[str, object]:
     return answer
 
 
+def url() -> str:
+    """The gateway, from this machine."""
+    return support.expected().url(support.expected_host().address)
+
+
 def unit(preset: str) -> str:
     """The text of a preset's unit on the box."""
     return support.on_host(support.LLM, f"sudo cat {unit_path(preset)}").check().stdout
@@ -78,6 +84,8 @@ def test_one_entry_appears_everywhere(copied_inventory: Path) -> None:
     lmswitch("ad")  # by its alias
     status = lmswitch("status")
     assert (status["active"], status["state"]) == (NAME, "ready")
+    models = httpx.get(f"{url()}/v1/models", timeout=30, trust_env=False).raise_for_status().json()["data"]
+    assert {model["id"]: model["state"] for model in models}[NAME] == "active"
 
     table = support.run(
         support.BIN / "python",
