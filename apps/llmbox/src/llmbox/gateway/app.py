@@ -221,7 +221,6 @@ async def run(
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         accounts.flush()
-        await upstream.close()
     return 1 if failed else 0
 
 

@@ -108,7 +108,7 @@ class Metrics:
                 try:
                     body = await answer.read(FETCH_LIMIT)
                 finally:
-                    await answer.close()
+                    answer.close()
         except (Lost, TimeoutError):
             return b""
         return body.rstrip() + b"\n" if answer.status == 200 and _sound(body) else b""

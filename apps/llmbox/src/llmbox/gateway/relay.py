@@ -293,7 +293,7 @@ class Relay:
             gone.remove_done_callback(leave)
             lease.abort = lambda: None
             if answer:
-                await answer.close()
+                answer.close()
 
     async def _pass_on(
         self, answer: Answer, lease: Lease, asked: Asked, account: Account, reply: Reply, entry: Entry
