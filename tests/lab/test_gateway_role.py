@@ -1,4 +1,4 @@
-"""Role llm_gateway on a real host: an address that appears later, keys, a service manager that starts anew."""
+"""Role llm_gateway on a host: an address that appears later, keys, a service manager that starts anew."""
 
 from __future__ import annotations
 
