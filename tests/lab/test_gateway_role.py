@@ -111,3 +111,12 @@ def test_a_service_manager_that_starts_anew_has_the_port_again(box: Box) -> None
     states = box.run(f"{box.manager} is-active llm-gateway.socket llm-gateway.service").stdout.split()
     assert states == ["active", "active"]
     assert box.models().status_code == 200
+
+
+def test_a_box_without_presets_has_no_gateway(box: Box) -> None:
+    """It would have nothing to listen before; a preset brings it back."""
+    assert box.play(llama_presets={}) == 1
+    shown = box.on_host(support.LLM, f"{box.manager} is-active llm-gateway.socket llm-gateway.service").stdout
+    assert shown.split() == ["inactive", "inactive"]
+    assert box.play() == 1
+    assert box.models().status_code == 200
