@@ -139,6 +139,10 @@ def ask_all(hosts: Sequence[Host]) -> list[Row]:
     requests: dict[str, dict[str, Any]] = {}
     refused: dict[str, Row] = {}
     for host in hosts:
+        if host.refusal:
+            why = f"refused: {host.refusal}; fix: playbooks/validate.yml names the file and the key"
+            refused[host.name] = Row(host.name, False, trouble=why, refused=True)
+            continue
         try:
             requests[host.name] = request(host)
         except InventoryError as error:
@@ -227,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """Ask the boxes and print what they said. Raises InventoryUnreadable."""
-    rows = ask_all(load(args.inventory, limit=args.limit))
+    rows = ask_all(load(args.inventory, limit=args.limit, partly=True))
     if args.json:
         print(json.dumps({"ok": exit_code(rows) == 0, "hosts": [asdict(one) for one in rows]}, indent=2))
     else:
