@@ -137,3 +137,19 @@ def test_the_source_of_a_model_is_never_unused(
     assert [entry["file"] for entry in result["removed"]] == ["waste.gguf"]
     assert (models / "source.gguf").read_bytes() == content
     assert not (models / "waste.gguf").exists()
+
+
+def test_unused_models_are_a_warning_and_no_key_of_the_result(
+    library: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir(mode=0o755)
+    (models / "waste.gguf").write_bytes(b"12345")
+    warned: list[str] = []
+    monkeypatch.setattr(library, "show_unit", lambda: {"ActiveState": "inactive"})
+    module = SimpleNamespace(params=parameters(models), check_mode=False, warn=warned.append)
+    result = library.Task(module).begin()
+    assert result["unused"] == [{"file": "waste.gguf", "bytes": 5}]
+    assert "warnings" not in result, "Ansible calls that key deprecated, in two lines each run"
+    (said,) = warned
+    assert "no preset uses waste.gguf" in said

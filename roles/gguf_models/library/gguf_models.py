@@ -408,12 +408,10 @@ class Task:
         if self.params["remove_unused"]:
             return {"unused": [], "removed": unused}
         names = ", ".join(f"{entry['file']} ({store.gigabytes(entry['bytes'])})" for entry in unused)
-        return {
-            "unused": unused,
-            "warnings": [
-                f"{self.directory}: no preset uses {names}; gguf_models_remove_unused: true removes it"
-            ],
-        }
+        self.module.warn(
+            f"{self.directory}: no preset uses {names}; gguf_models_remove_unused: true removes it"
+        )
+        return {"unused": unused}
 
     @contextmanager
     def only_one(self) -> Iterator[None]:
