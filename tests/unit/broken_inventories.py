@@ -574,6 +574,37 @@ CASES = (
     ),
     Case("tls", extra("--ssl-key-file", "/k"), f"{EXTRA}.0", "plain HTTP", "remove it"),
     Case("many-models", extra("--models-dir", "/m"), f"{EXTRA}.0", "serves one model", "remove it"),
+    *(
+        Case(
+            f"shortcut{flag}",
+            extra(flag),
+            f"{EXTRA}.0",
+            f"{flag.replace('_', '-')} may not stand here: llama-server reads it as another model",
+            "a preset of its own",
+            gate=flag == "--embd-gemma-default",
+        )
+        for flag in (
+            "--embd-gemma-default",
+            "--embd_gemma_default",
+            "--embd-bge-small-en-default",
+            "--fim-qwen-1.5b-default",
+            "--fim-qwen-3b-default",
+            "--fim-qwen-7b-default",
+            "--fim-qwen-7b-spec",
+            "--fim-qwen-14b-spec",
+            "--fim-qwen-30b-default",
+            "--gpt-oss-20b-default",
+            "--gpt-oss-120b-default",
+            "--vision-gemma-4b-default",
+            "--vision-gemma-12b-default",
+            "--tts-oute-default",
+        )
+    ),
+    Case("embeddings-only", extra("--embedding"), f"{EXTRA}.0", "answers chats", "remove it"),
+    Case("reranking-only", extra("--reranking"), f"{EXTRA}.0", "answers chats", "remove it"),
+    Case("server-tools", extra("--tools", "all"), f"{EXTRA}.0", "run commands", "remove it"),
+    Case("server-agent", extra("-ag"), f"{EXTRA}.0", "run commands", "remove it"),
+    Case("server-mcp", extra("--mcp-servers-json", "{}"), f"{EXTRA}.0", "run commands", "remove it"),
     Case("prints-and-exits", extra("--version"), f"{EXTRA}.0", "exits instead of serving", "remove it"),
     Case(
         "flag-twice",
