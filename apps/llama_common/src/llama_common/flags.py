@@ -171,6 +171,10 @@ def check_extra_args(items: Sequence[str]) -> Iterator[ArgumentProblem]:
             )
             continue
         if not is_flag(item):
+            if index == 0:
+                yield ArgumentProblem(
+                    index, "stands before the first flag, and belongs to none", "begin with the flag"
+                )
             continue
         flag = normalize(item.split()[0])
         problem = _owned(index, flag) or _malformed(index, item, flag, items)
