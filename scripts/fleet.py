@@ -145,6 +145,11 @@ def ask_all(hosts: Sequence[Host]) -> list[Row]:
             why = f"refused: {host.refusal}; fix: playbooks/validate.yml names the file and the key"
             refused[host.name] = Row(host.name, False, trouble=why, refused=True)
             continue
+        key = host.variables.get("ansible_ssh_private_key_file")
+        if key and not Path(str(key)).expanduser().is_file():  # pyinfra would print a traceback for each
+            why = f"its ssh key {key} is missing; fix: ansible_ssh_private_key_file, or for a lab: make lab"
+            refused[host.name] = Row(host.name, False, trouble=why)
+            continue
         try:
             requests[host.name] = request(host)
         except InventoryError as error:

@@ -132,3 +132,9 @@ def test_a_box_whose_data_cannot_be_worked_out_is_a_row_beside_the_others(
 def test_an_inventory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert fleet.main(["--inventory", "inventory/nowhere"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_missing_ssh_key_is_a_row(tmp_path: Path) -> None:
+    host = Host("box", frozenset(), {"ansible_ssh_private_key_file": str(tmp_path / "gone")})
+    (found,) = fleet.ask_all([host])
+    assert not found.reached and found.trouble.startswith(f"its ssh key {tmp_path}/gone is missing; fix:")
