@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPECTED_PLAYBOOK = Path(__file__).resolve().parent / "_expected.yml"
 INVENTORY_TIMEOUT_S = 60
 CONNECT_TIMEOUT_S = 8
-_RESULT = re.compile(r"^ok: \[(?P<host>[^\]]+)\] => (?=\{)", re.MULTILINE)
+_RESULT = re.compile(r"^(?:ok|fatal): \[(?P<host>[^\]]+)\](?P<failed>: FAILED!)? => (?=\{)", re.MULTILINE)
 
 
 class InventoryUnreadable(Exception):
@@ -31,11 +31,15 @@ class InventoryUnreadable(Exception):
 
 @dataclass(frozen=True)
 class Host:
-    """One host: its name, its groups and its templated variables (role defaults included)."""
+    """One host: its name, its groups and its templated variables (role defaults included).
+
+    `refusal` says why there are none: one line about a value that cannot be worked out.
+    """
 
     name: str
     groups: frozenset[str] = frozenset()
     variables: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str = ""
 
     @property
     def address(self) -> str:
@@ -101,8 +105,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def load(inventory: Path, *, limit: str | None = None) -> list[Host]:
+def load(inventory: Path, *, limit: str | None = None, partly: bool = False) -> list[Host]:
     """Hosts of `inventory` (those that match the Ansible pattern `limit`), in the inventory's order.
+
+    With `partly` a host whose variables cannot be worked out is among them, with its refusal.
 
     Raises InventoryUnreadable: no such directory, Ansible missing, an error in the data, or no host left.
     """
@@ -150,7 +156,7 @@ def load(inventory: Path, *, limit: str | None = None) -> list[Host]:
     hosts = parse_hosts(done.stdout)
     if "no hosts to target" in done.stderr:
         hosts = []
-    elif done.returncode != 0:
+    elif done.returncode != 0 and not (partly and any(host.refusal for host in hosts)):
         raise InventoryUnreadable(f"{inventory}: {_reason(done.stdout + done.stderr)}")
     if not hosts:
         raise InventoryUnreadable(
@@ -167,6 +173,9 @@ def parse_hosts(output: str) -> list[Host]:
     hosts = []
     for match in _RESULT.finditer(output):
         printed, _ = decoder.raw_decode(output, match.end())
+        if match["failed"]:
+            hosts.append(Host(match["host"], refusal=" ".join(str(printed["msg"]).split())))
+            continue
         value = json.loads(printed["msg"])
         hosts.append(Host(match["host"], frozenset(value["groups"]), value["variables"]))
     return hosts

@@ -12,22 +12,28 @@ Exit codes: 0 written, 2 could not measure (one line says why).
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts import _venv
+
+if __name__ == "__main__":
+    _venv.enter()
+
 import argparse
 import json
 import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts._chart import Bar, bar_chart
 from scripts._inventory import ROOT, environment

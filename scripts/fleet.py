@@ -17,9 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lab import interrupt
+from scripts import _venv
 
 if __name__ == "__main__":
     interrupt.exit_quietly()
+    _venv.enter()
     # Before anything imports sockets: pyinfra asks its hosts side by side through gevent.
     from gevent import monkey  # type: ignore[import-untyped]
 
@@ -142,6 +144,15 @@ def ask_all(hosts: Sequence[Host]) -> list[Row]:
     requests: dict[str, dict[str, Any]] = {}
     refused: dict[str, Row] = {}
     for host in hosts:
+        if host.refusal:
+            why = f"refused: {host.refusal}; fix: playbooks/validate.yml names the file and the key"
+            refused[host.name] = Row(host.name, False, trouble=why, refused=True)
+            continue
+        key = host.variables.get("ansible_ssh_private_key_file")
+        if key and not Path(str(key)).expanduser().is_file():  # pyinfra would print a traceback for each
+            why = f"its ssh key {key} is missing; fix: ansible_ssh_private_key_file, or for a lab: make lab"
+            refused[host.name] = Row(host.name, False, trouble=why)
+            continue
         try:
             requests[host.name] = request(host)
         except InventoryError as error:
@@ -230,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """Ask the boxes and print what they said. Raises InventoryUnreadable."""
-    rows = ask_all(load(args.inventory, limit=args.limit))
+    rows = ask_all(load(args.inventory, limit=args.limit, partly=True))
     if args.json:
         print(json.dumps({"ok": exit_code(rows) == 0, "hosts": [asdict(one) for one in rows]}, indent=2))
     else:

@@ -18,28 +18,15 @@ inventory that cannot be read, no answer from the hub or from git). With 1 and 2
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-VENV_PYTHON = ROOT / ".venv/bin/python"
-NEEDED = ("httpx", "llama_common", "yaml")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-def main() -> int:
-    """Run the command with the controller's environment, whichever Python it was called with."""
-    if all(importlib.util.find_spec(module) for module in NEEDED):
-        sys.path.insert(0, str(ROOT))
-        from scripts._lock.command import main as command
-
-        return command(sys.argv[1:])
-    if VENV_PYTHON.exists() and Path(sys.prefix) != VENV_PYTHON.parent.parent:
-        os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])  # noqa: S606 - no shell: the same command again
-    print("refused: the controller's environment is missing or incomplete; fix: make setup", file=sys.stderr)
-    return 2
-
+from scripts import _venv
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _venv.enter()
+    from scripts._lock.command import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -13,10 +13,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lab import interrupt
+from scripts import _venv
 
 if __name__ == "__main__":
     interrupt.exit_quietly()
+    _venv.enter()
 
+import json
 import subprocess
 import time
 
@@ -32,6 +35,7 @@ INVENTORY = "inventory/lab"
 QUESTION = "What is the capital of France? Answer in one sentence."
 STEP_TIMEOUT_S = 5400
 CHAT_TIMEOUT_S = 120
+STATUS_TIMEOUT_S = 30
 
 
 class NotDone(Exception):
@@ -86,6 +90,24 @@ def ask(url: str, question: str, timeout: float = CHAT_TIMEOUT_S) -> tuple[str, 
     return answer, speed
 
 
+def active(python: str, host: str, switch: str) -> str:
+    """The preset that is ready on the host; "" when none is, or it cannot be asked."""
+    try:
+        asked = subprocess.run(
+            [python, "-m", "lab", "ssh", host, f"{switch} status --json"],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=STATUS_TIMEOUT_S,
+            check=False,
+        )
+        found = json.loads(asked.stdout)
+        return str(found["active"]) if found["state"] == "ready" else ""
+    except (subprocess.TimeoutExpired, ValueError, LookupError, TypeError):
+        return ""
+
+
 def main() -> None:
     """Run the steps and print the summary. Raises NotDone, InventoryUnreadable, InventoryError."""
     started = time.monotonic()
@@ -99,6 +121,9 @@ def main() -> None:
     box = LlmBox.of(host.variables)
     preset = box.names("user")[0]
     switch = f"sudo -iu {box.user} lmswitch"
+    serving = active(python, host.name, switch)
+    if serving in box.names("user"):  # a repeat leaves what somebody chose meanwhile
+        preset = serving
     seconds["switch"] = step(
         f"Start the preset {preset}", python, "-m", "lab", "ssh", host.name, f"{switch} {preset}"
     )

@@ -8,16 +8,21 @@ Exit codes: 0 written or up to date, 1 stale (--check), 2 could not run.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import jinja2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts import _venv
+
+if __name__ == "__main__":
+    _venv.enter()
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
 from llama_common.presets import HostConfig
 from llama_common.tables import preset_table
 from pydantic import ValidationError

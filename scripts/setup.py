@@ -3,12 +3,13 @@
 
 A no-op when nothing changed: the stamp in `.venv` is the hash of the interpreter, requirements.txt and the
 apps' pyproject files, and it is written last. Standard library only; run by `make setup`.
-Exit codes: 0 done, 1 a step failed, 2 this machine cannot run it (the line says what to do).
+Exit codes: 0 done, 1 a step failed, 2 this machine cannot run it (the line says what to do), 130 interrupted.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,6 +25,8 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "setup.sha256"
 REQUIREMENTS = ROOT / "requirements.txt"
 PIP_TIMEOUT_S = 1200
+MIB = 1024 * 1024
+ROOM = 64 * MIB  # below it no package of requirements.txt can be counted on to fit
 
 
 def apps() -> list[Path]:
@@ -74,12 +77,38 @@ def main() -> int:
         pip("install", "--quiet", "--requirement", str(REQUIREMENTS))
         editable = [argument for app in apps() for argument in ("--editable", str(app))]
         pip("install", "--quiet", "--no-build-isolation", "--no-deps", *editable)
+        STAMP.write_text(wanted + "\n")
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        print(f"setup: {error}; the lines above say why; run `make setup` again", file=sys.stderr)
+        why = room() or f"{error}; the lines above say why; run `make setup` again"
+        print(f"setup: {why}", file=sys.stderr)
         return 1
-    STAMP.write_text(wanted + "\n")
     return 0
 
 
+def room() -> str:
+    """One line when the disk has no room for the environment, "" when it has."""
+    free = shutil.disk_usage(ROOT).free
+    if free >= ROOM:
+        return ""
+    return f"{ROOT} has {free // MIB} MiB free, {VENV.name} needs {ROOM // MIB}; "
+        "make room, then run `make setup` again"
+
+
+def run() -> int:
+    """Entry point: one line for what stops it."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("setup: interrupted; run `make setup` again, it begins anew", file=sys.stderr)
+        return 130
+    except OSError as error:
+        why = (
+            room()
+            or f"{error.filename}: {error.strerror}; {VENV.name} must be yours: remove it, or become its owner"
+        )
+        print(f"setup: {why}", file=sys.stderr)
+        return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -18,9 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lab import interrupt
+from scripts import _venv
 
 if __name__ == "__main__":
     interrupt.exit_quietly()
+    _venv.enter()
 
 import argparse
 import json

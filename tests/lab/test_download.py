@@ -51,11 +51,12 @@ def random_bytes(seed: int, size: int = SIZE) -> bytes:
 
 @dataclass
 class Role:
-    """The role gguf_models with the models of one test, all of them used by presets."""
+    """The role gguf_models with the models of one test: those that presets use, and those that none does."""
 
     folder: Path
     server: FlakyServer
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unused: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def serve(self, name: str, content: bytes, served: Served | None = None) -> Served:
@@ -84,7 +85,7 @@ class Role:
             for name in self.models
         }
         variables = {
-            "gguf_models": self.models,
+            "gguf_models": self.models | self.unused,
             "llama_presets": presets,
             "gguf_models_dir": DIRECTORY,
             "gguf_models_owner": OWNER,
@@ -328,9 +329,13 @@ def test_unused_models_are_reported_and_removed_on_request(role: Role) -> None:
     )
     reported = role.run().check()
     assert reported.changed == 0
-    assert "no preset uses old.gguf (1.5 MB)" in " ".join(reported.stdout.split() + reported.stderr.split())
+    said = " ".join(reported.stdout.split() + reported.stderr.split())
+    assert "no preset uses old.gguf (1.5 MB)" in said
+    assert "DEPRECATION" not in said
 
+    host(f"cp {DIRECTORY}/old.gguf {DIRECTORY}/source.gguf; chown {OWNER}: {DIRECTORY}/source.gguf")
     role.settings["gguf_models_remove_unused"] = True
+    role.unused = {"copy": {"path": f"{DIRECTORY}/source.gguf", "sha256": checksum("old"), "size": 1_500_000}}
     predicted = role.run("--check", "--diff").check()
     assert predicted.changed == 1
     assert "-old.gguf (unused)" in predicted.stdout
@@ -341,6 +346,7 @@ def test_unused_models_are_reported_and_removed_on_request(role: Role) -> None:
         "link.gguf",
         "m.gguf",
         "notes.txt",
+        "source.gguf",
     ]
 
 

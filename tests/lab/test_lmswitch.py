@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shlex
 import subprocess
 import time
@@ -149,6 +150,29 @@ def test_failing_preset_as_json(box: Box, broken: str) -> None:
     assert REASON in answer["reason"]
 
 
+def test_a_preset_that_never_answers_is_told_with_the_fix(box: Box) -> None:
+    """Its process is well, so the wait's own line is the only one that says what is wrong."""
+    box.lmswitch(box.first).check()
+    (wait,) = (
+        box.run(f"grep ^ExecStartPost= {box.units}/llama-{box.second}.service").check().stdout.splitlines()
+    )
+    short = re.sub(r"(--timeout\W+)\d+", r"\g<1>2", wait)
+    assert short != wait
+    box.write_drop_in(
+        box.second, f"[Service]\nExecStart=\nExecStart=/bin/sleep 60\nExecStartPost=\n{short}\n"
+    )
+    try:
+        done = box.lmswitch(box.second)
+        answer = json.loads(box.lmswitch(box.second, "--json").stdout)
+    finally:
+        box.remove_drop_in(box.second)
+    assert done.rc == 1 and "it did not become ready" in done.stderr, done.tail()
+    assert "not ready after 2 s: no answer from /health" in done.stderr, done.tail()
+    assert "raise start_timeout" in done.stderr
+    assert any("not ready after 2 s" in line for line in answer["reason"]), answer
+    assert box.status()["active"] == box.first
+
+
 def test_a_failed_preset_does_not_restart_later(box: Box, broken: str) -> None:
     box.lmswitch("off").check()
     assert "nothing serves now" in box.lmswitch(broken).stderr
@@ -159,14 +183,19 @@ def test_a_failed_preset_does_not_restart_later(box: Box, broken: str) -> None:
 def test_ten_switches_in_a_row_are_never_refused(
     box: Box, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
-    series = [box.first, box.second] * 5
+    """Ten to and fro, then ten starts of one unit: more of each unit than its start limit grants."""
+    done = box.run(f"{USER_SYSTEMCTL} show -p StartLimitBurst llama-{box.first}.service").check()
+    assert int(done.stdout.strip().partition("=")[2]) < 10
     box.lmswitch("off").check()
-    done = box.run(
-        f"for preset in {shlex.join(series)}; do sudo -u llm lmswitch $preset || exit 1; done", timeout=300
-    )
-    record_testsuite_property("ten_switches_s", round(done.seconds, 1))
-    print(f"ten switches: {done.seconds:.1f} s")
-    assert done.rc == 0, done.tail()
+    series = [f"lmswitch {name}" for name in [box.first, box.second] * 5]
+    repeated = [f"lmswitch --restart {box.first}"] * 10
+    seconds = []
+    for commands in (series, repeated):
+        done = box.run("set -e; " + "; ".join(f"sudo -u llm {each}" for each in commands), timeout=300)
+        assert done.rc == 0, done.tail()
+        seconds.append(done.seconds)
+    record_testsuite_property("ten_switches_s", round(seconds[0], 1))
+    print(f"ten switches: {seconds[0]:.1f} s; ten restarts: {seconds[1]:.1f} s")
 
 
 def test_the_ready_preset_is_left_alone(box: Box) -> None:
@@ -280,9 +309,6 @@ def test_keys_are_a_block_beside_the_user_s_own(box: Box, tmp_path: Path) -> Non
             *("llm", "600"),
             *("llm", "700"),
         ]
-        refused = play(listed=[ours, "-----BEGIN OPENSSH PRIVATE KEY-----"])
-        assert refused.rc != 0
-        assert "refused: llm_user_authorized_keys = -----BEGIN OPENSSH" in refused.stdout
 
         box.run(f"sudo chmod 0640 {keys}").check()
         dry = play("--check", "--diff", listed=[]).check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -51,6 +52,13 @@ def url() -> str:
     return support.expected().url(support.expected_host().address)
 
 
+def tracked() -> dict[str, str]:
+    """Every file of the repository that is under version control, and the hash of its content."""
+    listed = support.run("git", "-C", support.ROOT, "ls-files", "-z").check().stdout
+    paths = [support.ROOT / name for name in listed.split("\0") if name]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+
+
 def unit(preset: str) -> str:
     """The text of a preset's unit on the box."""
     return support.on_host(support.LLM, f"sudo cat {unit_path(preset)}").check().stdout
@@ -63,14 +71,7 @@ def unit_path(preset: str) -> str:
 
 
 def test_one_entry_appears_everywhere(copied_inventory: Path) -> None:
-    changed = [
-        str(path.relative_to(support.LAB_INVENTORY))
-        for path in support.LAB_INVENTORY.rglob("*.*")
-        if path.is_file() and path.suffix != ".pyc"
-        if path.read_bytes() != (copied_inventory / path.relative_to(support.LAB_INVENTORY)).read_bytes()
-    ]
-    assert changed == [PRESETS]  # the one file in which the fact stands
-
+    before = tracked()
     support.ansible_playbook("playbooks/llm_server.yml", inventory=copied_inventory).check()
 
     others = list(yaml.safe_load((support.LAB_INVENTORY / PRESETS).read_text())["llama_presets"])
@@ -96,6 +97,15 @@ def test_one_entry_appears_everywhere(copied_inventory: Path) -> None:
         copied_inventory / "presets.md",
     ).check()
     assert f"`{NAME}`" in table.stdout
+
+    assert tracked() == before, "something wrote into the repository"
+    changed = [
+        str(path.relative_to(support.LAB_INVENTORY))
+        for path in support.LAB_INVENTORY.rglob("*.*")
+        if path.is_file() and path.suffix != ".pyc"
+        if path.read_bytes() != (copied_inventory / path.relative_to(support.LAB_INVENTORY)).read_bytes()
+    ]
+    assert changed == [PRESETS]  # the one file in which the fact stands
 
 
 def test_a_removed_entry_disappears(copied_inventory: Path) -> None:

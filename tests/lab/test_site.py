@@ -36,6 +36,12 @@ DAMAGE = {
         "f=$(find /opt/llama.cpp/upstream/current/ -name 'libggml-base.so*' -type f | head -n 1); : > $f",
         "/opt/llama.cpp/upstream/current/bin/llama-server --version",
     ),
+    "a library of a release, with its size and time kept": (
+        "f=$(find /opt/llama.cpp/tq3/current/ -name 'libllama.so*' -type f | head -n 1); cp -p $f /root/whole"
+        " && printf DAMAGE | dd of=$f bs=1 seek=5000 conv=notrunc status=none && touch -r /root/whole $f"
+        " && cp $f /root/damaged",
+        "! cmp -s /root/damaged $(find /opt/llama.cpp/tq3/current/ -name 'libllama.so*' -type f | head -n 1)",
+    ),
     "the link current": (
         "rm /opt/llama.cpp/tq3/current",
         "/opt/llama.cpp/tq3/current/bin/llama-server --version",
@@ -116,7 +122,7 @@ def test_damage_is_found_and_mended(ansible_playbook: Callable[..., support.Play
         assert as_root(proof).rc != 0, f"damaging {what} had no effect: the proof cannot fail"
 
     dry = ansible_playbook("site.yml", "--check").check()
-    # One task mends all damage of the environment (five kinds), of the units (three), of the releases (two). The
+    # One task mends all damage of the environment (five kinds), of the units (three), of the releases (three). The
     # gateway is started after its unit was mended, which a dry run does not do.
     assert dry.changed >= len(DAMAGE) - 8, f"the dry run overlooks damage\n{dry.tail()}"
     ansible_playbook("site.yml", timeout=1200).check()

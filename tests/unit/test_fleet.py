@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts import fleet
-from scripts._inventory import Host
+from scripts._inventory import Host, InventoryUnreadable, load
 from scripts._llm_box import GATEWAY_UNITS, GROUP
 from scripts.fleet import Row
 
@@ -122,6 +122,28 @@ def test_a_box_whose_data_is_refused_is_a_row_beside_the_others(
     assert gone == "gone: no route"
 
 
+def test_a_box_whose_data_cannot_be_worked_out_is_a_row_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inventory is really read; no box is asked."""
+    (tmp_path / "hosts.yml").write_text(
+        "all: {hosts: {well: {}, wrong: {llama_cpp_root: '{{ nowhere }}'}}}\n"
+    )
+    monkeypatch.setattr(fleet, "ask", lambda hosts, _requests: [Row(host.name, True) for host in hosts])
+    assert fleet.main(["--inventory", str(tmp_path)]) == 2
+    _, *rows, empty, reason = capsys.readouterr().out.splitlines()
+    assert sorted(tuple(line.split()[:3]) for line in rows) == [("well", "-", "-"), ("wrong", "-", "refused")]
+    assert empty == "" and reason.startswith("wrong: refused: ") and "'nowhere' is undefined" in reason
+    with pytest.raises(InventoryUnreadable, match="'nowhere' is undefined"):
+        load(tmp_path)
+
+
 def test_an_inventory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert fleet.main(["--inventory", "inventory/nowhere"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_missing_ssh_key_is_a_row(tmp_path: Path) -> None:
+    host = Host("box", frozenset(), {"ansible_ssh_private_key_file": str(tmp_path / "gone")})
+    (found,) = fleet.ask_all([host])
+    assert not found.reached and found.trouble.startswith(f"its ssh key {tmp_path}/gone is missing; fix:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pwd
@@ -35,7 +36,7 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 def parameters(directory: Path) -> dict[str, Any]:
     return {
         "models": [], "directory": str(directory), "owner": pwd.getpwuid(os.getuid()).pw_name,
-        "reserve_bytes": 0, "verify": "stat", "remove_unused": False, "hf_endpoint": store.HUB,
+        "reserve_bytes": 0, "verify": "stat", "remove_unused": False, "keep": [], "hf_endpoint": store.HUB,
         "hf_token": TOKEN, "hf_token_file": None, "environment": {"https_proxy": SECRET, "TRIES": 3},
         "connect_timeout": 30, "stall_timeout": 60, "retries": 6, "step": "all", "follow_seconds": 5,
     }  # fmt: skip
@@ -108,3 +109,47 @@ def test_the_download_takes_the_environment_from_its_credential(
     assert worker.main() == 0
     assert seen == [SECRET]
     assert "hunter2" not in (runtime / worker.RESULT_NAME).read_text()
+
+
+@pytest.mark.parametrize("used", [True, False], ids=["used by a preset", "used by none"])
+def test_the_source_of_a_model_is_never_unused(
+    used: bool, library: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir(mode=0o755)
+    content = b"the only copy"
+    (models / "source.gguf").write_bytes(content)
+    (models / "waste.gguf").write_bytes(b"12345")
+    source = str(models / "source.gguf")
+    file = {
+        "file": "copy.gguf", "url": None, "path": source,
+        "sha256": hashlib.sha256(content).hexdigest(), "size": len(content),
+    }  # fmt: skip
+    params = {
+        **parameters(models),
+        "models": [{"name": "m", "files": [file]}] if used else [],
+        "keep": [] if used else [source],
+        "remove_unused": True,
+    }
+    monkeypatch.setattr(library, "show_unit", lambda: {"ActiveState": "inactive"})
+    monkeypatch.setattr(library.Task, "start", lambda *_args: None)
+    result = library.Task(SimpleNamespace(params=params, check_mode=False)).begin()
+    assert [entry["file"] for entry in result["removed"]] == ["waste.gguf"]
+    assert (models / "source.gguf").read_bytes() == content
+    assert not (models / "waste.gguf").exists()
+
+
+def test_unused_models_are_a_warning_and_no_key_of_the_result(
+    library: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir(mode=0o755)
+    (models / "waste.gguf").write_bytes(b"12345")
+    warned: list[str] = []
+    monkeypatch.setattr(library, "show_unit", lambda: {"ActiveState": "inactive"})
+    module = SimpleNamespace(params=parameters(models), check_mode=False, warn=warned.append)
+    result = library.Task(module).begin()
+    assert result["unused"] == [{"file": "waste.gguf", "bytes": 5}]
+    assert "warnings" not in result, "Ansible calls that key deprecated, in two lines each run"
+    (said,) = warned
+    assert "no preset uses waste.gguf" in said

@@ -237,3 +237,22 @@ def test_files_that_root_copied_are_adopted(tmp_path: Path) -> None:
     os.link(tmp_path / "other.gguf", tmp_path / "b.gguf")
     with pytest.raises(Refusal, match="other hard links"):
         store.adopt(tmp_path, frozenset({"b.gguf"}), 1234, 1234)
+
+
+def test_a_source_in_the_models_directory_is_found_by_every_way_to_it(tmp_path: Path) -> None:
+    models, link = tmp_path / "models", tmp_path / "link"
+    models.mkdir()
+    link.symlink_to(models)
+    (tmp_path / "alias.gguf").symlink_to(models / "target.gguf")
+    (models / "inside.gguf").symlink_to(tmp_path / "elsewhere.gguf")
+    ways = [
+        str(models / "plain.gguf"),
+        str(models / "../models" / "dots.gguf"),
+        str(link / "linked.gguf"),
+        str(tmp_path / "alias.gguf"),
+        str(models / "inside.gguf"),
+        str(tmp_path / "elsewhere.gguf"),
+    ]
+    names = {"plain.gguf", "dots.gguf", "linked.gguf", "target.gguf", "inside.gguf"}
+    assert store.names_of(models, ways) == names
+    assert store.names_of(link, ways) == names

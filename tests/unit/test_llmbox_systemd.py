@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 from llmbox.errors import LlmboxError, UsageError
-from llmbox.systemd import Systemd, UnitState, journal_command, meaningful, parse_show, runtime_dir
+from llmbox.systemd import (
+    WAIT_PREFIX,
+    Systemd,
+    UnitState,
+    journal_command,
+    meaningful,
+    parse_show,
+    runtime_dir,
+)
 
 FAILED = """Id=llama-coder.service
 LoadState=loaded
@@ -56,6 +64,7 @@ def test_the_time_of_an_active_unit_is_when_it_became_active() -> None:
         ("timeout", "1", "in time"),
         ("oom-kill", "2", "memory"),
         ("signal", "2", "signal 3"),
+        ("exit-code", "2", "signal 3"),
     ],
 )
 def test_the_ending_is_told_in_words(result: str, code: str, said: str) -> None:
@@ -63,6 +72,20 @@ def test_the_ending_is_told_in_words(result: str, code: str, said: str) -> None:
         "x", FAILED.replace("exit-code", result).replace("MainCode=1", f"MainCode={code}")
     ).ending
     assert said in ending and bool(said) == bool(ending)
+
+
+@pytest.mark.parametrize(("code", "status"), [("1", "0"), ("2", "15"), ("2", "9")])
+def test_a_server_that_was_stopped_for_not_being_ready_is_no_failure_of_its_own(
+    code: str, status: str
+) -> None:
+    block = FAILED.replace("MainCode=1", f"MainCode={code}").replace("MainStatus=3", f"MainStatus={status}")
+    assert parse_show("x", block).ending == "it did not become ready"
+
+
+def test_the_start_limit_of_the_unit_is_cleared(stand_in: Path) -> None:
+    program(stand_in, "systemctl", f'echo "$@" >> {stand_in}/calls')
+    Systemd(stand_in).reset_failed("llama-coder.service")
+    assert (stand_in / "calls").read_text() == "--user reset-failed llama-coder.service\n"
 
 
 def test_show_reads_every_unit_in_order(stand_in: Path) -> None:
@@ -124,6 +147,11 @@ def test_last_lines_are_asked_for_by_process_too(stand_in: Path) -> None:
 
 def test_meaningful_lines_keep_the_last() -> None:
     assert meaningful(["a", "", "b", "GET /health", "c "], 2) == ["b", "c"]
+
+
+def test_what_the_wait_for_health_says_is_no_health_request() -> None:
+    said = f"{WAIT_PREFIX} not ready after 20 s: no answer from /health at 127.0.0.1:1234"
+    assert meaningful(["GET /health", said], 5) == [said]
 
 
 def test_journal_of_user_and_system_units() -> None:

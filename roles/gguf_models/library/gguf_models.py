@@ -59,9 +59,14 @@ options:
     choices: [stat, full]
     default: stat
   remove_unused:
-    description: Remove model files that are not installed by this task.
+    description: Remove model files that are neither installed by this task nor in O(keep).
     type: bool
     default: false
+  keep:
+    description: Files on the host that a model of the inventory is copied from. They are never unused.
+    type: list
+    elements: path
+    default: []
   hf_endpoint:
     description: The hub or a mirror of it.
     type: str
@@ -320,9 +325,14 @@ class Task:
         return {
             "states": [vars(state) for state in states],
             "modes": [state.name for state in states if state.mode_differs],
-            "unused": [vars(unused) for unused in store.unused_files(self.directory, self.plan.names)],
+            "unused": [vars(unused) for unused in store.unused_files(self.directory, self.wanted())],
             "free": store.free_bytes(self.directory),
         }
+
+    def wanted(self) -> frozenset[str]:
+        """As the owner: names in the directory that are no waste, sources of copies among them."""
+        sources = [file.path for file in self.plan.files if file.path is not None]
+        return self.plan.names | store.names_of(self.directory, [*sources, *self.params["keep"]])
 
     def hashed(self, state: store.FileState) -> store.FileState:
         """An unverified file's true state; nothing is written."""
@@ -347,7 +357,7 @@ class Task:
         """
         with store.locked(self.directory):
             if self.params["remove_unused"]:
-                store.remove_unused(self.directory, self.plan.names)
+                store.remove_unused(self.directory, self.wanted())
             for state in store.inspect(self.plan):
                 if state.mode_differs:
                     store.set_mode(self.directory, state.name)
@@ -398,12 +408,10 @@ class Task:
         if self.params["remove_unused"]:
             return {"unused": [], "removed": unused}
         names = ", ".join(f"{entry['file']} ({store.gigabytes(entry['bytes'])})" for entry in unused)
-        return {
-            "unused": unused,
-            "warnings": [
-                f"{self.directory}: no preset uses {names}; gguf_models_remove_unused: true removes it"
-            ],
-        }
+        self.module.warn(
+            f"{self.directory}: no preset uses {names}; gguf_models_remove_unused: true removes it"
+        )
+        return {"unused": unused}
 
     @contextmanager
     def only_one(self) -> Iterator[None]:
@@ -558,6 +566,7 @@ def main() -> None:
             "reserve_bytes": {"type": "int", "default": 0},
             "verify": {"type": "str", "choices": ["stat", "full"], "default": "stat"},
             "remove_unused": {"type": "bool", "default": False},
+            "keep": {"type": "list", "elements": "path", "default": []},
             "hf_endpoint": {"type": "str", "default": store.HUB},
             "hf_token": {"type": "str", "no_log": True},
             "hf_token_file": {"type": "path", "no_log": False},

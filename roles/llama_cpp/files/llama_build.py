@@ -338,16 +338,16 @@ def promote(spec: Spec) -> None:
 
 
 def manifest(release: Path) -> dict[str, dict[str, Any]]:
-    """Every file of a release: size, mtime_ns and sha256, or where a link points."""
+    """Every file of a release: size and sha256, or where a link points."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(release.rglob("*")):
         name = str(path.relative_to(release))
         if path.is_symlink():
             files[name] = {"link": str(path.readlink())}
         elif path.is_file() and name != STAMP:
-            info = path.stat()
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            files[name] = {"size": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": digest}
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[name] = {"size": path.stat().st_size, "sha256": digest}
     return files
 
 

@@ -253,7 +253,14 @@ def _download_url(value: str) -> str:
 
 
 def _repo_url(value: str) -> str:
-    return _url(value, ("https", "http", "git", "ssh", "file"), "https://github.com/ggml-org/llama.cpp")
+    _url(value, ("https", "http", "git", "ssh", "file"), "https://github.com/ggml-org/llama.cpp")
+    parts = urlsplit(value)
+    if parts.scheme == "file" and re.match(r"/+(home|root|run/user)(/|$)", unquote(parts.path)):
+        raise refuse(
+            "lies where a build cannot look: /home, /root and /run/user are hidden from it",
+            "move the repository, for example to file:///srv/llama.cpp.git",
+        )
+    return value
 
 
 def _endpoint(value: str) -> str:
@@ -444,14 +451,15 @@ OWNED_CMAKE_OPTIONS: Final = (
     "CMAKE_BUILD_WITH_INSTALL_RPATH",
     "CMAKE_C_COMPILER_LAUNCHER",
     "CMAKE_CXX_COMPILER_LAUNCHER",
+    "LLAMA_BUILD_SERVER",
 )
-"""CMake variables that the role llama_cpp sets: releases run wherever they lie, ccache serves all."""
+"""CMake variables that are the role llama_cpp's: releases run wherever they lie, with a server in them."""
 
 CmakeName = Annotated[
     str,
     Text(
         rf"(?!(?:{'|'.join(OWNED_CMAKE_OPTIONS)})$)[A-Z][A-Z0-9_]{{0,63}}",
-        "a CMake variable in capitals (A-Z, 0-9, _), other than those the role sets: "
+        "a CMake variable in capitals (A-Z, 0-9, _), other than those the role sets or relies on: "
         + ", ".join(OWNED_CMAKE_OPTIONS),
         "remove it, or write it as llama.cpp's docs/build.md does, for example GGML_CUDA",
     ),

@@ -77,6 +77,22 @@ FIXED: Final[dict[str, tuple[str, ...]]] = {
         "--models-autoload",
         "--no-models-autoload",
     ),
+    "every preset answers chats and completions: switches and verification ask for one": (
+        "--embedding",
+        "--embeddings",
+        "--rerank",
+        "--reranking",
+    ),
+    "it lets whoever reaches the port run commands and read files on this box": (
+        "--tools",
+        "--tools-runtime",
+        "-ag",
+        "--agent",
+        "--mcp-servers-config",
+        "--mcp-servers-json",
+        "--ui-mcp-proxy",
+        "--webui-mcp-proxy",
+    ),
     "a unit's command line can be read by every user of the box": ("--api-key", "-hft", "--hf-token"),
     "it prints something and exits instead of serving": (
         "-h",
@@ -118,6 +134,7 @@ _REASON: Final = {flag: reason for reason, flags in FIXED.items() for flag in fl
 _DRAFT_K: Final = ("-ctkd", "--cache-type-k-draft", "--spec-draft-type-k")
 _DRAFT_V: Final = ("-ctvd", "--cache-type-v-draft", "--spec-draft-type-v")
 _ENVIRONMENT: Final = re.compile(r"(?:export\s+)?((?:LLAMA|GGML|CUDA|HF|MTMD)_[A-Z0-9_]*)\s*=")
+_SHORTCUT: Final = re.compile(r"--(?:embd|fim|gpt-oss|vision|tts)-[a-z0-9.-]+-(?:default|spec)")
 _FLAG: Final = re.compile(r"--?[A-Za-z]")
 
 
@@ -154,6 +171,10 @@ def check_extra_args(items: Sequence[str]) -> Iterator[ArgumentProblem]:
             )
             continue
         if not is_flag(item):
+            if index == 0:
+                yield ArgumentProblem(
+                    index, "stands before the first flag, and belongs to none", "begin with the flag"
+                )
             continue
         flag = normalize(item.split()[0])
         problem = _owned(index, flag) or _malformed(index, item, flag, items)
@@ -177,6 +198,12 @@ def _owned(index: int, flag: str) -> ArgumentProblem | None:
         )
         return ArgumentProblem(
             index, f"{flag} may not stand here: {why}", f"remove it and set {key}: of this preset"
+        )
+    if _SHORTCUT.fullmatch(flag):
+        return ArgumentProblem(
+            index,
+            f"{flag} may not stand here: llama-server reads it as another model, context and port",
+            "remove it and write the model as a preset of its own",
         )
     if flag in _REASON:
         return ArgumentProblem(

@@ -5,6 +5,7 @@ A role's variables begin with its name and `_`. Those that `presets.HostConfig` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import GenericAlias
@@ -19,6 +20,8 @@ from llama_common.translate import closest, misspelt, problems_of
 
 OWNED: Final = frozenset(HostConfig.model_fields)
 SECRET_SUFFIXES: Final = ("_token", "_password", "_secret")
+PUBLIC_KEYS: Final = "llm_user_authorized_keys"
+PUBLIC_KEY_FIX: Final = "write the whole line of a .pub file, in a list, e.g. ssh-ed25519 AAAA… name"
 
 
 def _line(value: str) -> str:
@@ -42,7 +45,33 @@ def _folder_or_nothing(value: str) -> str:
     return _folder(value) if value else value
 
 
+_SYSTEM = (
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc"),
+    *("/root", "/run", "/sbin", "/sys", "/usr"),
+)
+_SHARED = ("/home", "/media", "/mnt", "/opt", "/srv", "/var", "/var/cache", "/var/lib", "/var/log")
+
+
+def _own_folder(value: str) -> str:
+    """A folder that may become an account's own."""
+    _folder(value)
+    if value in _SHARED or any(value == folder or value.startswith(f"{folder}/") for folder in _SYSTEM):
+        raise refuse("is a folder of the system; it would be given to the user", "write it like /srv/llm")
+    return value
+
+
+def _public_key(value: str) -> str:
+    """One line of an authorized_keys file; refused without a word of it, for it may be a private key."""
+    # Every public key begins with its kind, and in base64 with the four bytes of that kind's length.
+    if not re.fullmatch(r"(ssh|ecdsa|sk)-[\w@.-]+ AAAA[A-Za-z0-9+/]+=*( [^\n]*)?", value):
+        raise refuse("is no public key in one line", PUBLIC_KEY_FIX)
+    refuse_control_characters(value)
+    return value
+
+
 Line = Annotated[str, Checked(_line)]
+OwnFolder = Annotated[str, Checked(_own_folder)]
+PublicKey = Annotated[str, Checked(_public_key)]
 Folder = Annotated[str, Checked(_folder)]
 AccountName = Annotated[
     str,
@@ -82,6 +111,8 @@ LIMITS: Final[Mapping[str, Any]] = {
     # Below 1000 journald keeps no files for a user; 60000 is UID_MAX of Debian's login.defs.
     "llm_user_uid": Annotated[int, Field(ge=1000, le=60000)],
     "llm_user_name": AccountName,
+    "llm_user_home": OwnFolder,
+    PUBLIC_KEYS: list[PublicKey],
     "llm_user_groups": list[GroupName],
     "llmbox_user": AccountName,
     "llama_cpp_packages": list[Package],
@@ -93,6 +124,7 @@ LIMITS: Final[Mapping[str, Any]] = {
     "llama_cpp_build_disk_min": AtLeast0,
     "llama_cpp_build_timeout": AtLeast1,
     "llama_cpp_follow_interval": AtLeast1,
+    "gguf_models_dir": OwnFolder,
     "gguf_models_owner": AccountName,
     "gguf_models_reserve_bytes": AtLeast0,
     "gguf_models_hf_endpoint": Endpoint,
@@ -198,7 +230,9 @@ class RoleVariables:
         return HIDDEN if name in self.secret or name.endswith(SECRET_SUFFIXES) else value
 
     def _hidden(self, problem: Problem) -> Problem:
-        """The problem without a secret's value."""
+        """The problem without a secret's value, or that of what should have been a public key."""
+        if problem.path[0] == PUBLIC_KEYS:
+            return Problem(problem.path, HIDDEN, problem.message, PUBLIC_KEY_FIX)
         if self._shown(problem.path[0], "") == HIDDEN:
             return Problem(problem.path, HIDDEN, problem.message, "write one line of text, in quotes")
         return problem

@@ -102,11 +102,11 @@ def model_sources(config: HostConfig) -> Iterator[Problem]:
 
 def model_file_names(config: HostConfig) -> Iterator[Problem]:
     """Every file has a safe name, parts are complete and in order, and no name stands for two contents."""
-    owners: dict[str, tuple[str, str]] = {}
+    owners: dict[str, tuple[str, str, int | None]] = {}
     for name, model in config.gguf_models.items():
         path = ("gguf_models", name)
         names = []
-        for key, value, file, sha256 in _named_files(path, model, config):
+        for key, value, file, sha256, size in _named_files(path, model, config):
             bad = _bad_name(file)
             if bad:
                 yield Problem(
@@ -117,7 +117,14 @@ def model_file_names(config: HostConfig) -> Iterator[Problem]:
                 )
                 continue
             names.append((key, value, file))
-            other = owners.setdefault(file, (name, sha256))
+            other = owners.setdefault(file, (name, sha256, size))
+            if sha256 and other[1] == sha256 and size != other[2]:
+                yield Problem(
+                    key if model.hf else (*key[:-1], "size"),
+                    size,
+                    f"{file} is also a file of {other[0]} with this SHA-256 and {other[2]} bytes",
+                    "write the one size that the file has",
+                )
             if sha256 and other[1] and other[1] != sha256:
                 yield Problem(
                     key,
@@ -443,23 +450,23 @@ def _parts(
 
 def _named_files(
     path: tuple[str, ...], model: GgufModel, config: HostConfig
-) -> Iterator[tuple[tuple[str, ...], object, str, str]]:
-    """Key, value, name on disk and SHA-256 of every file of a model."""
+) -> Iterator[tuple[tuple[str, ...], object, str, str, int | None]]:
+    """Key, value, name on disk, SHA-256 and size of every file of a model."""
     if model.hf is not None:
         locked = config.llama_lock.models.get(path[-1])
-        sums = {file.file: file.sha256 for file in locked.files} if locked else {}
+        sums = {file.file: (file.sha256, file.size) for file in locked.files} if locked else {}
         for index, file in enumerate(model.hf.files):
             key = (
                 (*path, "hf", "file", str(index))
                 if isinstance(model.hf.file, list)
                 else (*path, "hf", "file")
             )
-            yield key, file, model.file or file.rpartition("/")[2], sums.get(file, "")
+            yield key, file, model.file or file.rpartition("/")[2], *sums.get(file, ("", None))
         return
     for part_path, part in _parts(path, model):
         source = "file" if part.file else "url" if part.url else "path"
         if getattr(part, source) is not None:
-            yield (*part_path, source), getattr(part, source), part.disk_name, part.sha256 or ""
+            yield (*part_path, source), getattr(part, source), part.disk_name, part.sha256 or "", part.size
 
 
 def _bad_name(file: str) -> tuple[str, str] | None:

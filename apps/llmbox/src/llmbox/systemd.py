@@ -21,6 +21,7 @@ PROPERTIES = (
     "ExecMainCode,ExecMainStatus,ExecMainPID,ExecMainStartTimestamp,ExecMainStartTimestampMonotonic"
 )
 _SIGNALED = {"2", "3"}  # CLD_KILLED, CLD_DUMPED
+_STOPPED = {"15", "9"}  # SIGTERM, SIGKILL
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,11 @@ class Systemd:
 
 def meaningful(lines: Iterable[str], count: int) -> list[str]:
     """The last lines that say something: without blank ones and our own questions whether it is ready yet."""
-    return [line.rstrip() for line in lines if line.strip() and "/health" not in line][-count:]
+    return [
+        line.rstrip()
+        for line in lines
+        if line.strip() and ("/health" not in line or line.startswith(WAIT_PREFIX))
+    ][-count:]
 
 
 def journal_command(unit: str, *, lines: int, follow: bool, as_json: bool, system: bool) -> list[str]:
@@ -242,7 +247,11 @@ def _ending(values: dict[str, str]) -> str:
         return "it did not become ready, or did not stop, in time"
     if result == "oom-kill":
         return "the kernel killed it for lack of memory"
-    if values.get("ExecMainCode") in _SIGNALED:
+    signaled = values.get("ExecMainCode") in _SIGNALED
+    if result == "exit-code" and status in (_STOPPED if signaled else {"0"}):
+        # The server's own end was no failure: the wait for /health failed, and systemd stopped the server.
+        return "it did not become ready"
+    if signaled:
         return f"it was ended by signal {status}"
     return f"it exited with status {status}"
 

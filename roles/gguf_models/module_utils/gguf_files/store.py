@@ -387,6 +387,17 @@ class Unused:
     paths: tuple[str, ...]
 
 
+def names_of(directory: Path, paths: Sequence[str]) -> frozenset[str]:
+    """The names in `directory` of those `paths` that lead into it, also by way of symlinks."""
+    folder, found = directory.resolve(), set()
+    for text in paths:
+        path = Path(text)
+        for place in (path.parent.resolve() / path.name, path.resolve()):
+            if place.parent == folder:
+                found.add(place.name)
+    return frozenset(found)
+
+
 def unused_files(directory: Path, wanted: frozenset[str]) -> list[Unused]:
     """The *.gguf files directly in `directory` that are not wanted, each with its stamp and its parts.
 

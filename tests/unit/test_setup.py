@@ -1,0 +1,63 @@
+"""`make setup`: what stops it is one line."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import subprocess
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from scripts import setup
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another `.venv`, which does not exist."""
+    monkeypatch.setattr(setup, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(setup, "STAMP", tmp_path / ".venv/setup.sha256")
+    monkeypatch.setattr(setup, "ensure_venv_module", lambda: None)
+    return tmp_path
+
+
+def stop_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def raising(*_args: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", raising)
+
+
+def test_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stop_with(monkeypatch, KeyboardInterrupt())
+    assert setup.run() == 130
+    assert capsys.readouterr().err == "setup: interrupted; run `make setup` again, it begins anew\n"
+
+
+def test_the_environment_of_somebody_else(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_with(monkeypatch, PermissionError(errno.EACCES, "Permission denied", "/x/.venv/bin"))
+    assert setup.run() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("setup: /x/.venv/bin: Permission denied") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        subprocess.CalledProcessError(1, ["pip"]),
+        OSError(errno.ENOSPC, "No space left on device", "/x/.venv"),
+    ],
+)
+def test_a_full_disk_is_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(10**9, 10**9 - 10**6, 10**6))
+    stop_with(monkeypatch, error)
+    assert setup.run() == 1
+    said = capsys.readouterr().err
+    assert "0 MiB free" in said and said.count("\n") == 1
