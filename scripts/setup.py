@@ -90,8 +90,8 @@ def room() -> str:
     free = shutil.disk_usage(ROOT).free
     if free >= ROOM:
         return ""
-    return f"{ROOT} has {free // MIB} MiB free, {VENV.name} needs {ROOM // MIB}; "
-        "make room, then run `make setup` again"
+    fix = "make room, then run `make setup` again"
+    return f"{ROOT} has {free // MIB} MiB free, {VENV.name} needs {ROOM // MIB}; {fix}"
 
 
 def run() -> int:
@@ -102,10 +102,8 @@ def run() -> int:
         print("setup: interrupted; run `make setup` again, it begins anew", file=sys.stderr)
         return 130
     except OSError as error:
-        why = (
-            room()
-            or f"{error.filename}: {error.strerror}; {VENV.name} must be yours: remove it, or become its owner"
-        )
+        fix = f"{VENV.name} must be yours: remove it, or become its owner"
+        why = room() or f"{error.filename}: {error.strerror}; {fix}"
         print(f"setup: {why}", file=sys.stderr)
         return 1
 
