@@ -276,7 +276,7 @@ def read_bytes(pid: int) -> int:
 
 
 def cold(asked: dict[str, Any]) -> dict[str, Any]:
-    """Switch to a preset whose file was evicted: what its server reads from the disk, and how long it takes."""
+    """Switch to a preset whose file was evicted: what its server reads from the disk, and the seconds."""
     path = Path(asked["file"])
     rounds = []
     for number in range(asked["repetitions"]):

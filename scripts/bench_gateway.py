@@ -238,7 +238,7 @@ def cold_lines(found: dict[str, Any]) -> tuple[list[str], list[Bar]]:
         seconds = [one["seconds"] for one in found[name]]
         word = "<=" if sign > 0 else ">="
         rows += [
-            f"| cold file {name} prefetch: part read by the new server | {spread(shares, 3)} | {word} {bar:g} "
+            f"| cold file {name} prefetch: part that the server reads | {spread(shares, 3)} | {word} {bar:g} "
             f"| {verdict(sign * median(shares), sign * bar)} |",
             f"| cold file {name} prefetch: to first token, s | {spread(seconds)} | | |",
         ]
@@ -271,9 +271,10 @@ def page(rows: Sequence[str], *, where: str, revision: str, day: str) -> str:
         "|---|---:|---:|---|",
         *rows,
         "",
-        f"Latency: `POST /tokenize` on {CONNECTIONS} connections, {RATE} requests a second on each with jitter, "
-        f"{REPETITIONS} repetitions of {CONNECTIONS * REQUESTS}; added is the difference of the quantiles in one "
-        "repetition. Streams: one at a time, alternating which way comes first. Switches: a streamed chat of one "
+        f"Latency: `POST /tokenize` on {CONNECTIONS} connections, {RATE} requests a second on each with "
+        f"jitter, {REPETITIONS} repetitions of {CONNECTIONS * REQUESTS}; added is the difference of the "
+        "quantiles in one repetition. Streams: one at a time, alternating which way comes first. Switches: "
+        "a streamed chat of one "
         "token that names the other preset, both files in memory; the router runs the same binary with the "
         "presets' own flags from an INI file and `--models-max 1`. Cold file: evicted with posix_fadvise, "
         "checked with mincore; what the new server read is `read_bytes` of /proc/PID/io.",

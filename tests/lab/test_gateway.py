@@ -1,4 +1,4 @@
-"""The gateway on a real host: nothing is lost while presets are switched, killed, and the gateway is restarted."""
+"""The gateway on a real host: nothing is lost while presets are switched and killed, and it is restarted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Box:
         self.wanted = support.expected()
         self.url = self.wanted.url(hostvars["ansible_host"])
         self.first, self.second, *_ = self.wanted.names("user")
-        self.manager = f"sudo -u {self.wanted.user} XDG_RUNTIME_DIR=/run/user/$(id -u {self.wanted.user}) systemctl --user"
+        user = self.wanted.user
+        self.manager = f"sudo -u {user} XDG_RUNTIME_DIR=/run/user/$(id -u {user}) systemctl --user"
 
     def run(self, command: str, timeout: float = 120) -> support.Run:
         """A shell command as the sudo user; it must succeed."""

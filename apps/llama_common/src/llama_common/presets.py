@@ -204,8 +204,8 @@ class Preset(_Strict):
     )
     listen: Listen | None = Field(
         None,
-        description="Of a system preset: IP:PORT or the path of a socket ending in .sock. User presets listen "
-        "at llama_presets_listen.",
+        description="Of a system preset: IP:PORT or the path of a socket ending in .sock. "
+        "User presets listen at llama_presets_listen.",
     )
     start_timeout: int = Field(180, ge=5, le=3600, description="Seconds from start to a healthy server.")
     stop_timeout: int = Field(15, ge=1, le=300, description="Seconds from the stop signal to the kill.")
