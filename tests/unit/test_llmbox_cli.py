@@ -259,3 +259,41 @@ def test_the_screen_fits_and_tells_a_shrunk_context() -> None:
     assert "ready since 2023-11-14T22:13:20Z (1 h 1 min)" in text
     assert "2048 tokens (the preset asks for 4096)" in text and "3 requests" in text
     assert len(text.splitlines()) <= 12
+
+
+def test_the_screen_names_the_foreign_unit_that_has_the_card() -> None:
+    presets = PresetsFile.model_validate(
+        {
+            "version": 1,
+            "user": "llm",
+            "foreign_units": ["lmstudio.service"],
+            "presets": {"coder": {**PRESET, "unit": "llama-coder.service"}},
+        }
+    )
+    down = UnitState("llama-coder.service")
+    for state, said in (
+        ("active", "systemctl --user stop lmstudio.service"),
+        ("inactive", "the card is free"),
+    ):
+        foreign = UnitState("lmstudio.service", active=state, sub="running")
+        states = {down.unit: down, foreign.unit: foreign}
+        seen = status.collect(presets, states, lambda _listen: status.Probe(), lambda _pid: "")
+        assert said in status.screen(seen, datetime.now(UTC))
+
+
+def test_the_screen_shows_the_gateway_s_queue_and_its_last_switch() -> None:
+    presets = PresetsFile.model_validate(
+        {"version": 1, "user": "llm", "presets": {"coder": {**PRESET, "unit": "llama-coder.service"}}}
+    )
+    up = UnitState("llama-coder.service", active="active", sub="running")
+    figures = {
+        "queued": 7,
+        "in_flight": 1,
+        "last_switch": {"from": "tiny", "to": "coder", "ok": True, "parts": {"drain": 0.5, "load": 2.0}},
+    }
+    seen = status.collect(
+        presets, {up.unit: up}, lambda _listen: status.Probe("ok", 4096, 3), lambda _pid: "", figures
+    )
+    assert (seen.as_json()["queued"], seen.as_json()["in_flight"]) == (7, 1)
+    text = status.screen(seen, datetime.now(UTC))
+    assert "1 requests, 7 queued" in text and "tiny to coder: drain 0.50 s, load 2.00 s" in text

@@ -255,6 +255,7 @@ def test_off_leaves_foreign_units_alone(systemd: FakeSystemd) -> None:
     systemd.up(FOREIGN)
     outcome = make(systemd)[0].off()
     assert outcome.ok and not outcome.changed and systemd.active() == [FOREIGN]
+    assert outcome.serving == FOREIGN and f"systemctl --user stop {FOREIGN}" in outcome.message
 
 
 def test_sleep_stops_before_it_suspends(systemd: FakeSystemd) -> None:

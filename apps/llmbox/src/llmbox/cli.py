@@ -251,7 +251,7 @@ def show_status(presets: PresetsFile, systemd: Systemd, runtime: Path, *, as_jso
             return str(Path(f"/proc/{pid}/exe").readlink())
         return ""
 
-    states = systemd.show([preset.unit for preset in presets.exclusive])
+    states = systemd.show([*(preset.unit for preset in presets.exclusive), *presets.foreign_units])
     status = collect(presets, states, probe, executable, ask_status(runtime))
     print(json.dumps(status.as_json()) if as_json else screen(status, datetime.now(UTC), Path.home()))
     return EXIT_DONE

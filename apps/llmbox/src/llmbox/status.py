@@ -82,7 +82,11 @@ def collect(
         preset for preset in presets.exclusive if states[preset.unit].occupied or states[preset.unit].failed
     ]
     if not shown:
-        return Status(None, "stopped", queued=queued, last_switch=last_switch)
+        foreign = [unit for unit in presets.foreign_units if unit in states and states[unit].occupied]
+        detail = (
+            f"{foreign[0]} has the card; stop it with: systemctl --user stop {foreign[0]}" if foreign else ""
+        )
+        return Status(None, "stopped", queued=queued, last_switch=last_switch, detail=detail)
     preset = min(shown, key=lambda one: 3 if states[one.unit].failed else rank[states[one.unit].active])
     unit = states[preset.unit]
     asked = probe(preset.listen) if unit.active == "active" else Probe()
@@ -145,7 +149,8 @@ def screen(status: Status, now: datetime, models_disk: Path | None = None) -> st
     """The status for a person: one screen, every number with its unit."""
     preset = status.preset
     if preset is None:
-        lines = ["no preset is active: the card is free; see what there is with: lmswitch list"]
+        free = status.detail or "the card is free; see what there is with: lmswitch list"
+        lines = [f"no preset is active: {free}"]
     else:
         since = f"since {status.since} ({ago(status.since, now)})" if status.since else ""
         context = f"{preset.context} tokens"

@@ -143,6 +143,12 @@ class Switcher:
             self.manager.reset_failed(unit)
         seconds = self.clock() - began
         if not stopped:
+            foreign = self._occupant(self.manager.show(self._units()))
+            if foreign:
+                left = (
+                    f"off: no preset was running; {foreign} is, stop it with: systemctl --user stop {foreign}"
+                )
+                return Outcome(True, left, serving=foreign, seconds=seconds)
             return Outcome(True, "off: nothing was running", seconds=seconds)
         return Outcome(
             True, f"off: stopped {', '.join(stopped)} ({seconds:.1f} s)", stopped[0], None, True, seconds
