@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmbox import status
+from llmbox import cli, status
 from llmbox.lock import held
 from llmbox.presets import PresetsFile
 from llmbox.systemd import UnitState
@@ -297,3 +297,14 @@ def test_the_screen_shows_the_gateway_s_queue_and_its_last_switch() -> None:
     assert (seen.as_json()["queued"], seen.as_json()["in_flight"]) == (7, 1)
     text = status.screen(seen, datetime.now(UTC))
     assert "1 requests, 7 queued" in text and "tiny to coder: drain 0.50 s, load 2.00 s" in text
+
+
+@pytest.mark.parametrize("words", [[], ["--bogus"], ["--version"], ["off", "more"], ["logs", "-n", "x"]])
+def test_what_cannot_be_meant_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ([], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.parse([*words, *extra])
+        assert ended.value.code == 2
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and said.err.startswith("lmswitch: ")
+        assert bool(said.out) == bool(extra) and (not extra or json.loads(said.out)["ok"] is False)

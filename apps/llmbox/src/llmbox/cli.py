@@ -96,9 +96,23 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line, without the usage above it; an object with --json."""
+
+    as_json = False
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and exit with 2."""
+        line = f"{message}; see: lmswitch --help"
+        if self.as_json:
+            print(json.dumps({"ok": False, "message": line}), flush=True)
+        print(f"lmswitch: {line}", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Exits with 2 and one line when it cannot be meant."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "lmswitch",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -106,6 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.as_json = "--json" in argv
     parser.add_argument("what", metavar="PRESET|VERB", help="see below")
     parser.add_argument("preset", nargs="?", help="for logs: whose")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
