@@ -5,46 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 from llmbox.gateway.board import Board, Lease, Ticket
 from llmbox.gateway.refusals import Refusal
-from llmbox.gateway.settings import Settings
 
 from tests.unit.fake_box import FakeBox
+from tests.unit.gateway_settings import settings
 
 PATIENCE_S = 3.0
-
-DEFAULTS: dict[str, Any] = {
-    "hold_timeout": 180.0,
-    "commit_after": 5.0,
-    "drain_timeout": 60.0,
-    "switch_policy": "always",
-    "min_dwell": 0.0,
-    "default_preset": "",
-    "model_names": {},
-    "queue_limit": 20,
-    "queue_limit_per_key": 10,
-    "idle_unload": 0.0,
-    "prefetch": True,
-    "max_body": 1000,
-    "max_buffered": 10000,
-    "max_connections": 100,
-    "request_timeout": 5.0,
-    "shutdown_grace": 1.0,
-    "networks": [],
-    "keys_file": "/nowhere",
-    "state_dir": "/nowhere",
-    "audit_file": "/nowhere",
-    "audit_max_size": 1000,
-    "audit_keep": 1,
-    "audit_content": False,
-}
-
-
-def settings(**changed: object) -> Settings:
-    return Settings.model_validate({**DEFAULTS, **changed})
 
 
 @asynccontextmanager

@@ -1,0 +1,120 @@
+"""The real Claude Code against the gateway: it is answered, and a second turn reuses what the first read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import config
+from tests import support
+
+VERSION = "2.1.330"
+INSTALL_TIMEOUT_S = 600
+TURN_TIMEOUT_S = 900
+OUTPUT_TOKENS = 24  # a base model never stops by itself
+
+
+@pytest.fixture(scope="session")
+def claude() -> Path:
+    """The program, installed once into the user's cache."""
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed, which Claude Code comes through; fix: apt-get install npm")
+    folder = config.from_environment().cache / "claude-code" / VERSION
+    program = folder / "node_modules/.bin/claude"
+    if not program.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            ["npm", "install", "--no-audit", "--no-fund", "--silent", f"@anthropic-ai/claude-code@{VERSION}"],
+            cwd=folder,
+            check=True,
+            timeout=INSTALL_TIMEOUT_S,
+        )
+    return program
+
+
+class Agent:
+    """Claude Code with a configuration of its own, and what the gateway wrote about its requests."""
+
+    def __init__(self, program: Path, url: str, preset: str, folder: Path, on_host: Any) -> None:
+        self.program, self.folder, self.on_host = program, folder, on_host
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "CLAUDE_CONFIG_DIR": str(folder / "config"),
+            "ANTHROPIC_BASE_URL": url,
+            "ANTHROPIC_AUTH_TOKEN": "none",
+            "ANTHROPIC_API_KEY": "none",  # what counts with --bare
+            "ANTHROPIC_MODEL": preset,
+            "ANTHROPIC_DEFAULT_OPUS_MODEL": preset,
+            "ANTHROPIC_DEFAULT_SONNET_MODEL": preset,
+            "ANTHROPIC_DEFAULT_HAIKU_MODEL": preset,
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+            "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(OUTPUT_TOKENS),
+            "API_TIMEOUT_MS": str(TURN_TIMEOUT_S * 1000),
+        }
+
+    def turn(self, prompt: str, *options: str) -> dict[str, Any]:
+        """One turn without a terminal. Returns its result."""
+        done = subprocess.run(
+            [self.program, "--print", prompt, "--output-format", "json", *options],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TURN_TIMEOUT_S,
+            check=False,
+        )
+        assert done.stdout, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
+
+    def audited(self) -> list[dict[str, Any]]:
+        """The gateway's lines about messages, oldest first."""
+        home = support.expected().home
+        lines = self.on_host(support.LLM, f"sudo cat {home}/.local/state/llmbox/audit.jsonl").check().stdout
+        entries = [json.loads(line) for line in lines.splitlines()]
+        return [entry for entry in entries if entry["path"] == "/v1/messages"]
+
+
+@pytest.fixture
+def agent(
+    claude: Path,
+    on_host: Callable[..., support.Run],
+    lab_hostvars: dict[str, dict[str, Any]],
+    tmp_path: Path,
+) -> Agent:
+    """Claude Code on the preset that is made for agents."""
+    box = support.expected()
+    preset = next(name for name, data in box.config.llama_presets.items() if data.agent)
+    on_host(support.LLM, f"sudo -u {box.user} lmswitch {preset}", timeout=120).check()
+    return Agent(claude, box.url(lab_hostvars[support.LLM]["ansible_host"]), preset, tmp_path, on_host)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--bare", "--tools", ""], id="bare"),
+        pytest.param([], id="with tools", marks=pytest.mark.long),
+    ],
+)
+def test_two_turns(agent: Agent, options: list[str]) -> None:
+    before = len(agent.audited())
+    first = agent.turn("Say hello.", *options)
+    asked = agent.audited()[before:]
+    assert asked and all(entry["status"] == 200 for entry in asked), (first, asked)
+    prompt = max(entry["prompt_tokens"] for entry in asked)
+
+    second = agent.turn("And again.", "--continue", *options)
+    again = agent.audited()[before + len(asked) :]
+    assert again and all(entry["status"] == 200 for entry in again), (second, again)
+    reused = max(entry["cached_tokens"] or 0 for entry in again)
+    assert reused >= 0.9 * prompt, f"the second turn reused {reused} of {prompt} tokens"
+    print(f"first turn {prompt} tokens; second reused {reused} of {max(e['prompt_tokens'] for e in again)}")

@@ -1,0 +1,232 @@
+"""A request on its way: waiting, comments, a server that dies under it, a drain; over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmbox.gateway.accounts import Accounts
+from llmbox.gateway.audit import Audit
+from llmbox.gateway.board import Board
+from llmbox.gateway.metrics import Metrics
+from llmbox.gateway.relay import Relay
+from llmbox.gateway.requests import ROUTES
+from llmbox.gateway.upstream import Upstream
+
+from tests.unit.fake_box import FakeBox
+from tests.unit.gateway_settings import settings
+
+PATIENCE_S = 10
+OPENAI, ANTHROPIC = ROUTES["POST", "/v1/chat/completions"], ROUTES["POST", "/v1/messages"]
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENT = b'data: {"choices": []}\n\n'
+Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+async def stream(writer: asyncio.StreamWriter) -> None:
+    """A whole stream."""
+    writer.write(HEAD + chunk(EVENT) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+
+async def whole(writer: asyncio.StreamWriter) -> None:
+    """A whole answer."""
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+
+
+async def die(_writer: asyncio.StreamWriter) -> None:
+    """The server is gone before it says anything."""
+
+
+async def die_in_the_middle(writer: asyncio.StreamWriter) -> None:
+    """The server is gone after the first token."""
+    writer.write(HEAD + chunk(EVENT))
+
+
+async def go_on(writer: asyncio.StreamWriter) -> None:
+    """A stream that does not end."""
+    writer.write(HEAD + chunk(EVENT))
+    await asyncio.sleep(PATIENCE_S)
+
+
+class Place:
+    """A relay over a box whose server gives one answer after the other, the last one for ever."""
+
+    def __init__(self, path: Path, *answers: Answer, box: FakeBox | None = None, **changed: object) -> None:
+        (path / "keys.json").write_text('{"version": 1, "keys": []}')
+        limits = settings(**changed)
+        self.box = box or FakeBox()
+        self.answers = list(answers)
+        self.bodies: list[bytes] = []
+        accounts = Accounts.load(path / "keys.json", path / "usage.json", [], lambda: 1e9)
+        self.audit = Audit(path / "audit.jsonl", 10**6, 1)
+        self.board = Board({"a": 1, "b": 1}, limits, self.box)
+        self.upstream = Upstream(str(path / "llama.sock"))
+        metrics = Metrics(self.board, accounts, self.upstream, ["a", "b"])
+        presets: list[tuple[str, list[str]]] = [("a", []), ("b", [])]
+        self.relay = Relay(self.board, self.upstream, limits, presets, accounts, self.audit, metrics)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The server and the board."""
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(line for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+            self.bodies.append(await reader.readexactly(int(length[15:])))
+            answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+            if answer in (die, die_in_the_middle):
+                self.box.die()
+            try:
+                await answer(writer)
+                await writer.drain()
+            except OSError:
+                pass
+            finally:
+                writer.close()
+
+        server = await asyncio.start_unix_server(serve, self.upstream.path)
+        moving = asyncio.create_task(self.board.run())
+        reviving = asyncio.create_task(self._revive())
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                yield
+        finally:
+            moving.cancel()
+            reviving.cancel()
+            server.close()
+
+    async def _revive(self) -> None:
+        """What systemd does."""
+        while True:
+            await asyncio.sleep(0.02)
+            self.box.coming = False
+
+    async def ask(self, body: dict[str, Any], route: Any = OPENAI) -> tuple[int, dict[bytes, bytes], bytes]:
+        """Status, headers and body."""
+        sent: list[dict[str, Any]] = []
+        given = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+        async def receive() -> dict[str, Any]:
+            message = next(given, None)
+            if message is None:
+                await asyncio.Event().wait()
+            return message or {}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = {"headers": [], "client": ("127.0.0.1", 5), "query_string": b""}
+        await self.relay.serve(route, scope, receive, send)
+        assert not sent[-1].get("more_body"), "the answer has no end"
+        return sent[0]["status"], dict(sent[0]["headers"]), b"".join(one.get("body", b"") for one in sent)
+
+
+def run(body: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(body())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("asked", "answer"), [({"stream": True}, stream), ({}, whole)])
+def test_a_request_is_sent_again_once_when_its_server_dies(
+    tmp_path: Path, asked: dict[str, Any], answer: Answer
+) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, die, answer)
+        async with place.running():
+            status, headers, said = await place.ask(asked)
+            assert status == 200 and b"error" not in said and len(place.bodies) == 2
+            assert place.bodies[0] == place.bodies[1] == json.dumps(asked).encode()
+            assert int(headers[b"x-queue-wait-ms"]) >= 0
+
+    run(body)
+
+
+def test_at_the_second_crash_it_is_given_up_and_remembered(tmp_path: Path) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, die, die, die, whole)
+        async with place.running():
+            status, _, said = await place.ask({"poison": 1})
+            assert (status, len(place.bodies)) == (502, 2) and b"went down twice" in said
+            status, _, _ = await place.ask({"poison": 1})
+            assert (status, len(place.bodies)) == (502, 3), "a request that took two servers gets no third"
+            status, _, _ = await place.ask({"harmless": 1})
+            assert status == 200
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("route", "event"),
+    [(OPENAI, b'\n\ndata: {"error": '), (ANTHROPIC, b'\n\nevent: error\ndata: {"type": "error"')],
+)
+def test_after_its_first_token_it_is_never_sent_again(tmp_path: Path, route: Any, event: bytes) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, die_in_the_middle, stream)
+        async with place.running():
+            status, _, said = await place.ask({"stream": True}, route)
+            assert status == 200 and said.startswith(EVENT) and len(place.bodies) == 1
+            assert event in said and b"[DONE]" not in said
+
+    run(body)
+
+
+def test_a_waiting_stream_is_begun_with_comments_and_then_served(tmp_path: Path) -> None:
+    async def body() -> None:
+        box = FakeBox(load_s=0.3)
+        place = Place(tmp_path, stream, box=box, commit_after=0.05)
+        async with place.running():
+            status, headers, said = await place.ask({"stream": True, "model": "b"})
+            assert status == 200 and headers[b"content-type"] == b"text/event-stream"
+            assert said.startswith(b": queue position 1, estimate ") and said.endswith(b"data: [DONE]\n\n")
+
+    run(body)
+
+
+def test_a_failure_after_the_comments_is_an_event_and_before_them_a_status(tmp_path: Path) -> None:
+    async def body() -> None:
+        box = FakeBox(load_s=0.2)
+        box.failing["b"] = "b cannot load"
+        place = Place(tmp_path, stream, box=box, commit_after=0.05)
+        async with place.running():
+            status, _, said = await place.ask({"stream": True, "model": "b"})
+            assert status == 200 and b'data: {"error": {"message": "b cannot load"' in said
+            status, headers, said = await place.ask({"stream": True, "model": "b"})
+            assert status == 503 and b"b cannot load" in said and headers[b"retry-after"]
+
+    run(body)
+
+
+def test_whoever_waits_too_long_is_told_position_and_estimate(tmp_path: Path) -> None:
+    async def body() -> None:
+        box = FakeBox(load_s=5)
+        place = Place(tmp_path, whole, box=box, hold_timeout=0.1)
+        async with place.running():
+            status, headers, said = await place.ask({"model": "b"})
+            assert status == 503 and b"hold_timeout (0.1 s)" in said
+            assert headers[b"retry-after"] and headers[b"x-queue-position"] == b"1"
+            assert headers[b"x-queue-estimate-s"]
+
+    run(body)
+
+
+def test_what_outlasts_the_drain_ends_with_an_event(tmp_path: Path) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, go_on, whole, drain_timeout=0.1)
+        async with place.running():
+            long = asyncio.create_task(place.ask({"stream": True}))
+            while not place.board.in_flight:
+                await asyncio.sleep(0.01)
+            status, _, _ = await place.ask({"model": "b"})
+            _, _, said = await long
+            assert status == 200 and said.startswith(EVENT)
+            assert b'"error"' in said and b"drain_timeout" in said
+
+    run(body)
