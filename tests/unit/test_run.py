@@ -222,8 +222,9 @@ def test_a_stage_that_raises_does_not_keep_the_lab(capsys: pytest.CaptureFixture
 
 
 def test_a_second_run_on_hosts_is_refused(tmp_path: Path) -> None:
-    code = f"import sys; sys.path.insert(0, {str(run.ROOT)!r}); from pathlib import Path; "
-    code += f"from tests import run; run.alone(Path({str(tmp_path)!r})); print('alone', flush=True); sys.stdin.read()"
+    code = f"import sys; sys.path.insert(0, {str(run.ROOT)!r}); from pathlib import Path\n"
+    code += "from tests import run\n"
+    code += f"run.alone(Path({str(tmp_path)!r})); print('alone', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as first:
