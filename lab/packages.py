@@ -69,23 +69,18 @@ def ensure(lab: Lab, needed: Mapping[str, str] = NEEDED, environ: Mapping[str, s
         return
     say(f"installing Debian packages: {' '.join(packages)}")
     apt_env = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_MODE": "l"}
-    write_atomically(_journal(lab), json.dumps({"before": sorted(_installed())}))
     run(["apt-get", "update", "-qq"], timeout=600, env=apt_env)
-    run(
-        [
-            "apt-get",
-            "install",
-            "-y",
-            "-qq",
-            "--no-install-recommends",
-            "-o",
-            "DPkg::Lock::Timeout=300",
-            *packages,
-        ],
-        timeout=1200,
-        env=apt_env,
-    )
+    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300"]
+    planned = new_packages(run([*install, "--simulate", *packages], timeout=600, env=apt_env).stdout)
+    write_atomically(_journal(lab), json.dumps({"packages": planned}))
+    run([*install, *packages], timeout=1200, env=apt_env)
     put_units_to_rest(lab)
+
+
+def new_packages(simulated: str) -> list[str]:
+    """Packages that `apt-get --simulate` would install, without those that it would only replace."""
+    lines = (line.split() for line in simulated.splitlines() if line.startswith("Inst "))
+    return sorted(words[1] for words in lines if not words[2].startswith("["))
 
 
 def _journal(lab: Lab) -> Path:
@@ -106,7 +101,7 @@ def put_units_to_rest(lab: Lab) -> None:
     journal = _journal(lab)
     if not journal.exists():
         return
-    added = _installed() - set(json.loads(journal.read_text())["before"])
+    added = _installed() & set(json.loads(journal.read_text()).get("packages", []))
     if shutil.which("systemctl"):
         units = sorted(
             Path(line).name

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import re
@@ -591,6 +592,22 @@ def on_terminate(_signum: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def alone(folder: Path) -> None:
+    """Keep others out until this process ends: their labs have the same names.
+
+    Raises RuntimeError when another run is on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".test-run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RuntimeError(
+            "another run of the tests on hosts is on, on this machine; wait until it has ended"
+        ) from None
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -615,6 +632,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lab = lab_stages(GATE_LAB, keep=args.keep)  # never the lab that LAB_NAME chooses: it is made anew
     plans = {"lint": fast[:1], "unit": fast[1:], "lab": lab, "gate": [*fast, *lab]}
     try:
+        if args.what not in ("lint", "unit"):
+            alone(config.from_environment().cache)
         if args.what == "long":
             report = run_long(args.start, args.issue, keep=args.keep)
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -217,3 +219,17 @@ def test_a_stage_that_raises_does_not_keep_the_lab(capsys: pytest.CaptureFixture
     assert ran == ["down"]
     assert report.exit_code == 1
     assert "RuntimeError: no such thing" in report.rows[0][1].notes[0]
+
+
+def test_a_second_run_on_hosts_is_refused(tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(run.ROOT)!r}); from pathlib import Path\n"
+    code += "from tests import run\n"
+    code += f"run.alone(Path({str(tmp_path)!r})); print('alone', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout and first.stdout.readline() == "alone\n"
+        with pytest.raises(RuntimeError, match="another run"):
+            run.alone(tmp_path)
+        first.communicate("")
+    run.alone(tmp_path)

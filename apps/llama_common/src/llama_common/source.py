@@ -12,7 +12,9 @@ from llama_common.problems import Problem
 
 _Loader: type[yaml.SafeLoader] | type[yaml.CSafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _VAULT = "$ANSIBLE_VAULT"
-_MERGE = "tag:yaml.org,2002:merge"
+_STANDARD = "tag:yaml.org,2002:"
+_MERGE, _NULL = f"{_STANDARD}merge", f"{_STANDARD}null"
+_ANSIBLE_TAGS = frozenset({"!vault", "!vault-encrypted", "!unsafe"})
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ class Document:
         except RecursionError:
             problem = Problem((), text, "is nested too deeply to be read", "write it flatter")
             return cls(None, (Found(1, problem),))
-        return cls(root, tuple(_duplicates(root, (), set())))
+        if root is not None and not isinstance(root, yaml.MappingNode) and root.tag != _NULL:
+            kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+            problem = Problem(("(file)",), kind, "holds no variables", "write lines of the form name: value")
+            return cls(None, (Found(root.start_mark.line + 1, problem),))
+        return cls(root, (*_unusable(root, (), (), set()), *_duplicates(root, (), set())))
 
     def variables(self) -> Iterator[tuple[str, int]]:
         """The top-level keys with their lines."""
@@ -117,6 +123,33 @@ def _child(node: yaml.Node | None, step: str) -> tuple[yaml.Mark | None, yaml.No
                     if mark is not None:
                         return mark, found
     return None, None
+
+
+def _unusable(
+    node: yaml.Node | None, path: tuple[str, ...], above: tuple[int, ...], seen: set[int]
+) -> Iterator[Found]:
+    """Tags that Ansible does not know, and anchors inside of which their own alias stands."""
+    if node is None:
+        return
+    line = node.start_mark.line + 1
+    if id(node) in above:
+        problem = Problem(path, "*alias", "contains itself", "take the alias out of its own anchor")
+        yield Found(line, problem)
+        return
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    name = node.tag.removeprefix(_STANDARD)
+    if (name == node.tag and node.tag not in _ANSIBLE_TAGS) or ":" in name or "/" in name:
+        problem = Problem(path, node.tag, "is a YAML tag that Ansible does not know", "remove the tag")
+        yield Found(line, problem)
+    above = (*above, id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _unusable(item, (*path, str(index)), above, seen)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _unusable(value, (*path, str(key.value)), above, seen)
 
 
 def _duplicates(node: yaml.Node | None, path: tuple[str, ...], seen: set[int]) -> Iterator[Found]:

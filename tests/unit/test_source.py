@@ -1,0 +1,37 @@
+"""The text of a variable file: what Ansible would tell without file, key or fix is one line with these."""
+
+from __future__ import annotations
+
+import pytest
+from llama_common.source import Document
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("- a\n- b\n", '1: (file) = "a list": holds no variables'),
+        ("# words\njust text\n", '2: (file) = "a single value": holds no variables'),
+        ("b: 1\na: &x [*x]\n", '2: a.0 = "*alias": contains itself'),
+        ("a: &x {b: {c: *x}}\n", '1: a.b.c = "*alias": contains itself'),
+        ("a: {b: !foo 1}\n", '1: a.b = "!foo": is a YAML tag that Ansible does not know'),
+        ("a: !!python/object:os.system {}\n", "is a YAML tag that Ansible does not know"),
+    ],
+)
+def test_odd_yaml_is_one_line(text: str, line: str) -> None:
+    (found,) = Document.read(text).problems
+    said = found.problem.line(f"file:{found.line}")
+    assert line in said and "; fix: " in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "---\n",
+        "a: !vault |\n  x\nb: !unsafe '{{'\n",
+        "a: &x {b: 1}\nc:\n  <<: *x\n  d: *x\n",
+        "a: [x, 2020-01-01, 1.5, null, true, !!str 1]\n",
+    ],
+)
+def test_what_ansible_reads_is_left_to_it(text: str) -> None:
+    assert Document.read(text).problems == ()
