@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from llama_common.problems import InventoryError
+from llama_common.rules import LOCK_COMMAND
 
 from lab.interrupt import EXIT_CODE, raise_again
 from scripts._inventory import InventoryUnreadable
@@ -25,6 +26,11 @@ def parser(description: str | None, exit_codes: str) -> argparse.ArgumentParser:
     made.add_argument("--inventory", type=Path, required=True, metavar="DIR")
     made.add_argument("--limit", metavar="PATTERN", help="only these hosts (an Ansible pattern)")
     return made
+
+
+def typed(text: str, inventory: Path) -> str:
+    """A fix that names the command to lock models, with the folder that was given for its placeholder."""
+    return text.replace(LOCK_COMMAND, LOCK_COMMAND.replace("DIR", str(inventory)))
 
 
 def attempt(program: str, work: Callable[[], int]) -> int:

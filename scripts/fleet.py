@@ -32,7 +32,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -242,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def show(args: argparse.Namespace) -> int:
     """Ask the boxes and print what they said. Raises InventoryUnreadable."""
     rows = ask_all(load(args.inventory, limit=args.limit, partly=True))
+    rows = [replace(row, trouble=_command.typed(row.trouble, args.inventory)) for row in rows]
     if args.json:
         print(json.dumps({"ok": exit_code(rows) == 0, "hosts": [asdict(one) for one in rows]}, indent=2))
     else:

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import httpx
@@ -82,6 +82,13 @@ class HostReport:
     def ok(self) -> bool:
         """Whether it was reached and nothing fell short."""
         return self.error is None and all(check.ok for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """One word, or two."""
+        if self.error:
+            return "refused" if self.error.startswith("refused:") else "unreachable"
+        return "ok" if self.ok else "fell short"
 
     def as_json(self) -> dict[str, Any]:
         """The host's entry in the JSON report."""
@@ -526,10 +533,11 @@ def screen(reports: Sequence[HostReport]) -> str:
     lines = []
     for report in reports:
         good = sum(check.ok for check in report.checks)
-        verdict = "unreachable" if report.error else "ok" if report.ok else "fell short"
+        verdict = report.verdict
         rows.append([report.host, verdict, f"{good}/{len(report.checks)}" if report.checks else "-"])
         if report.error:
-            lines.append(f"{report.host}: could not be asked: {report.error}")
+            could_not = "" if verdict == "refused" else "could not be asked: "
+            lines.append(f"{report.host}: {could_not}{report.error}")
         lines += [f"{report.host}: {line(check)}" for check in report.checks if not check.ok]
     return "\n".join([table(["host", "verdict", "checks"], rows), *([""] if lines else []), *lines])
 
@@ -559,7 +567,7 @@ def report(args: argparse.Namespace) -> int:
     """Ask the hosts and show what they are. Raises InventoryUnreadable, OSError."""
 
     def progress(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(_command.typed(text, args.inventory), file=sys.stderr, flush=True)
 
     file = Path(args.json) if args.json and args.json != "-" else None
     if file is not None:
@@ -567,7 +575,10 @@ def report(args: argparse.Namespace) -> int:
     progress(f"reading {args.inventory}")
     hosts = load(args.inventory, limit=args.limit)
     progress(f"asking {', '.join(host.name for host in hosts)}")
-    reports = verify_all(hosts, progress)
+    reports = [
+        replace(one, error=one.error and _command.typed(one.error, args.inventory))
+        for one in verify_all(hosts, progress)
+    ]
     print(
         as_json(reports) if args.json == "-" else screen(reports),
         end="" if args.json == "-" else "\n",

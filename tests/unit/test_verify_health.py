@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from llama_common.rules import LOCK_COMMAND
 
-from scripts import _ask_host, _probe, verify_health
+from scripts import _ask_host, _command, _probe, verify_health
 from scripts._inventory import Host, InventoryUnreadable, load, parse_hosts
 from scripts._llm_box import GATEWAY_UNITS, LlmBox
 from scripts.verify_health import Answers, Check, HostReport
@@ -507,3 +508,11 @@ def test_the_inventory_comes_templated_and_with_the_roles_defaults(root: Path) -
 def test_a_limit_that_matches_nothing_is_said(root: Path) -> None:
     with pytest.raises(InventoryUnreadable, match="nowhere"):
         load(root / "inventory" / "lab", limit="nowhere")
+
+
+def test_refused_data_is_not_called_unreachable_and_names_the_command() -> None:
+    line = f"refused: inventory: llama_lock: is missing; fix: run {LOCK_COMMAND}"
+    (report,) = [HostReport("box", error=_command.typed(line, Path("inventory/x")))]
+    text = verify_health.screen([report])
+    assert report.verdict == "refused" and "unreachable" not in text and "could not be asked" not in text
+    assert text.endswith("fix: run scripts/lock_models.py --inventory inventory/x")
