@@ -26,6 +26,7 @@ from llmbox.gateway.accounts import Accounts
 from llmbox.gateway.audit import Audit
 from llmbox.gateway.board import Board, Box
 from llmbox.gateway.metrics import CONTENT_TYPE, Metrics
+from llmbox.gateway.prompt_cache import Guard
 from llmbox.gateway.refusals import Refusal
 from llmbox.gateway.relay import Receive, Relay, Reply, Scope, Send
 from llmbox.gateway.requests import ROUTES, protocol_of
@@ -71,7 +72,8 @@ class Gateway:
         self.board = board
         self.accounts = accounts
         names = [(preset.name, list(preset.aliases)) for preset in self.presets]
-        self.relay = Relay(board, upstream, limits, names, accounts, audit, self.metrics)
+        guard = Guard({preset.name: preset.command[0] for preset in presets.exclusive})
+        self.relay = Relay(board, upstream, limits, names, accounts, audit, self.metrics, guard)
         own = {
             "/health": self._health,
             "/v1/health": self._health,

@@ -16,6 +16,7 @@ from llmbox.gateway.accounts import Account, Accounts
 from llmbox.gateway.audit import Audit, Entry
 from llmbox.gateway.board import Board, Lease, Ticket
 from llmbox.gateway.metrics import Metrics
+from llmbox.gateway.prompt_cache import Guard
 from llmbox.gateway.refusals import Protocol, Refusal, error_body, error_event
 from llmbox.gateway.requests import Asked, Route, read_body
 from llmbox.gateway.settings import Settings
@@ -157,6 +158,7 @@ class Relay:
         accounts: Accounts,
         audit: Audit,
         metrics: Metrics,
+        guard: Guard | None = None,
     ) -> None:
         self.board = board
         self.upstream = upstream
@@ -165,6 +167,7 @@ class Relay:
         self.accounts = accounts
         self.audit = audit
         self.metrics = metrics
+        self.guard = guard or Guard({})
         self.bodies = Bodies(settings)
         self._suspects: OrderedDict[str, None] = OrderedDict()
 
@@ -280,6 +283,8 @@ class Relay:
                 raise lease.ended
             query = scope["query_string"]
             target = route.path + (f"?{query.decode('latin-1')}" if query else "")
+            if route.protocol == "anthropic":
+                body = self.guard.applied(lease.preset, body)
             answer = await self.upstream.send(route.method, target, scope["headers"], body)
             await self._pass_on(answer, lease, asked, account, reply, entry)
         except asyncio.CancelledError:
