@@ -1,4 +1,4 @@
-"""Two requests of Claude Code differ in one word at the head of the system prompt, and must not for the cache."""
+"""Requests of Claude Code differ in a word at the head of the system prompt, and must not for the cache."""
 
 from __future__ import annotations
 

@@ -67,4 +67,4 @@ def masks_by_itself(programs: Iterable[Path]) -> bool:
 
 def programs_of(server: Path) -> list[Path]:
     """The server of a release and those of its libraries that hold its own code (not ggml's kernels)."""
-    return [server, *sorted(path for path in server.parent.glob("lib*.so") if "ggml" not in path.name)]
+    return [server, *sorted(path for path in server.parent.glob("lib*.so*") if "ggml" not in path.name)]
