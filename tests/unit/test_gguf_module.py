@@ -153,3 +153,26 @@ def test_unused_models_are_a_warning_and_no_key_of_the_result(
     assert "warnings" not in result, "Ansible calls that key deprecated, in two lines each run"
     (said,) = warned
     assert "no preset uses waste.gguf" in said
+    assert (models / "waste.gguf").exists()
+
+
+def test_mending_a_mode_removes_nothing(
+    library: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir(mode=0o755)
+    content = b"a model"
+    (models / "m.gguf").write_bytes(content)
+    (models / "m.gguf").chmod(0o600)
+    (models / "waste.gguf").write_bytes(b"12345")
+    file = {
+        "file": "m.gguf", "url": "http://h/m.gguf", "path": None,
+        "sha256": hashlib.sha256(content).hexdigest(), "size": len(content),
+    }  # fmt: skip
+    params = {**parameters(models), "models": [{"name": "m", "files": [file]}], "remove_unused": False}
+    monkeypatch.setattr(library, "show_unit", lambda: {"ActiveState": "inactive"})
+    monkeypatch.setattr(library.Task, "start", lambda *_args: None)
+    module = SimpleNamespace(params=params, check_mode=False, warn=lambda _text: None)
+    library.Task(module).begin()
+    assert (models / "m.gguf").stat().st_mode & 0o777 != 0o600, "the mode was not mended"
+    assert (models / "waste.gguf").exists()

@@ -53,6 +53,7 @@ class FakeSystemd:
         self.refuses: dict[str, str] = {}
         self.raises: dict[str, type[BaseException]] = {}
         self.suspend_says = ""
+        self.forgiven: set[str] = set()
 
     def up(self, unit: str) -> None:
         """Make this the active unit."""
@@ -69,8 +70,9 @@ class FakeSystemd:
         return {unit: self.states[unit] for unit in units}
 
     def reset_failed(self, unit: str) -> None:
-        """Remember it."""
+        """Clear the unit's start limit."""
         self.calls.append(f"reset-failed {unit}")
+        self.forgiven.add(unit)
 
     def start(
         self,
@@ -80,8 +82,11 @@ class FakeSystemd:
         restart: bool = False,
         on_tick: Callable[[], None] = lambda: None,
     ) -> str:
-        """Start as told: succeed, fail, or be interrupted."""
+        """Start as told: succeed, fail, be interrupted. One that was not forgiven has reached its limit."""
         self.calls.append(f"{'restart' if restart else 'start'} {unit}")
+        if unit not in self.forgiven:
+            return "start request repeated too quickly"
+        self.forgiven.discard(unit)
         on_tick()
         if unit in self.raises:
             raise self.raises.pop(unit)
@@ -99,6 +104,8 @@ class FakeSystemd:
     def start_soon(self, unit: str) -> None:
         """Submit the job."""
         self.calls.append(f"start-soon {unit}")
+        if unit not in self.forgiven:
+            return
         self.up(unit)
 
     def stop(self, unit: str, *, timeout_s: float) -> str:
@@ -295,3 +302,11 @@ def test_progress_says_what_goes_on(systemd: FakeSystemd) -> None:
     switcher, notes = make(systemd, health="loading")
     switcher.switch("coder")
     assert notes.texts == ["coder stopping gemma"]
+
+
+def test_a_crashed_preset_that_systemd_starts_again_is_the_one_to_go_back_to(systemd: FakeSystemd) -> None:
+    gemma = "llama-gemma.service"
+    systemd.states[gemma] = UnitState(gemma, active="activating", sub="auto-restart", result="signal")
+    systemd.refuses["llama-coder.service"] = "it failed"
+    outcome = make(systemd)[0].switch("coder")
+    assert not outcome.ok and outcome.serving == "gemma" and systemd.active() == [gemma]

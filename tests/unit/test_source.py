@@ -14,6 +14,15 @@ from llama_common.source import Document
         ("b: 1\na: &x [*x]\n", '2: a.0 = "*alias": contains itself'),
         ("a: &x {b: {c: *x}}\n", '1: a.b.c = "*alias": contains itself'),
         ("a: {b: !foo 1}\n", '1: a.b = "!foo": is a YAML tag that Ansible does not know'),
+        (
+            "b: 1\na: {{ ctx }}\n",
+            '2: a = "{{ … }}": has a list or a mapping where the name of a key must stand',
+        ),
+        ("? [a, b]\n: 1\n", "where the name of a key must stand"),
+        ("a:\n  b: 2026-02-30\n", '2: a.b = "2026-02-30": is no timestamp that exists'),
+        ("a: !!int abc\n", '1: a = "abc": is no int that exists'),
+        ("x:\n  <<: 1\n", '2: x.<< = "…": merges what is no mapping'),
+        ("a: " + "[" * 3000 + "]" * 3000 + "\n", "is nested too deeply to be read"),
         ("a: !!python/object:os.system {}\n", "is a YAML tag that Ansible does not know"),
     ],
 )

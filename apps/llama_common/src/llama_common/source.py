@@ -14,6 +14,7 @@ _Loader: type[yaml.SafeLoader] | type[yaml.CSafeLoader] = getattr(yaml, "CSafeLo
 _VAULT = "$ANSIBLE_VAULT"
 _STANDARD = "tag:yaml.org,2002:"
 _MERGE, _NULL = f"{_STANDARD}merge", f"{_STANDARD}null"
+_CONVERTED = frozenset(f"{_STANDARD}{name}" for name in ("int", "float", "bool", "timestamp", "binary"))
 _ANSIBLE_TAGS = frozenset({"!vault", "!vault-encrypted", "!unsafe"})
 
 
@@ -59,12 +60,16 @@ class Document:
         if text.startswith(_VAULT):
             return cls(None)
         try:
-            root = yaml.compose(text, Loader=_Loader)
+            return cls._checked(text)
         except yaml.YAMLError as error:
             return cls(None, (_syntax(error, text),))
         except RecursionError:
-            problem = Problem((), text, "is nested too deeply to be read", "write it flatter")
+            problem = Problem(("(text)",), text[:40], "is nested too deeply to be read", "write it flatter")
             return cls(None, (Found(1, problem),))
+
+    @classmethod
+    def _checked(cls, text: str) -> Document:
+        root = yaml.compose(text, Loader=_Loader)
         if root is not None and not isinstance(root, yaml.MappingNode) and root.tag != _NULL:
             kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
             problem = Problem(("(file)",), kind, "holds no variables", "write lines of the form name: value")
@@ -128,7 +133,7 @@ def _child(node: yaml.Node | None, step: str) -> tuple[yaml.Mark | None, yaml.No
 def _unusable(
     node: yaml.Node | None, path: tuple[str, ...], above: tuple[int, ...], seen: set[int]
 ) -> Iterator[Found]:
-    """Tags that Ansible does not know, and anchors inside of which their own alias stands."""
+    """What composes, and what Ansible's own reader would fail on without naming the place."""
     if node is None:
         return
     line = node.start_mark.line + 1
@@ -143,12 +148,33 @@ def _unusable(
     if (name == node.tag and node.tag not in _ANSIBLE_TAGS) or ":" in name or "/" in name:
         problem = Problem(path, node.tag, "is a YAML tag that Ansible does not know", "remove the tag")
         yield Found(line, problem)
+    elif isinstance(node, yaml.ScalarNode) and node.tag in _CONVERTED:
+        try:
+            yaml.constructor.SafeConstructor().construct_object(node)
+        except Exception:  # whatever int(), date() or b64decode() raise
+            kind = f"is no {name} that exists"
+            yield Found(
+                line, Problem(path, node.value, kind, "correct it, or put it in quotes to make it text")
+            )
     above = (*above, id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield from _unusable(item, (*path, str(index)), above, seen)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = Problem(
+                    path,
+                    "{{ … }}" if isinstance(key, yaml.MappingNode) else "[…]",
+                    "has a list or a mapping where the name of a key must stand",
+                    'put a template in quotes: "{{ name }}"',
+                )
+                yield Found(key.start_mark.line + 1, problem)
+                continue
+            merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            if key.tag == _MERGE and not all(isinstance(one, yaml.MappingNode) for one in merged):
+                problem = Problem((*path, "<<"), "…", "merges what is no mapping", "write <<: *ANCHOR of one")
+                yield Found(key.start_mark.line + 1, problem)
             yield from _unusable(value, (*path, str(key.value)), above, seen)
 
 

@@ -284,6 +284,8 @@ class Switcher:
     def _occupant(self, states: Mapping[str, UnitState]) -> str | None:
         """The unit that holds the card: a preset before a foreign unit, one going up before one that goes."""
         up = [unit for unit in self._units() if states[unit].occupied]
+        # Nothing up: a preset that crashed and is about to be started again is what serves otherwise.
+        up = up or [unit for unit in self._preset_units() if states[unit].sub == "auto-restart"]
         return min(
             up,
             key=lambda unit: (not self._is_preset(unit), states[unit].active == "deactivating"),
