@@ -13,7 +13,7 @@ from llmbox.gateway.refusals import Refusal
 from tests.unit.fake_box import FakeBox
 from tests.unit.gateway_settings import settings
 
-PATIENCE_S = 3.0
+PATIENCE_S = 20.0
 
 
 @asynccontextmanager

@@ -128,6 +128,8 @@ class FakeSystemd:
 class Notes:
     """A reporter that remembers, in the same list as the fake systemd's calls."""
 
+    live = True
+
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
         self.texts: list[str] = []

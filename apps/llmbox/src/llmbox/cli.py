@@ -45,6 +45,8 @@ DEFAULT_LOG_LINES = 50
 class ConsoleReporter:
     """Progress on standard error: one line rewritten on a terminal, a line every few seconds elsewhere."""
 
+    live = True
+
     def __init__(self) -> None:
         self.tty = sys.stderr.isatty()
         self.open_line = False

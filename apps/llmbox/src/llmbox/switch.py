@@ -38,7 +38,9 @@ class Manager(Protocol):
 
 
 class Reporter(Protocol):
-    """Where a switch says what it does while it does it."""
+    """Where a switch says what it does while it does it. `live`: somebody looks at the progress meanwhile."""
+
+    live: bool
 
     def progress(self, name: str, elapsed_s: float, doing: str) -> None: ...
     def note(self, text: str, lines: list[str] | None = None) -> None: ...
@@ -55,6 +57,7 @@ class Outcome:
     changed: bool = False
     seconds: float = 0.0
     reason: list[str] = field(default_factory=list)
+    state: UnitState | None = None  # of the preset that is ready now
 
     def as_json(self) -> dict[str, object]:
         """The object that --json prints."""
@@ -120,9 +123,12 @@ class Switcher:
         except Interrupted:
             return self._give_up(wanted, back_to, began)
         if not said:
-            self._forgive(back_to)
+            states = self.manager.show([wanted.unit, *([back_to] if back_to else [])])
+            if back_to and states[back_to].failed:  # killed because it did not stop in time
+                self.manager.reset_failed(back_to)
             seconds = self.clock() - began
-            return Outcome(True, f"{name} is ready ({seconds:.1f} s)", name, name, True, seconds)
+            message = f"{name} is ready ({seconds:.1f} s)"
+            return Outcome(True, message, name, name, True, seconds, state=states[wanted.unit])
         return self._failed(wanted, back_to, began, said)
 
     def off(self) -> Outcome:
@@ -189,6 +195,8 @@ class Switcher:
 
         def tick() -> None:
             nonlocal last
+            if not self.reporter.live:
+                return
             elapsed = self.clock() - began
             if elapsed - last < PROGRESS_INTERVAL_S:
                 return
@@ -257,11 +265,6 @@ class Switcher:
             self.clock() - began,
             ["interrupted"],
         )
-
-    def _forgive(self, unit: str | None) -> None:
-        """A server that had to be killed counts as failed, though it was told to go."""
-        if unit and self.manager.show([unit])[unit].failed:
-            self.manager.reset_failed(unit)
 
     def _return_to(self, unit: str | None) -> str | None:
         """Start what ran before. Returns its name when it serves again."""

@@ -41,11 +41,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Moved:
-    """How a switch ended. `parts` are the seconds that it took: stop, load."""
+    """How a switch ended. `parts` are the seconds that it took: stop, load; `seen` is the box after it."""
 
     ok: bool
     reason: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
+    seen: Seen | None = None
 
 
 class Busy(Exception):
@@ -124,6 +125,7 @@ class Board:
         self._drained = asyncio.Event()
         self._wake = asyncio.Event()
         self._suspect = False
+        self._known: Seen | None = None  # what a switch has just found, so that nobody need look again
 
     # --- what requests do ---
 
@@ -240,8 +242,9 @@ class Board:
                 await self._held()
                 continue
             self._suspect = False
+            known, self._known = self._known, None
             try:
-                await self._step(await self.box.look())
+                await self._step(known or await self.box.look())
             except (
                 LlmboxError,
                 OSError,
@@ -298,6 +301,7 @@ class Board:
 
     async def _held(self) -> None:
         self._enter("held")
+        self._known = None
         self._drained.set()
         while self._holds:
             self._wake.clear()
@@ -385,6 +389,7 @@ class Board:
             self.switch_parts[target, part] = (count + 1, total + seconds)
         if moved.ok:
             self.load_s[target] = parts["ready"]
+            self._known = moved.seen
             return
         self.failed[target] = (self.clock(), moved.reason)
         for ticket in list(self.waiting):

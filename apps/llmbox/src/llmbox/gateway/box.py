@@ -24,10 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class LogReporter:
-    """Progress of a switch, for the journal."""
+    """What a switch has to say, for the journal; its progress is too much for that."""
+
+    live = False
 
     def progress(self, name: str, elapsed_s: float, doing: str) -> None:
-        """Too much for a log."""
+        """Nobody looks."""
 
     def note(self, text: str, lines: list[str] | None = None) -> None:
         """One line, and those that belong to it."""
@@ -94,12 +96,14 @@ class SystemdBox:
             raise Busy from None
         if not outcome.ok:
             return Moved(False, "; ".join([outcome.message, *outcome.reason[-3:]]))
-        unit = self.systemd.show([self.presets[preset].unit])[self.presets[preset].unit]
         log.info("%s", outcome.message)
-        if not outcome.changed or not unit.last_start_monotonic_s:
+        unit = outcome.state
+        if unit is None:  # it was ready already
             return Moved(True)
+        self._active = preset
         stopped = max(0.0, unit.last_start_monotonic_s - began)
-        return Moved(True, parts={"stop": stopped, "load": time.monotonic() - began - stopped})
+        parts = {"stop": stopped, "load": time.monotonic() - began - stopped}
+        return Moved(True, parts=parts, seen=Seen("ready", preset, unit.main_pid))
 
     async def stop(self) -> None:
         """Stop whatever preset runs. Raises Busy when lmswitch has the lock."""
