@@ -58,7 +58,7 @@ def ask(
     gateway: Gateway, path: str, body: bytes | dict[str, Any] | None = None, method: str = "", **headers: str
 ) -> tuple[int, dict[str, str], Any]:
     """Status, headers and parsed body of one request."""
-    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=3)
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=15)
     content = json.dumps(body).encode() if isinstance(body, dict) else body
     connection.request(method or ("GET" if body is None else "POST"), path, content, headers)
     answer = connection.getresponse()
@@ -114,7 +114,7 @@ def test_a_preset_that_does_not_start_is_a_failed_model(forge: Forge, tmp_path: 
 
 def test_a_preset_that_loads_is_a_loading_model(forge: Forge, tmp_path: Path) -> None:
     with running(forge, tmp_path, {"load_s": 60.0}) as gateway, socket.socket() as sock:
-        sock.settimeout(3)
+        sock.settimeout(15)
         sock.connect(("127.0.0.1", gateway.port))
         body = b'{"model": "smol", "stream": true}'
         sock.sendall(f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -135,7 +135,7 @@ def test_the_figures_are_prometheus_s(gateway: Gateway) -> None:
 
 def test_the_control_socket_answers(gateway: Gateway) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(3)
+        sock.settimeout(15)
         sock.connect(str(gateway.folder / "control.sock"))
         sock.sendall(b'{"do": "status"}\n')
         assert json.loads(sock.makefile().readline())["phase"] == "ready"

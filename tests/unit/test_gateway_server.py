@@ -50,7 +50,7 @@ def gateway(forge: Forge, tmp_path: Path, stub: StubLlamaServer) -> Iterator[Gat
 
 
 def connect(gateway: Gateway) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", gateway.port), timeout=3)
+    return socket.create_connection(("127.0.0.1", gateway.port), timeout=15)
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -120,7 +120,7 @@ def test_a_slow_head_is_refused_in_time_though_bytes_keep_coming(gateway: Gatewa
                 if sock.recv(1, socket.MSG_PEEK):
                     break
             sock.sendall(bytes([byte]))
-        sock.settimeout(3)
+        sock.settimeout(15)
         assert refused(sock) == (408, "the headers were not complete after 0.4 s")
     assert 0.35 < time.monotonic() - began < 1.5
 
@@ -318,7 +318,7 @@ def test_a_connection_that_says_nothing_is_closed_in_time(
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
 def test_a_stream_passes_through_byte_by_byte(gateway: Gateway, path: str) -> None:
-    client = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=3)
+    client = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=15)
     client.request("POST", path, json.dumps({"stream": True, "stub": {"tokens": 50}}))
     answer = client.getresponse()
     assert answer.status == 200 and answer.getheader("content-type") == "text/event-stream"
