@@ -37,3 +37,4 @@ test-long: setup ## what takes longer than the gate may; FROM=case resumes
 
 bench: setup ## benchmarks against the running lab, written to docs/benchmarks
 	@$(BIN)/python scripts/bench.py
+	@$(BIN)/python scripts/bench_gateway.py
