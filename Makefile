@@ -20,7 +20,7 @@ lab: ## boot three lab hosts, provision them with site.yml, verify them, ask the
 lab-down: ## remove every host, mount, interface and nftables table the lab made
 	@$(PYTHON) -m lab down
 
-lint: setup ## ruff, mypy, yamllint, ansible-lint, shellcheck
+lint: setup ## ruff (rules and format), mypy, yamllint, ansible-lint, shellcheck
 	@$(BIN)/python tests/run.py lint
 
 test: setup ## the gate: lint, unit tests, a lab of its own, deploy tests

@@ -235,6 +235,7 @@ def lint() -> Outcome:
     shell_files = [name for name in files if is_shell(ROOT / name)]
     checks = {
         "ruff": ["ruff", "check", "--output-format=concise", "."],
+        "ruff format": ["ruff", "format", "--check", "."],
         "mypy": ["mypy", "."],
         "yamllint": ["yamllint", "--strict", *yaml_files],
         "ansible-lint": ["ansible-lint"],
@@ -246,9 +247,9 @@ def lint() -> Outcome:
     except LabError as error:
         print(error, file=sys.stderr)
     for name, argv in checks.items():
-        program = shutil.which(name, path=environment()["PATH"])
+        program = shutil.which(argv[0], path=environment()["PATH"])
         if program is None:
-            outcome += skipped(f"lint: {name} is not installed")
+            outcome += skipped(f"lint: {argv[0]} is not installed")
         else:
             outcome += command_stage(f"lint: {name}", [program, *argv[1:]], timeout=5 * MINUTE)
     return outcome

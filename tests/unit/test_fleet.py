@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts import fleet
-from scripts._inventory import Host, InventoryUnreadable, load
+from scripts._inventory import Host
 from scripts._llm_box import GATEWAY_UNITS, GROUP
 from scripts.fleet import Row
 
@@ -91,20 +89,6 @@ def test_pyinfra_gets_the_inventorys_key_and_pinned_host_keys() -> None:
     assert fleet.pyinfra_data(HOST) == {"ssh_hostname": "box", "ssh_strict_host_key_checking": "yes"}
 
 
-def test_hosts_that_do_not_answer_are_rows(root: Path, tmp_path: Path) -> None:
-    """The real thing, against a port that nothing listens on."""
-    (tmp_path / "hosts.yml").write_text(
-        "all: {hosts: {nobody: {ansible_host: 127.0.0.1, ansible_port: 9}}}\n"
-    )
-    done = subprocess.run(
-        [sys.executable, str(root / "scripts/fleet.py"), "--inventory", str(tmp_path)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "unreachable" in done.stdout
-    assert "Traceback" not in done.stderr
-
-
 def test_a_box_whose_data_is_refused_is_a_row_beside_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,22 +104,6 @@ def test_a_box_whose_data_is_refused_is_a_row_beside_the_others(
     assert rows[1].endswith("1.0 GiB")
     assert empty == "" and reason.startswith("wrong: refused: inventory: llama_presets.x.")
     assert gone == "gone: no route"
-
-
-def test_a_box_whose_data_cannot_be_worked_out_is_a_row_beside_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The inventory is really read; no box is asked."""
-    (tmp_path / "hosts.yml").write_text(
-        "all: {hosts: {well: {}, wrong: {llama_cpp_root: '{{ nowhere }}'}}}\n"
-    )
-    monkeypatch.setattr(fleet, "ask", lambda hosts, _requests: [Row(host.name, True) for host in hosts])
-    assert fleet.main(["--inventory", str(tmp_path)]) == 2
-    _, *rows, empty, reason = capsys.readouterr().out.splitlines()
-    assert sorted(tuple(line.split()[:3]) for line in rows) == [("well", "-", "-"), ("wrong", "-", "refused")]
-    assert empty == "" and reason.startswith("wrong: refused: ") and "'nowhere' is undefined" in reason
-    with pytest.raises(InventoryUnreadable, match="'nowhere' is undefined"):
-        load(tmp_path)
 
 
 def test_an_inventory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import json
 import os
 import random
@@ -281,7 +282,7 @@ def test_a_redirect_out_of_https_is_refused(target: str) -> None:
     request = urllib.request.Request("https://hub.example/a")
     with pytest.raises(Refusal, match="not followed"):
         download._Redirects().redirect_request(
-            request, None, 302, "Found", http.client.HTTPMessage(), target  # type: ignore[arg-type]
+            request, io.BytesIO(), 302, "Found", http.client.HTTPMessage(), target
         )
 
 
@@ -297,8 +298,9 @@ def test_secrets_in_a_url_are_in_no_message_and_no_file(
 
 
 def test_a_second_run_at_once_is_refused(server: FlakyServer, models: Path, tmp_path: Path) -> None:
-    with store.locked(models), pytest.raises(
-        Refusal, match=r"another run is writing models there.*fix: wait for it"
+    with (
+        store.locked(models),
+        pytest.raises(Refusal, match=r"another run is writing models there.*fix: wait for it"),
     ):
         bring_in(plan_for(models, model_file(server)), tmp_path)
     assert server.requests == []

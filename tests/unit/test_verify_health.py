@@ -18,7 +18,7 @@ import pytest
 from llama_common.rules import LOCK_COMMAND
 
 from scripts import _ask_host, _command, _probe, verify_health
-from scripts._inventory import Host, InventoryUnreadable, load, parse_hosts
+from scripts._inventory import Host, parse_hosts
 from scripts._llm_box import GATEWAY_UNITS, LlmBox
 from scripts.verify_health import Answers, Check, HostReport
 
@@ -284,7 +284,7 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.delenv(verify_health.KEY_VARIABLE, raising=False)
     monkeypatch.setattr(FakeGateway, "chats", [])
     with ThreadingHTTPServer(("127.0.0.1", 0), FakeGateway) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()
         yield f"http://127.0.0.1:{http.server_address[1]}"
         http.shutdown()
 
@@ -411,7 +411,7 @@ def test_the_probe_asks_the_server_behind_its_socket(
     path = str(tmp_path / "server.sock")
     assert _probe.server(path)["error"].startswith("FileNotFoundError")
     with SocketServer(path, FakeServer) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()
         assert _probe.server(path) == {"health": 200, "n_ctx": n_ctx, "error": error}
         http.shutdown()
 
@@ -495,19 +495,6 @@ def test_hosts_are_read_from_what_the_playbook_prints() -> None:
 def test_an_inventory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert verify_health.main(["--inventory", "inventory/nowhere"]) == 2
     assert "inventory/nowhere: no such file" in capsys.readouterr().err
-
-
-def test_the_inventory_comes_templated_and_with_the_roles_defaults(root: Path) -> None:
-    host = next(one for one in load(root / "inventory" / "lab") if one.name == "lab-llm")
-    assert "llm_servers" in host.groups
-    assert not [name for name, value in host.variables.items() if "{{" in str(value)]
-    assert LlmBox.of(host.variables).names()
-    assert not [name for name in host.variables if "token" in name]
-
-
-def test_a_limit_that_matches_nothing_is_said(root: Path) -> None:
-    with pytest.raises(InventoryUnreadable, match="nowhere"):
-        load(root / "inventory" / "lab", limit="nowhere")
 
 
 def test_refused_data_is_not_called_unreachable_and_names_the_command() -> None:

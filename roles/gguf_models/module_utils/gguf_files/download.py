@@ -211,8 +211,7 @@ class Fetcher:
                 f"{file.name}: wrong checksum: expected sha256 {file.sha256}, got {digest} from"
                 f" {file.path or shown(file.url or '')}; the partial file is removed, nothing was replaced;"
                 " fix: if the source is right, write the lock again (scripts/lock_models.py) or correct"
-                " gguf_models."
-                + file.model
+                " gguf_models." + file.model
             )
         self._put_in_place(file)
 
