@@ -18,7 +18,7 @@ from functools import partial
 from types import FrameType
 
 from lab import hosts, network, packages, root, sources, supervisor
-from lab.config import REPO_ROOT, SUDO_USER, SUITES, Lab, from_environment
+from lab.config import REPO_ROOT, SUDO_USER, SUITES, Lab, from_environment, typed
 from lab.inventory import inventory
 from lab.shell import LabError, in_parallel, remove_tree, say
 from lab.state import Claims, only_command
@@ -33,7 +33,8 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
     claims = Claims(lab.claims)
     if claims.suite not in (None, lab.suite):
         raise LabError(
-            f"lab {lab.name!r} runs {claims.suite}; fix: `python3 -m lab down`, or another LAB_NAME",
+            f"lab {lab.name!r} runs {claims.suite}; "
+            f"fix: `{typed('python3 -m lab down')}`, or another LAB_NAME",
             2,
         )
     claims.suite = lab.suite
@@ -98,7 +99,7 @@ def ssh(lab: Lab, name: str, command: list[str]) -> None:
     """Become an ssh session on a host."""
     host = lab.host(name)
     if not lab.ssh_key.exists():
-        raise LabError(f"lab {lab.name!r} is not up; fix: `python3 -m lab up`", 2)
+        raise LabError(f"lab {lab.name!r} is not up; fix: `{typed('python3 -m lab up')}`", 2)
     argv = ["ssh", *lab.ssh_options(), "-i", str(lab.ssh_key), f"{SUDO_USER}@{host.address}", *command]
     os.execvp("ssh", argv)  # noqa: S606 - a list, no shell
 
@@ -107,7 +108,7 @@ def start(lab: Lab, name: str) -> None:
     """Start a host that was powered off."""
     host = lab.host(name)
     if not root.made(lab, host):
-        raise LabError(f"{host.name} was never made; fix: `python3 -m lab up`", 2)
+        raise LabError(f"{host.name} was never made; fix: `{typed('python3 -m lab up')}`", 2)
     up(lab, [name])
 
 
@@ -183,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "lab: interrupted; `python3 -m lab up` goes on, `python3 -m lab down` removes everything",
+            f"lab: interrupted; `{typed('python3 -m lab up')}` goes on, "
+            f"`{typed('python3 -m lab down')}` removes everything",
             file=sys.stderr,
         )
         return 130

@@ -145,6 +145,12 @@ def third_octet(name: str) -> int:
     return 77 if name == DEFAULT_NAME else 100 + zlib.crc32(name.encode()) % 100
 
 
+def typed(words: str, name: str | None = None) -> str:
+    """A command as a person types it, so that it goes to the lab `name` (default: the one of LAB_NAME)."""
+    name = name or os.environ.get("LAB_NAME") or DEFAULT_NAME
+    return words if name == DEFAULT_NAME else f"LAB_NAME={name} {words}"
+
+
 def from_environment(environ: Mapping[str, str] = os.environ, suite: str | None = None) -> Lab:
     """Build the Lab that LAB_NAME, LAB_SUITE and XDG_CACHE_HOME describe.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab import root, source_server
-from lab.config import GIT_PORT, HTTP_PORT, REPO_ROOT, SUDO_USER, Host, Lab
+from lab.config import GIT_PORT, HTTP_PORT, REPO_ROOT, SUDO_USER, Host, Lab, typed
 from lab.shell import LabError, last_line, remove_tree, run, say
 from lab.state import Claims, write_atomically
 from lab.supervisor import Supervisor
@@ -152,7 +152,7 @@ def wait_for_ssh(lab: Lab, host: Host, alive: Callable[[], bool] = lambda: True,
 def reboot(lab: Lab, host: Host, supervisor: Supervisor) -> None:
     """Reboot a host in order, from inside, and wait until it answers again."""
     if not supervisor.alive(unit_of(lab, host.short)):
-        raise LabError(f"{host.name} does not run; fix: `python3 -m lab up`", 2)
+        raise LabError(f"{host.name} does not run; fix: `{typed('python3 -m lab up')}`", 2)
     before = wait_for_ssh(lab, host)
     begun = time.monotonic()
     ssh(lab, host, ["sudo", "systemctl", "reboot"])

@@ -26,7 +26,7 @@ import time
 import httpx
 from llama_common.problems import InventoryError
 
-from lab.config import DEFAULT_NAME, from_environment
+from lab.config import from_environment, typed
 from scripts._inventory import ROOT, InventoryUnreadable, environment, load
 from scripts._llm_box import GROUP, LlmBox
 
@@ -139,13 +139,12 @@ def main() -> None:
 
 def hints(lab: str, host: str, switch: str) -> str:
     """What to type next; each command goes to this very lab. `switch` runs the switcher on the host."""
-    chosen = "" if lab == DEFAULT_NAME else f"LAB_NAME={lab} "
     return f"""\
-  look around   {chosen}python3 -m lab ssh {host}
-  switch model  {chosen}python3 -m lab ssh {host} {switch} list
-  one screen    {chosen}.venv/bin/python scripts/fleet.py --inventory {INVENTORY}
-  run it again  {chosen}make lab          (changes nothing)
-  remove it     {chosen}make lab-down"""
+  look around   {typed(f"python3 -m lab ssh {host}", lab)}
+  switch model  {typed(f"python3 -m lab ssh {host} {switch} list", lab)}
+  one screen    {typed(f".venv/bin/python scripts/fleet.py --inventory {INVENTORY}", lab)}
+  run it again  {typed("make lab", lab)}          (changes nothing)
+  remove it     {typed("make lab-down", lab)}"""
 
 
 def run() -> int:

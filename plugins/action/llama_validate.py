@@ -45,10 +45,13 @@ class UnreadableError(Exception):
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """`llama_validate: {group: llama_hosts}`."""
+    """`llama_validate: {group: llama_hosts, children: [llm_servers, ocr_servers]}`.
+
+    A host of `children`, to which the roles go, must be in `group` and in one of them only.
+    """
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset({"group"})
+    _VALID_ARGS = frozenset({"group", "children"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Check every host of the group. The result fails when something is refused."""
@@ -59,9 +62,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         self._documents: dict[Path, Document] = {}
         lines = list(
             dict.fromkeys(
-                line
-                for host in dict.fromkeys([*hosts, *groups["all"]])
-                for line in self._refusals(host, variables["hostvars"], with_data=host in hosts)
+                [
+                    *self._misplaced(groups, hosts, variables["hostvars"]),
+                    *(
+                        line
+                        for host in dict.fromkeys([*hosts, *groups["all"]])
+                        for line in self._refusals(host, variables["hostvars"], with_data=host in hosts)
+                    ),
+                ]
             )
         )
         result.update(changed=False)
@@ -76,6 +84,29 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             count = "one problem" if len(lines) == 1 else f"{len(lines)} problems; -v shows them all"
             result.update(failed=True, msg=f"the inventory is refused, no host was contacted ({count})")
         return result
+
+    def _misplaced(self, groups: Mapping[str, list[str]], hosts: list[str], hostvars: Any) -> Iterator[str]:
+        """One line for each host that gets roles without its data being checked, or another group's data."""
+        group, children = self._task.args.get("group", "llama_hosts"), self._task.args.get("children", [])
+        inventory = shown(Path(hostvars._inventory._sources[0]))
+        for host in dict.fromkeys(host for child in children for host in groups.get(child, [])):
+            into = [child for child in children if host in groups.get(child, [])]
+            if host not in hosts:
+                problem = Problem(
+                    (into[0], "hosts", host),
+                    host,
+                    f"is in {into[0]}, but not in {group}, whose data it needs",
+                    f"make {into[0]} one of the children of {group}",
+                )
+                yield problem.line(inventory)
+            elif len(into) > 1:
+                problem = Problem(
+                    (into[0], "hosts", host),
+                    host,
+                    f"is in {' and in '.join(into)}: the llama_presets of one would replace the other's",
+                    "leave it in one of them",
+                )
+                yield problem.line(inventory)
 
     def _refusals(self, host: str, hostvars: Any, *, with_data: bool) -> Iterator[str]:
         """One line for each problem of one host: of the files' text first, then of names, then of values."""
@@ -172,11 +203,26 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         top = problem.path[0]
         if any(top in str(text) for text in context.CLIARGS.get("extra_vars") or ()):
             return located.line("--extra-vars")
+        own = hostvars._inventory.get_host(
+            host
+        ).vars  # beside its name in the list of hosts: beats group_vars
         for file in reversed(files):
+            if top in own and "host_vars" not in (file.parent.name, file.parent.parent.name):
+                break
             line = self._document(file).line(problem.path)
             if line is not None:
                 return located.line(f"{shown(file)}:{line}")
+        for file in self._host_lists(hostvars) if top in own else ():
+            line = self._document(file).line_of_host(host, problem.path)
+            if line is not None:
+                return located.line(f"{shown(file)}:{line}")
         return located.line(f"{inventory} ({host})")
+
+    def _host_lists(self, hostvars: Any) -> Iterator[Path]:
+        """The YAML files of the inventory that name hosts."""
+        for source in map(Path, hostvars._inventory._sources):
+            files = sorted(source.iterdir()) if source.is_dir() else [source]
+            yield from (file for file in files if file.suffix in (".yml", ".yaml") and file.is_file())
 
 
 def _resolve(value: Any, path: tuple[str, ...], templar: Any) -> Any:

@@ -290,6 +290,46 @@ def test_a_later_file_wins_and_is_named(tmp_path: Path, bait: Bait) -> None:
     assert f"refused: {override}:2: llama_presets_listen" in refusals(run)[0]
 
 
+def test_a_value_beside_the_name_of_a_host_wins_and_is_named(tmp_path: Path, bait: Bait) -> None:
+    """It overrides group_vars, where the same key is sound."""
+    files = broken.inventory()
+    broken.role("llm_gateway_listen", ["127.0.0.1"])(files)
+    broken.write(files, tmp_path, bait.variables)
+    (tmp_path / "more.yml").write_text("llm_servers:\n  hosts:\n    box:\n      llm_gateway_listen: [foo]\n")
+    (line,) = refusals(ansible_playbook(PLAYBOOK, inventory=tmp_path, timeout=TIMEOUT_S))
+    assert f'refused: {tmp_path / "more.yml"}:4: llm_gateway_listen.0 = "foo"' in line
+
+
+@pytest.mark.parametrize(
+    ("hosts", "said"),
+    [
+        (
+            "{llm_servers: {hosts: {box: }}, llama_hosts: {children: {ocr_servers: {hosts: {ocr-box: }}}}}",
+            'llm_servers.hosts.box = "box": is in llm_servers, but not in llama_hosts, whose data it needs; '
+            "fix: make llm_servers one of the children of llama_hosts",
+        ),
+        (
+            "{llama_hosts: {children: {llm_servers: {hosts: {box: }}, ocr_servers: {hosts: {box: }}}}}",
+            'llm_servers.hosts.box = "box": is in llm_servers and in ocr_servers: the llama_presets of one '
+            "would replace the other's; fix: leave it in one of them",
+        ),
+        (
+            "{llm_servers: {hosts: {box: {}}}}",
+            "is in llm_servers, but not in llama_hosts",
+        ),
+    ],
+    ids=["outside", "in both", "no such group"],
+)
+def test_a_host_in_the_wrong_groups_is_refused(tmp_path: Path, bait: Bait, hosts: str, said: str) -> None:
+    """Its data would go unchecked, or be another group's."""
+    broken.write(broken.inventory(), tmp_path, bait.variables)
+    (tmp_path / "hosts.yml").write_text(f"all:\n  children: {hosts}\n")
+    run = ansible_playbook(PLAYBOOK, inventory=tmp_path, timeout=TIMEOUT_S)
+    (line,) = refusals(run)
+    assert run.rc != 0 and f"refused: {tmp_path}: " in line and said in line
+    assert bait.touched() == []
+
+
 def test_the_lab_s_inventory_passes() -> None:
     """The data that `make lab` works with."""
     assert refusals(ansible_playbook(PLAYBOOK, timeout=TIMEOUT_S).check()) == []

@@ -609,6 +609,7 @@ CASES = (
     ),
     Case("embeddings-only", extra("--embedding"), f"{EXTRA}.0", "answers chats", "remove it"),
     Case("reranking-only", extra("--reranking"), f"{EXTRA}.0", "answers chats", "remove it"),
+    Case("server-files", extra("--media-path", "/"), f"{EXTRA}.0", "files of this box", "remove it"),
     Case("server-tools", extra("--tools", "all"), f"{EXTRA}.0", "run commands", "remove it"),
     Case("server-agent", extra("-ag"), f"{EXTRA}.0", "run commands", "remove it"),
     Case("server-mcp", extra("--mcp-servers-json", "{}"), f"{EXTRA}.0", "run commands", "remove it"),

@@ -137,6 +137,49 @@ def test_the_command_of_a_drop_in_stays(box: Box, line: str, restarted: list[str
     assert box.dry_run(["sleep", "61"], on_disk=RUNS)["restart"] == restarted
 
 
+@pytest.mark.parametrize(
+    ("read", "restarted"),
+    [
+        (["sleep", "$$HOME"], ["coder"]),  # our own escape of a dollar
+        (["sleep", "$HOME"], []),  # what it becomes nobody but systemd knows
+    ],
+)
+def test_a_dollar_in_the_command(box: Box, read: list[str], restarted: list[str]) -> None:
+    box.read = read
+    assert box.dry_run(["sleep", "$HOME"], on_disk=["sleep", "$HOME"])["restart"] == restarted
+
+
+def test_a_dollar_that_runs_as_written_is_no_change(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sh", "-c", "sleep 60; :", "$HOME"]) as process:
+        box.pid = process.pid
+        box.read = ["sh", "-c", "sleep 60; :", "$$HOME"]
+        until = time.monotonic() + 5
+        while "$HOME" not in Path(f"/proc/{process.pid}/cmdline").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        command = ["sh", "-c", "sleep 60; :", "$HOME"]
+        assert box.dry_run(command, on_disk=command)["restart"] == []
+        process.kill()
+
+
+def test_a_preset_that_is_gone_is_stopped_before_its_unit_is_removed(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (box.units / UNIT).write_text(text_of(RUNS))
+    order: list[tuple[str, bool]] = []
+
+    def systemctl(_self: object, *argv: str) -> SimpleNamespace:
+        order.append((" ".join(argv), (box.units / UNIT).exists()))
+        return SimpleNamespace(stdout="", stderr="", returncode=0)
+
+    monkeypatch.setattr(module.Scope, "systemctl", systemctl)
+    scope = module.Scope(None, box.units, {})
+    scope.read()
+    scope.write()
+    assert not (box.units / UNIT).exists()
+    assert (f"stop {UNIT}", True) in order
+
+
 @pytest.mark.parametrize("mode", [0o666, 0o600, 0o755])
 def test_a_unit_with_another_mode_is_a_change_and_restarts_nothing(box: Box, mode: int) -> None:
     box.mode = mode

@@ -217,6 +217,16 @@ def test_list_shows_every_preset(box: Box) -> None:
     assert box.lmswitch("list").stdout.count("\n") == 4
 
 
+def test_a_reader_that_has_enough_is_no_traceback(box: Box) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(
+            box.command("list"), env=box.environment, stdout=closed, stderr=subprocess.PIPE, timeout=30
+        )
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_logs_of_nothing_says_what_to_type(box: Box) -> None:
     done = box.lmswitch("logs")
     assert done.returncode == 1 and "lmswitch logs PRESET" in done.stderr

@@ -44,3 +44,22 @@ def test_odd_yaml_is_one_line(text: str, line: str) -> None:
 )
 def test_what_ansible_reads_is_left_to_it(text: str) -> None:
     assert Document.read(text).problems == ()
+
+
+def test_a_variable_beside_the_name_of_a_host_is_found() -> None:
+    text = """\
+all:
+  children:
+    box: {hosts: {other: {}}}
+    llm_servers:
+      hosts:
+        other: {llm_gateway_listen: [bar]}
+        box:
+          llm_gateway_listen:
+            - foo
+"""
+    document = Document.read(text)
+    assert document.line_of_host("box", ["llm_gateway_listen", "0"]) == 9
+    assert document.line_of_host("box", ["llama_presets"]) is None
+    assert document.line_of_host("nobody", ["llm_gateway_listen"]) is None
+    assert Document.read("").line_of_host("box", ["x"]) is None

@@ -245,7 +245,11 @@ class Scope:
             own = any(map(sets_command, values.get("DropInPaths", "").split()))
             if to_read and name in written and not own:
                 command = " ".join(written[name])
-            if values.get("ActiveState") != "active" or not command or "$" in command:
+            elif "$" in command.replace("$$", ""):  # a variable, which only systemd knows
+                continue
+            else:
+                command = command.replace("$$", "$")
+            if values.get("ActiveState") != "active" or not command:
                 continue
             with contextlib.suppress(OSError):
                 argv = Path(f"/proc/{values['MainPID']}/cmdline").read_text(errors="replace")

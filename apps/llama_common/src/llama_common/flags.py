@@ -93,6 +93,7 @@ FIXED: Final[dict[str, tuple[str, ...]]] = {
         "--ui-mcp-proxy",
         "--webui-mcp-proxy",
     ),
+    "it gives files of this box to whoever reaches the port": ("--path", "--media-path"),
     "a unit's command line can be read by every user of the box": ("--api-key", "-hft", "--hf-token"),
     "it prints something and exits instead of serving": (
         "-h",

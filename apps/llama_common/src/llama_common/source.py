@@ -84,14 +84,15 @@ class Document:
 
     def line(self, path: Sequence[str]) -> int | None:
         """The line of the deepest part of `path` that is there; None when not even its first key is."""
-        found = None
-        node = self.root
-        for step in path:
-            mark, node = _child(node, step)
-            if mark is None:
-                break
-            found = mark.line + 1
-        return found
+        return _line(self.root, path)
+
+    def line_of_host(self, host: str, path: Sequence[str]) -> int | None:
+        """The same in a list of hosts, below `hosts: {HOST: ...}` of whatever group."""
+        for node in _hosts(self.root, set()):
+            mark, variables = _child(node, host)
+            if mark is not None and (line := _line(variables, path)) is not None:
+                return line
+        return None
 
 
 def locked(path: Sequence[str]) -> Problem:
@@ -110,6 +111,28 @@ def shown(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def _line(node: yaml.Node | None, path: Sequence[str]) -> int | None:
+    found = None
+    for step in path:
+        mark, node = _child(node, step)
+        if mark is None:
+            break
+        found = mark.line + 1
+    return found
+
+
+def _hosts(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.Node]:
+    """The mappings below every key `hosts` of a tree."""
+    if not isinstance(node, yaml.MappingNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    for key, value in node.value:
+        if key.value == "hosts":
+            yield value
+        else:
+            yield from _hosts(value, seen)
 
 
 def _child(node: yaml.Node | None, step: str) -> tuple[yaml.Mark | None, yaml.Node | None]:

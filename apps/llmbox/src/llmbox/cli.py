@@ -85,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     options = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return run(options)
+        code = run(options)
+        sys.stdout.flush()  # here, where a reader that has gone is no traceback
+        return code
     except LlmboxError as error:
         if options.json:
             print(json.dumps({"ok": False, "message": str(error)}), flush=True)
