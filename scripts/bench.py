@@ -6,7 +6,7 @@
 Three things in turn, N times: site.yml on hosts that need nothing (`changed=0`, otherwise it is no
 measurement), a play that runs as many `stat` tasks on each host as site.yml ran tasks there, and
 `ansible all -m ping`. While site.yml runs, the memory of its whole process tree on this machine is sampled.
-Writes site-noop.md and site-noop.svg.
+Writes site-noop.md and site-noop.png.
 Exit codes: 0 written, 2 could not measure (one line says why).
 """
 
@@ -79,10 +79,9 @@ class Series:
         """The median."""
         return median(self.seconds[what])
 
-    def bar(self, what: str) -> Bar:
+    def bars(self) -> list[Bar]:
         """For the chart."""
-        values = self.seconds[what]
-        return Bar(what, min(values), median(values), max(values))
+        return [Bar.of(what, values) for what, values in self.seconds.items()]
 
 
 # --- memory of a process tree ---
@@ -240,16 +239,17 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
+    """The commit that was measured, and whether files differ from it (benchmark pages apart)."""
+    head, changed = (
+        subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        ).stdout.strip()
+        for words in (
+            ["rev-parse", "--short=12", "HEAD"],
+            ["status", "--porcelain", "--", ".", ":!docs/benchmarks"],
+        )
     )
-    return done.stdout.strip()
+    return f"{head} with uncommitted changes" if changed else head
 
 
 def verdict(value: float, bar: float) -> str:
@@ -275,7 +275,7 @@ def page(
         f"`make bench` writes this page. Commit {revision}, {day}. {where}; the lab runs on it too.",
         f"{repetitions} repetitions, the three in turn, after one run to warm up.",
         "",
-        "![Seconds of each run](site-noop.svg)",
+        "![Seconds of each run](site-noop.png)",
         "",
         "| run | fastest | median | slowest | ratio to stat |",
         "|---|---:|---:|---:|---:|",
@@ -332,9 +332,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     day = time.strftime("%Y-%m-%d", time.gmtime())
     text = page(series, tasks, memory, where=where, revision=commit(), day=day)
     (args.output / "site-noop.md").write_text(text)
-    bars = [series.bar(what) for what in series.seconds]
-    chart = bar_chart("A no-op site.yml beside as many stat tasks", "s", bars)
-    (args.output / "site-noop.svg").write_text(chart)
+    chart = bar_chart("A no-op site.yml beside as many stat tasks", "s", series.bars())
+    (args.output / "site-noop.png").write_bytes(chart)
     print(text)
     return 0
 

@@ -7,7 +7,7 @@ overhead: small requests on 8 connections, straight to llama-server's socket and
 one stream each way in turn; the gateway's memory with idle connections open. switch: a request that names the
 other preset, to its first token, through the gateway and through llama-server's own router (the same binary,
 flags and files, both in memory) in turn. cold: the same with the new model's file evicted first, with and
-without prefetch. Writes gateway.md and gateway.svg.
+without prefetch. Writes gateway.md and gateway.png.
 Exit codes: 0 written, 2 could not measure (one line says why).
 """
 
@@ -192,7 +192,7 @@ def overhead_lines(found: dict[str, Any]) -> tuple[list[str], list[Bar]]:
     for way in ("direct", "gateway"):
         each = [quantile(pair[way], 0.5) * 1000 for pair in found["latency"]]
         rows.append(f"| latency p50, {way}, ms | {spread(each)} | | |")
-        bars.append(Bar(f"/tokenize p50, {way}", min(each), median(each), max(each)))
+        bars.append(Bar.of(f"/tokenize p50, {way}", each))
     ratios = [pair["gateway"] / pair["direct"] for pair in found["stream"]]
     rows.append(
         f"| streamed tok/s, gateway to direct | {spread(ratios, 3)} | >= {STREAM_BAR:g} "
@@ -225,8 +225,8 @@ def switch_lines(found: dict[str, Any]) -> tuple[list[str], list[Bar]]:
         f"| {verdict(ratio, SWITCH_BAR)} |",
         f"| ratio in each pair | {spread(pairs)} | | |",
     ], [
-        Bar("switch, gateway", min(gateway) * 1000, median(gateway) * 1000, max(gateway) * 1000),
-        Bar("switch, router mode", min(router) * 1000, median(router) * 1000, max(router) * 1000),
+        Bar.of("switch, gateway", [seconds * 1000 for seconds in gateway]),
+        Bar.of("switch, router mode", [seconds * 1000 for seconds in router]),
     ]
 
 
@@ -242,11 +242,7 @@ def cold_lines(found: dict[str, Any]) -> tuple[list[str], list[Bar]]:
             f"| {verdict(sign * median(shares), sign * bar)} |",
             f"| cold file {name} prefetch: to first token, s | {spread(seconds)} | | |",
         ]
-        bars.append(
-            Bar(
-                f"cold file {name} prefetch", min(seconds) * 1000, median(seconds) * 1000, max(seconds) * 1000
-            )
-        )
+        bars.append(Bar.of(f"cold file {name} prefetch", [second * 1000 for second in seconds]))
     return rows, bars
 
 
@@ -265,7 +261,7 @@ def page(rows: Sequence[str], *, where: str, revision: str, day: str) -> str:
         f"`make bench` writes this page. Commit {revision}, {day}. {where}; clients run on it too.",
         "Figures are min / median / max; what is compared was measured in turn.",
         "",
-        "![Milliseconds](gateway.svg)",
+        "![Milliseconds](gateway.png)",
         "",
         "| what | measured | bar | |",
         "|---|---:|---:|---|",
@@ -315,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.only is None:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "gateway.md").write_text(text)
-        (args.output / "gateway.svg").write_text(bar_chart("The gateway beside llama-server", "ms", bars))
+        (args.output / "gateway.png").write_bytes(bar_chart("The gateway beside llama-server", "ms", bars))
     return 0
 
 

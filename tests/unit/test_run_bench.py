@@ -1,14 +1,13 @@
-"""The benchmark's arithmetic and its chart."""
+"""The benchmark's arithmetic."""
 
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
-from scripts import _chart, bench
+from scripts import bench
 
 RECAP = """PLAY RECAP *****
 lab-llm   : ok=21   changed=0    unreachable=0    failed=0    skipped=7    rescued=0    ignored=0
@@ -73,16 +72,6 @@ def test_the_page_says_what_was_measured_and_whether_the_bars_were_met() -> None
     assert "2.20 x | **not met**" in text
     assert "11.0 s | met" in text
     assert "200 MB RSS, 100 MB PSS | met" in text
-
-
-def test_the_chart_is_svg_with_one_bar_each() -> None:
-    bars = [_chart.Bar("a & b", 1, 2, 4), _chart.Bar("c", 1, 1, 1)]
-    tree = ET.fromstring(_chart.bar_chart("t", "s", bars))  # noqa: S314  the chart is our own
-    widths = [float(item.get("width", 0)) for item in tree.iter("{http://www.w3.org/2000/svg}rect")][1:]
-    assert len(widths) == 2
-    assert widths[0] == pytest.approx(2 * widths[1], abs=0.2)
-    with pytest.raises(ValueError, match="positive"):
-        _chart.bar_chart("t", "s", [])
 
 
 def test_memory_of_a_process_is_read() -> None:
