@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ from llmbox import cli, status
 from llmbox.lock import held
 from llmbox.presets import PresetsFile
 from llmbox.systemd import UnitState
+
+from tests.unit.fake_manager import FakeManager
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PRESET: dict[str, Any] = {
@@ -33,7 +36,7 @@ PRESET: dict[str, Any] = {
     "command": [f"/opt/llama.cpp/upstream/releases/{COMMIT}-ab12/bin/llama-server"],
 }
 SYSTEMCTL = """#!/bin/sh
-# systemctl's stand-in: keeps the name of the active unit in a file; a start of llama-bad.service fails.
+# systemctl's stand-in: the name of the active unit is in a file.
 shift
 case $1 in
 show)
@@ -43,12 +46,6 @@ show)
     state=inactive; [ "$(cat "$HERE/active")" = "$unit" ] && state=active
     printf 'LoadState=loaded\\nActiveState=%s\\nSubState=running\\nResult=success\\nMainPID=0\\n\\n' $state
   done ;;
-start)
-  [ -n "$SLOW" ] && sleep "$SLOW"
-  [ "$2" = --no-block ] && shift
-  if [ "$2" = llama-bad.service ]; then echo 'Job for llama-bad.service failed.' >&2; exit 1; fi
-  echo "$2" > "$HERE/active" ;;
-stop) [ "$(cat "$HERE/active")" = "$2" ] && : > "$HERE/active" ;;
 esac
 exit 0
 """
@@ -59,9 +56,9 @@ class Box:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "systemd").mkdir()
-        (folder / "systemd/private").touch()
         (folder / "active").write_text("")
+        self.manager = FakeManager(folder, up=(folder / "active").write_text)
+        self.manager.results["llama-bad.service"] = "failed"
         (folder / "systemctl").write_text(SYSTEMCTL)
         (folder / "systemctl").chmod(0o755)
         presets = {
@@ -115,9 +112,11 @@ class Box:
 
 
 @pytest.fixture
-def box(tmp_path: Path) -> Box:
+def box(tmp_path: Path) -> Iterator[Box]:
     """A box with nothing active."""
-    return Box(tmp_path)
+    made = Box(tmp_path)
+    yield made
+    made.manager.close()
 
 
 def test_a_switch_by_alias(box: Box) -> None:
@@ -136,8 +135,9 @@ def test_a_failed_switch_exits_1_with_what_serves(box: Box) -> None:
     done = box.lmswitch("--json", "bad")
     answer = json.loads(done.stdout)
     assert done.returncode == 1
-    assert answer["serving"] == "coder" and answer["reason"] == ["Job for llama-bad.service failed."]
-    assert "Job for llama-bad.service failed." in done.stderr
+    why = "the start of llama-bad.service ended as 'failed'"
+    assert answer["serving"] == "coder" and answer["reason"] == [why]
+    assert why in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,9 @@ def test_looking_needs_no_lock(box: Box) -> None:
 
 def test_ctrl_c_goes_back_and_exits_1(box: Box) -> None:
     box.lmswitch("coder")
-    environment = {**box.environment, "SLOW": "1"}
+    box.manager.slow["llama-bad.service"] = 1
     with subprocess.Popen(
-        box.command("bad"), env=environment, stderr=subprocess.PIPE, text=True
+        box.command("bad"), env=box.environment, stderr=subprocess.PIPE, text=True
     ) as switching:
         assert switching.stderr is not None
         assert "bad" in switching.stderr.readline()  # it says something: the switch is under way

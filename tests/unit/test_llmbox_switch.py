@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from llmbox.presets import PresetsFile
 from llmbox.switch import Interrupted, Switcher
-from llmbox.systemd import UnitState
+from llmbox.systemd import Process, UnitState
 
 FOREIGN = "lmstudio.service"
 
@@ -68,6 +68,12 @@ class FakeSystemd:
     def show(self, units: list[str]) -> dict[str, UnitState]:
         """States by unit."""
         return {unit: self.states[unit] for unit in units}
+
+    look = show
+
+    def process(self, unit: str) -> Process:
+        """The process of a unit that is up."""
+        return Process(4711 if self.states[unit].active == "active" else 0, 1.5)
 
     def reset_failed(self, unit: str) -> None:
         """Clear the unit's start limit."""
@@ -160,6 +166,7 @@ def make(systemd: FakeSystemd, health: str = "ok") -> tuple[Switcher, Notes]:
 def test_switch_starts_the_unit_after_clearing_its_start_limit(systemd: FakeSystemd) -> None:
     outcome = make(systemd)[0].switch("coder")
     assert outcome.ok and outcome.changed and outcome.serving == "coder"
+    assert outcome.process == Process(4711, 1.5)
     assert systemd.calls.index("reset-failed llama-coder.service") < systemd.calls.index(
         "start llama-coder.service"
     )

@@ -1,15 +1,18 @@
-"""systemd's words turned into states, and systemctl as a subprocess: a stand-in on PATH answers."""
+"""systemd's words turned into states; stand-ins answer for its socket, and on PATH for its programs."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llmbox import bus
 from llmbox.errors import LlmboxError, UsageError
 from llmbox.systemd import (
     WAIT_PREFIX,
+    Process,
     Systemd,
     UnitState,
     journal_command,
@@ -17,6 +20,8 @@ from llmbox.systemd import (
     parse_show,
     runtime_dir,
 )
+
+from tests.unit.fake_manager import FakeManager
 
 FAILED = """Id=llama-coder.service
 LoadState=loaded
@@ -36,6 +41,14 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder at the front of PATH; programs written there answer instead of systemd's."""
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     return tmp_path
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[FakeManager]:
+    """A service manager on the socket of a runtime directory."""
+    fake = FakeManager(tmp_path)
+    yield fake
+    fake.close()
 
 
 def program(folder: Path, name: str, body: str) -> None:
@@ -82,10 +95,33 @@ def test_a_server_that_was_stopped_for_not_being_ready_is_no_failure_of_its_own(
     assert parse_show("x", block).ending == "it did not become ready"
 
 
-def test_the_start_limit_of_the_unit_is_cleared(stand_in: Path) -> None:
-    program(stand_in, "systemctl", f'echo "$@" >> {stand_in}/calls')
-    Systemd(stand_in).reset_failed("llama-coder.service")
-    assert (stand_in / "calls").read_text() == "--user reset-failed llama-coder.service\n"
+def test_the_start_limit_of_the_unit_is_cleared(manager: FakeManager, tmp_path: Path) -> None:
+    Systemd(tmp_path).reset_failed("llama-coder.service")
+    assert manager.calls == [("ResetFailedUnit", "llama-coder.service")]
+    manager.refuses["gone.service"] = "Unit gone.service not loaded."
+    Systemd(tmp_path).reset_failed("gone.service")
+
+
+def test_a_look_tells_what_each_unit_does(manager: FakeManager, tmp_path: Path) -> None:
+    manager.active, manager.missing = "b.service", {"c.service"}
+    states = Systemd(tmp_path).look(["a.service", "b.service", "c.service"])
+    assert {unit: (state.load, state.active) for unit, state in states.items()} == {
+        "a.service": ("loaded", "inactive"),
+        "b.service": ("loaded", "active"),
+        "c.service": ("not-found", "inactive"),
+    }
+
+
+def test_begin_comes_before_systemd_answers(manager: FakeManager, tmp_path: Path) -> None:
+    """Otherwise it may come in one read with the first call, and systemd 252 never looks at that one."""
+    Systemd(tmp_path).look([])
+    assert manager.greeting.startswith(b"\0AUTH EXTERNAL ") and manager.greeting.endswith(b"\r\nBEGIN\r\n")
+
+
+def test_the_process_of_a_unit_and_when_it_began(manager: FakeManager, tmp_path: Path) -> None:
+    assert Systemd(tmp_path).process("a.service") == Process(4711, 5.25)
+    manager.refuses["gone.service"] = "Unit gone.service not loaded."
+    assert Systemd(tmp_path).process("gone.service").pid == 0
 
 
 def test_show_reads_every_unit_in_order(stand_in: Path) -> None:
@@ -102,31 +138,62 @@ def test_show_says_why_systemd_does_not_answer(stand_in: Path) -> None:
         Systemd(stand_in).show(["a"])
 
 
-def test_start_waits_ticks_and_tells_the_first_line(stand_in: Path) -> None:
-    program(stand_in, "systemctl", "sleep 0.5; printf '\\nJob failed.\\nSee more\\n' >&2; exit 1")
+def test_start_waits_for_its_own_job_and_ticks(manager: FakeManager, tmp_path: Path) -> None:
+    manager.slow["a"] = 0.35
     ticks: list[float] = []
-    said = Systemd(stand_in).start("a", timeout_s=10, on_tick=lambda: ticks.append(time.monotonic()))
-    assert said == "Job failed." and len(ticks) >= 2
+    systemd = Systemd(tmp_path)
+    assert systemd.start("a", timeout_s=10, on_tick=lambda: ticks.append(time.monotonic())) == ""
+    assert len(ticks) >= 2 and manager.active == "a"
+    assert systemd.start("a", timeout_s=10, restart=True) == "" and systemd.stop("a", timeout_s=10) == ""
+    assert [call[0] for call in manager.calls] == ["StartUnit", "RestartUnit", "StopUnit"]
+    assert manager.active == ""
 
 
-def test_start_has_a_deadline(stand_in: Path) -> None:
-    program(stand_in, "systemctl", "exec sleep 60")
+@pytest.mark.parametrize("result", ["failed", "timeout", "canceled", "dependency"])
+def test_a_job_that_is_not_done_is_told(manager: FakeManager, tmp_path: Path, result: str) -> None:
+    manager.results["a"] = result
+    assert Systemd(tmp_path).start("a", timeout_s=10) == f"the start of a ended as '{result}'"
+
+
+def test_a_start_that_a_condition_skips_is_no_failure(manager: FakeManager, tmp_path: Path) -> None:
+    manager.results["a"] = "skipped"
+    assert Systemd(tmp_path).start("a", timeout_s=10) == ""
+
+
+def test_a_refusal_is_in_systemd_s_own_words(manager: FakeManager, tmp_path: Path) -> None:
+    manager.refuses["a"] = "Unit a is masked."
+    assert Systemd(tmp_path).start("a", timeout_s=10) == "Unit a is masked."
+    Systemd(tmp_path).start_soon("a")
+
+
+def test_start_has_a_deadline(manager: FakeManager, tmp_path: Path) -> None:
+    manager.slow["a"] = 1
     began = time.monotonic()
-    assert "did not return" in Systemd(stand_in).start("a", timeout_s=0.3)
-    assert time.monotonic() - began < 5
+    assert "did not end in" in Systemd(tmp_path).start("a", timeout_s=0.2)
+    assert time.monotonic() - began < 0.9
 
 
-def test_an_interrupted_start_leaves_no_client_behind(stand_in: Path) -> None:
-    program(stand_in, "systemctl", f"echo $$ > {stand_in}/pid; exec sleep 60")
+def test_an_interrupted_start_goes_on_inside_systemd(manager: FakeManager, tmp_path: Path) -> None:
+    manager.slow["a"] = 0.3
 
     def interrupt() -> None:
-        if (stand_in / "pid").is_file() and (stand_in / "pid").read_text().strip():
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Systemd(stand_in).start("a", timeout_s=30, on_tick=interrupt)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((stand_in / "pid").read_text()), 0)
+        Systemd(tmp_path).start("a", timeout_s=30, on_tick=interrupt)
+    assert manager.calls == [("StartUnit", "a", "replace")]
+
+
+def test_a_manager_that_is_gone_or_hangs_is_one_line(
+    manager: FakeManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.hangs = True
+    monkeypatch.setattr(bus, "CALL_TIMEOUT_S", 0.2)
+    with pytest.raises(LlmboxError, match="does not answer: not in"):
+        Systemd(tmp_path).look(["a"])
+    manager.close()
+    with pytest.raises(LlmboxError, match=r"does not answer: .*refused"):
+        Systemd(tmp_path).look(["a"])
 
 
 def test_last_lines_leave_out_health_requests(stand_in: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llmbox.presets import BoxPreset, PresetsFile
-from llmbox.systemd import UnitState
+from llmbox.systemd import Process, UnitState
 
 REASON_LINES = 12
 MARGIN_S = 20.0
@@ -27,6 +27,8 @@ class Manager(Protocol):
     """What a switch needs of systemd (llmbox.systemd.Systemd, or a fake)."""
 
     def show(self, units: list[str]) -> Mapping[str, UnitState]: ...
+    def look(self, units: list[str]) -> Mapping[str, UnitState]: ...
+    def process(self, unit: str) -> Process: ...
     def reset_failed(self, unit: str) -> None: ...
     def start(
         self, unit: str, *, timeout_s: float, restart: bool = False, on_tick: Callable[[], None] = ...
@@ -57,7 +59,7 @@ class Outcome:
     changed: bool = False
     seconds: float = 0.0
     reason: list[str] = field(default_factory=list)
-    state: UnitState | None = None  # of the preset that is ready now
+    process: Process | None = None  # of the preset that has just become ready
 
     def as_json(self) -> dict[str, object]:
         """The object that --json prints."""
@@ -93,7 +95,7 @@ class Switcher:
         """Whether this preset is up and answers."""
         wanted = self.presets.presets[name]
         return (
-            self.manager.show([wanted.unit])[wanted.unit].active == "active"
+            self.manager.look([wanted.unit])[wanted.unit].active == "active"
             and self.health(wanted.listen) == "ok"
         )
 
@@ -101,7 +103,7 @@ class Switcher:
         """Make `name` the preset that serves. Going to the one that is ready already changes nothing."""
         wanted = self.presets.presets[name]
         began = self.clock()
-        states = self.manager.show(self._units())
+        states = self.manager.look(self._units())
         former = self._occupant(states)
         state = states[wanted.unit]
         if state.load == "not-found":
@@ -123,18 +125,18 @@ class Switcher:
         except Interrupted:
             return self._give_up(wanted, back_to, began)
         if not said:
-            states = self.manager.show([wanted.unit, *([back_to] if back_to else [])])
-            if back_to and states[back_to].failed:  # killed because it did not stop in time
+            if back_to and self.manager.look([back_to])[back_to].failed:  # killed: it did not stop in time
                 self.manager.reset_failed(back_to)
+            process = self.manager.process(wanted.unit)
             seconds = self.clock() - began
             message = f"{name} is ready ({seconds:.1f} s)"
-            return Outcome(True, message, name, name, True, seconds, state=states[wanted.unit])
+            return Outcome(True, message, name, name, True, seconds, process=process)
         return self._failed(wanted, back_to, began, said)
 
     def off(self) -> Outcome:
         """Stop whatever preset is up, and any that waits to be restarted."""
         began = self.clock()
-        states = self.manager.show(self._preset_units())
+        states = self.manager.look(self._preset_units())
         stopped = []
         for unit, state in states.items():
             if not (state.occupied or state.failed):
@@ -149,7 +151,7 @@ class Switcher:
             self.manager.reset_failed(unit)
         seconds = self.clock() - began
         if not stopped:
-            foreign = self._occupant(self.manager.show(self._units()))
+            foreign = self._occupant(self.manager.look(self._units()))
             if foreign:
                 left = (
                     f"off: no preset was running; {foreign} is, stop it with: systemctl --user stop {foreign}"
@@ -163,7 +165,7 @@ class Switcher:
     def sleep(self) -> Outcome:
         """Stop the active preset, then suspend the machine; when it refuses, go back to what was serving."""
         began = self.clock()
-        former = self._occupant(self.manager.show(self._units()))
+        former = self._occupant(self.manager.look(self._units()))
         stopped = self.off()
         if not stopped.ok:
             return stopped
@@ -206,8 +208,8 @@ class Switcher:
         return self.manager.start(wanted.unit, timeout_s=limit, restart=restart, on_tick=tick)
 
     def _doing(self, wanted: BoxPreset, former: str | None) -> str:
-        """What is going on, in words: it costs one `systemctl show` and at most one request."""
-        if former and self.manager.show([former])[former].occupied:
+        """What is going on, in words: it costs one look and at most one request."""
+        if former and self.manager.look([former])[former].occupied:
             return f"stopping {self._name(former)}"
         return {"ok": "ready", "loading": "loading the model", "silent": "starting"}[
             self.health(wanted.listen)

@@ -1,4 +1,5 @@
-"""Control of the user's service manager: `systemctl --user` and `journalctl` as subprocesses, timed."""
+"""Control of the user's service manager, timed: its private socket, and where a moment more is no matter the
+programs `systemctl --user` and `journalctl`."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmbox.bus import PROPERTIES_INTERFACE, Bus, Refused
 from llmbox.errors import LlmboxError, UsageError
 
 COMMAND_TIMEOUT_S = 30
@@ -18,10 +21,20 @@ WAIT_PREFIX = "llmbox-wait-ready:"
 NOISE_FACTOR = 20
 PROPERTIES = (
     "Id,LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ActiveEnterTimestamp,StateChangeTimestamp,"
-    "ExecMainCode,ExecMainStatus,ExecMainPID,ExecMainStartTimestamp,ExecMainStartTimestampMonotonic"
+    "ExecMainCode,ExecMainStatus,ExecMainPID,ExecMainStartTimestamp"
 )
 _SIGNALED = {"2", "3"}  # CLD_KILLED, CLD_DUMPED
 _STOPPED = {"15", "9"}  # SIGTERM, SIGKILL
+_DONE = {"done", "skipped"}  # skipped: by a condition that somebody gave the unit
+SERVICE = "org.freedesktop.systemd1.Service"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, and when it was started on the monotonic clock, in seconds."""
+
+    pid: int
+    started_s: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,6 @@ class UnitState:
     ending: str = ""
     last_pid: int = 0
     last_start_s: float = 0.0
-    last_start_monotonic_s: float = 0.0
 
     @property
     def occupied(self) -> bool:
@@ -70,6 +82,7 @@ class Systemd:
     """The service manager of the user whose runtime directory is given."""
 
     def __init__(self, runtime: Path) -> None:
+        self.runtime = runtime
         self.environment = {
             # Without the gateway's own notification socket, on which systemctl would answer too.
             **{name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
@@ -90,9 +103,33 @@ class Systemd:
         blocks = done.stdout.strip("\n").split("\n\n")
         return {name: parse_show(name, block) for name, block in zip(names, blocks, strict=True)}
 
+    def look(self, units: Iterable[str]) -> dict[str, UnitState]:
+        """The same in a moment, but only whether each unit is there and what it does: load, active, sub."""
+        names = list(units)
+        with Bus(self.runtime) as bus:
+            (rows,) = bus.call("ListUnitsByNames", "as", names)
+        return {
+            name: UnitState(name, load=load, active=active, sub=sub)
+            for name, (_, _, load, active, sub, *_) in zip(names, rows, strict=True)
+        }
+
+    def process(self, unit: str) -> Process:
+        """The main process of a unit; PID 0 when it has none any more."""
+        with Bus(self.runtime) as bus:
+            try:
+                (path,) = bus.call("GetUnit", "s", unit)
+            except Refused:
+                return Process(0, 0.0)
+            pid, started = (
+                bus.call("Get", "ss", SERVICE, name, at=(path, PROPERTIES_INTERFACE))[0][1]
+                for name in ("MainPID", "ExecMainStartTimestampMonotonic")
+            )
+        return Process(pid, started / 1e6)
+
     def reset_failed(self, unit: str) -> None:
         """Clear the unit's start limit: a start that a person wants is never refused for being the sixth."""
-        self._run(["systemctl", "--user", "reset-failed", unit])
+        with Bus(self.runtime) as bus, suppress(Refused):  # a unit that is not loaded has nothing to clear
+            bus.call("ResetFailedUnit", "s", unit)
 
     def start(
         self,
@@ -102,46 +139,33 @@ class Systemd:
         restart: bool = False,
         on_tick: Callable[[], None] = lambda: None,
     ) -> str:
-        """Start (or restart) the unit and wait until it is ready. Returns "", or what systemctl said.
+        """Start (or restart) the unit and wait until it is ready. Returns "", or why it is not.
 
         Raises whatever `on_tick` or a signal handler raises; the job itself then goes on inside systemd.
         """
-        verb = "restart" if restart else "start"
-        # A session of its own: Ctrl-C is for lmswitch, which decides what becomes of the job.
-        with subprocess.Popen(
-            ["systemctl", "--user", verb, unit],
-            env=self.environment,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        ) as client:
-            try:
-                deadline = time.monotonic() + timeout_s
-                while True:
-                    try:
-                        _, said = client.communicate(timeout=TICK_S)
-                    except subprocess.TimeoutExpired:
-                        if time.monotonic() > deadline:
-                            return f"systemctl {verb} {unit} did not return in {timeout_s:.0f} s"
-                        on_tick()
-                    else:
-                        return (
-                            "" if client.returncode == 0 else _one_line(said) or f"exit {client.returncode}"
-                        )
-            finally:
-                if client.poll() is None:
-                    client.kill()
+        return self._job("restart" if restart else "start", unit, timeout_s, on_tick)
 
     def start_soon(self, unit: str) -> None:
         """Submit the start job without waiting for it: from here on systemd sees it through."""
-        self._run(["systemctl", "--user", "start", "--no-block", unit])
+        with Bus(self.runtime) as bus, suppress(Refused):
+            bus.call("StartUnit", "ss", unit, "replace")
 
     def stop(self, unit: str, *, timeout_s: float) -> str:
-        """Stop the unit, and with it a pending automatic restart. Returns "", or what systemctl said."""
-        done = self._run(["systemctl", "--user", "stop", unit], timeout_s=timeout_s)
-        return "" if done.returncode == 0 else _one_line(done.stderr) or f"exit {done.returncode}"
+        """Stop the unit, and with it a pending automatic restart. Returns "", or why it is not stopped."""
+        return self._job("stop", unit, timeout_s)
+
+    def _job(self, verb: str, unit: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None) -> str:
+        deadline = time.monotonic() + timeout_s
+        with Bus(self.runtime) as bus:
+            try:
+                (job,) = bus.call(f"{verb.capitalize()}Unit", "ss", unit, "replace")
+            except Refused as refusal:
+                return str(refusal)
+            while (end := bus.job_end(job, TICK_S)) is None:
+                if time.monotonic() > deadline:
+                    return f"the {verb} of {unit} did not end in {timeout_s:.0f} s"
+                on_tick()
+        return "" if end in _DONE else f"the {verb} of {unit} ended as '{end}'"
 
     def last_lines(self, state: UnitState, count: int) -> list[str]:
         """The last lines that one run of the unit wrote, once the journal has settled."""
@@ -229,7 +253,6 @@ def parse_show(unit: str, block: str) -> UnitState:
         ending=_ending(values),
         last_pid=int(values.get("ExecMainPID") or 0),
         last_start_s=_seconds(values.get("ExecMainStartTimestamp", "")),
-        last_start_monotonic_s=int(values.get("ExecMainStartTimestampMonotonic") or 0) / 1e6,
     )
 
 

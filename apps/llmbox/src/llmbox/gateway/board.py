@@ -245,10 +245,7 @@ class Board:
             known, self._known = self._known, None
             try:
                 await self._step(known or await self.box.look())
-            except (
-                LlmboxError,
-                OSError,
-            ) as error:  # systemctl did not answer: the requests stay where they are
+            except (LlmboxError, OSError) as error:  # systemd did not answer: requests stay where they are
                 log.error("%s; looking again in %g s", error, TROUBLE_S)
                 await asyncio.sleep(TROUBLE_S)
 

@@ -97,13 +97,13 @@ class SystemdBox:
         if not outcome.ok:
             return Moved(False, "; ".join([outcome.message, *outcome.reason[-3:]]))
         log.info("%s", outcome.message)
-        unit = outcome.state
-        if unit is None:  # it was ready already
+        process = outcome.process
+        if process is None or not process.pid:  # it was ready already, or has ended since
             return Moved(True)
         self._active = preset
-        stopped = max(0.0, unit.last_start_monotonic_s - began)
+        stopped = max(0.0, process.started_s - began)
         parts = {"stop": stopped, "load": time.monotonic() - began - stopped}
-        return Moved(True, parts=parts, seen=Seen("ready", preset, unit.main_pid))
+        return Moved(True, parts=parts, seen=Seen("ready", preset, process.pid))
 
     async def stop(self) -> None:
         """Stop whatever preset runs. Raises Busy when lmswitch has the lock."""
