@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,20 @@ def test_reads_only_the_part_that_is_missing(cold: Path) -> None:
         os.posix_fadvise(file.fileno(), 8 * MIB, 4 * MIB, os.POSIX_FADV_DONTNEED)
     done = prefetch(cold, available=lambda: PLENTY)
     assert 0 < done.read <= 5 * MIB and resident_bytes(cold) == SIZE
+
+
+def test_nobody_waits_for_a_small_rest(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefetch(cold, available=lambda: PLENTY)
+    rest = int(SIZE * module.REST_SHARE) // 4096 * 4096 - 4096
+    with cold.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 8 * MIB, rest, os.POSIX_FADV_DONTNEED)
+    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("it was waited for"))
+    done = prefetch(cold, available=lambda: 0)
+    assert 0 < done.read <= rest and done.left_out == 0
+    deadline = time.monotonic() + 10
+    while resident_bytes(cold) < SIZE and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert resident_bytes(cold) == SIZE, "but it does come"
 
 
 def test_leaves_the_reserve_alone(cold: Path) -> None:

@@ -12,7 +12,10 @@ from pathlib import Path
 WINDOW = 256 * 1024 * 1024  # bytes looked at in one call of mincore: a vector of 64 KiB
 CHUNK = 4 * 1024 * 1024
 RESERVE = 1024**3  # bytes of free memory that a prefetch leaves alone
+# Nobody waits for a rest of up to so many bytes, and so much of the file: it comes while the switch goes on.
+REST, REST_SHARE = 16 * 1024 * 1024, 1 / 32
 
+_LOWEST_BIT = bytes(byte & 1 for byte in range(256))
 _PROT_READ, _MAP_SHARED, _MAP_FAILED = 1, 1, ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -64,10 +67,16 @@ def prefetch(
     """Read what is not in memory yet, from the file's beginning, until the memory that may be used is full.
 
     What `protect` names (the files of the present server) keeps its memory. `stop` ends it early.
-    Raises OSError.
+    A small rest is only asked for: it comes while the switch goes on. Raises OSError.
     """
-    kept = sum(resident_bytes(one) for one in protect if one != path)
-    room = available() - kept - RESERVE
+    rest = _small_rest(path)
+    if rest is not None:
+        with path.open("rb") as file:
+            for offset, length in rest:
+                os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+        asked = sum(length for _, length in rest)
+        return Prefetched(asked, path.stat().st_size - asked, 0)
+    room = available() - sum(resident_bytes(one) for one in protect if one != path) - RESERVE
     read = resident = left_out = 0
     buffer = bytearray(CHUNK)
     with path.open("rb", buffering=0) as file:
@@ -87,6 +96,19 @@ def prefetch(
     return Prefetched(read, resident, left_out)
 
 
+def _small_rest(path: Path) -> list[tuple[int, int]] | None:
+    """What is not in memory, offset and bytes each; None when that is more than a small rest."""
+    left = min(REST, REST_SHARE * path.stat().st_size)
+    rest = []
+    for offset, length, there in _ranges(path):
+        if not there:
+            left -= length
+            if left < 0:
+                return None
+            rest.append((offset, length))
+    return rest
+
+
 def _ranges(path: Path) -> Iterable[tuple[int, int, bool]]:
     """Runs of pages of a file that are, or are not, in the page cache: offset, bytes, whether they are."""
     with path.open("rb") as file:
@@ -96,16 +118,16 @@ def _ranges(path: Path) -> Iterable[tuple[int, int, bool]]:
             flags = _in_core(file.fileno(), start, length)
             page = 0
             while page < len(flags):
-                there = flags[page] & 1
-                end = page
-                while end < len(flags) and flags[end] & 1 == there:
-                    end += 1
+                there = flags[page]
+                other = flags.find(b"\0" if there else b"\1", page)
+                end = other if other >= 0 else len(flags)
                 first = page * mmap.PAGESIZE
                 yield start + first, min(end * mmap.PAGESIZE, length) - first, bool(there)
                 page = end
 
 
 def _in_core(descriptor: int, start: int, length: int) -> bytes:
+    """One byte for each page: 1 when it is in the page cache, else 0."""
     address = _libc.mmap(None, length, _PROT_READ, _MAP_SHARED, descriptor, start)
     if address == _MAP_FAILED:
         raise OSError(ctypes.get_errno(), "mmap failed")
@@ -113,6 +135,6 @@ def _in_core(descriptor: int, start: int, length: int) -> bytes:
         vector = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
         if _libc.mincore(address, length, vector) != 0:
             raise OSError(ctypes.get_errno(), "mincore failed")
-        return vector.raw
+        return vector.raw.translate(_LOWEST_BIT)  # the others are reserved
     finally:
         _libc.munmap(address, length)

@@ -14,8 +14,9 @@ import socket
 import sys
 import time
 
-INTERVAL_S = 0.02  # at first: a small model is there in a moment, and each wait is a client's
-LATER_S, LATER_INTERVAL_S = 5.0, 0.1
+# Between two questions: a small model is there in a moment, and each wait is a client's.
+# Later 2 % of the time that it has taken so far.
+INTERVAL_S, INTERVAL_SHARE, LONGEST_INTERVAL_S = 0.005, 0.02, 0.1
 ANSWER_TIMEOUT_S = 2.0
 USAGE = "usage: llmbox-wait-ready --pid PID --listen HOST:PORT|/path.sock --timeout SECONDS"
 
@@ -70,7 +71,8 @@ def wait(pid: int, listen: str, timeout_s: float) -> str | None:
     try:
         while time.monotonic() - started < timeout_s:
             status = health_status(listen)
-            interval = INTERVAL_S if time.monotonic() - started < LATER_S else LATER_INTERVAL_S
+            elapsed = time.monotonic() - started
+            interval = min(INTERVAL_S + INTERVAL_SHARE * elapsed, LONGEST_INTERVAL_S)
             if poll.poll(0 if status == 200 else interval * 1000):
                 return (
                     f"llama-server (pid {pid}) ended after {time.monotonic() - started:.1f} s, before it was "
