@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +34,9 @@ class Supervisor(Protocol):
     def start(self, unit: str, argv: Sequence[str | Path], env: Mapping[str, str], log: Path) -> None: ...
     def alive(self, unit: str) -> bool: ...
     def exists(self, unit: str) -> bool: ...
+    def group(self, unit: str) -> Path:
+        """The control group (v2) of all processes under the name."""
+
     def poweroff(self, unit: str) -> None:
         """Ask the main process to end in order (SIGTERM)."""
 
@@ -48,15 +51,21 @@ def choose() -> Supervisor:
     return CgroupSupervisor(*hierarchies(Path("/proc/self/mounts").read_text()))
 
 
-def hierarchies(mounts: str) -> tuple[Path, list[Path]]:
+def mounts(text: str) -> Iterator[tuple[Path, str, list[str]]]:
+    """Place, type and options of each mount in the text of /proc/self/mounts."""
+    for line in text.splitlines():
+        _, place, kind, options, *_ = line.split(" ")
+        yield Path(place), kind, options.split(",")
+
+
+def hierarchies(text: str) -> tuple[Path, list[Path]]:
     """Return where cgroup v2 is mounted and the v1 hierarchies beside it, from the text of /proc/self/mounts.
 
     Raises LabError when there is no cgroup v2.
     """
     found: dict[str, list[Path]] = {"cgroup2": [], "cgroup": []}
-    for line in mounts.splitlines():
-        _, place, kind, *_ = line.split(" ")
-        found.get(kind, []).append(Path(place))
+    for place, kind, _ in mounts(text):
+        found.get(kind, []).append(place)
     if not found["cgroup2"]:
         raise LabError("no cgroup v2 hierarchy is mounted; fix: mount -t cgroup2 none /sys/fs/cgroup", 2)
     return found["cgroup2"][0], found["cgroup"]
@@ -69,11 +78,11 @@ class CgroupSupervisor:
         self._hierarchy = hierarchy
         self._older = older  # on a hybrid machine systemd-nspawn makes empty groups there too
 
-    def _group(self, unit: str) -> Path:
+    def group(self, unit: str) -> Path:
         return self._hierarchy / unit
 
     def start(self, unit: str, argv: Sequence[str | Path], env: Mapping[str, str], log: Path) -> None:
-        group = self._group(unit)
+        group = self.group(unit)
         for part in ("watch", "box"):
             (group / part).mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
@@ -89,22 +98,22 @@ class CgroupSupervisor:
 
     def alive(self, unit: str) -> bool:
         try:
-            return "populated 1" in (self._group(unit) / "cgroup.events").read_text()
+            return "populated 1" in (self.group(unit) / "cgroup.events").read_text()
         except (FileNotFoundError, OSError):
             return False
 
     def exists(self, unit: str) -> bool:
-        return self._group(unit).exists()
+        return self.group(unit).exists()
 
     def poweroff(self, unit: str) -> None:
         for inner in ("box/supervisor", "box"):
-            procs = self._group(unit) / inner / "cgroup.procs"
+            procs = self.group(unit) / inner / "cgroup.procs"
             with contextlib.suppress(FileNotFoundError):
                 for pid in procs.read_text().split():
                     os.kill(int(pid), signal.SIGTERM)
 
     def stop(self, unit: str) -> None:
-        group = self._group(unit)
+        group = self.group(unit)
         deadline = time.monotonic() + 30
         if group.exists():
             (group / "cgroup.kill").write_text("1")
@@ -114,7 +123,7 @@ class CgroupSupervisor:
             time.sleep(0.02)
         for hierarchy in (self._hierarchy, *self._older):
             for folder, _, _ in os.walk(hierarchy / unit, topdown=False):
-                _remove_group(Path(folder), deadline)
+                remove_group(Path(folder), deadline)
 
 
 class SystemdSupervisor:
@@ -147,6 +156,11 @@ class SystemdSupervisor:
         done = run(["systemctl", "show", "--property=LoadState", "--value", f"{unit}.service"], check=False)
         return done.stdout.strip() not in ("not-found", "")
 
+    def group(self, unit: str) -> Path:
+        done = run(["systemctl", "show", "--property=ControlGroup", "--value", f"{unit}.service"])
+        hierarchy, _ = hierarchies(Path("/proc/self/mounts").read_text())
+        return hierarchy / done.stdout.strip().lstrip("/")
+
     def poweroff(self, unit: str) -> None:
         run(["systemctl", "kill", "--kill-whom=main", "--signal=TERM", f"{unit}.service"], check=False)
 
@@ -156,7 +170,7 @@ class SystemdSupervisor:
         run(["systemctl", "reset-failed", f"{unit}.service"], check=False)
 
 
-def _remove_group(group: Path, deadline: float) -> None:
+def remove_group(group: Path, deadline: float) -> None:
     """Remove an emptied control group; the kernel needs a moment after the last process is gone."""
     while True:
         try:
