@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import uvloop
 
 CHAT = "/v1/chat/completions"
 TIMEOUT_S = 300
-HEALTH_POLL_S = 0.02
+ONLOOKER_PAUSE_S = 0.01
+READ_CHUNK = 4 * 1024 * 1024
 
 
 def say(text: str) -> None:
@@ -116,7 +118,7 @@ def rss(pid: int) -> int:
 async def overhead(asked: dict[str, Any]) -> dict[str, Any]:
     """Latency of small requests, speed of streams, memory, idle connections."""
     direct, gateway = Way(asked["direct"]), Way(asked["gateway"])
-    found: dict[str, Any] = {"latency": [], "stream": []}
+    found: dict[str, Any] = {"latency": [], "stream": [], "idle": []}
     await paced(direct, 2, 20, 10)
     await paced(gateway, 2, 20, 10)
     for number in range(asked["repetitions"]):
@@ -132,16 +134,24 @@ async def overhead(asked: dict[str, Any]) -> dict[str, Any]:
             pair2[name] = await streamed(way, asked["tokens"])
         found["stream"].append(pair2)
         say(f"stream {number + 1}/{asked['repetitions']}")
+    for number in range(asked["repetitions"]):
+        found["idle"].append(await with_idle(gateway, asked))
+        say(f"idle {number + 1}/{asked['repetitions']}")
+    return found
+
+
+async def with_idle(gateway: Way, asked: dict[str, Any]) -> dict[str, int]:
+    """The gateway's memory beside idle connections, and how many of them are still open when one is used."""
     idle = [await gateway.open() for _ in range(asked["idle"])]
-    found["latency_beside_idle"] = sorted(await paced(gateway, asked["connections"], asked["rate"], 20))
-    found["rss_with_idle"] = rss(asked["gateway_pid"])
+    await paced(gateway, asked["connections"], asked["rate"], 20)
+    memory = rss(asked["gateway_pid"])
     reader, writer = idle[0]
     writer.write(request("/tokenize", {"content": "still there"}))
-    found["idle_answers"] = (await answer(reader))[0] == 200
-    found["idle_open"] = sum(1 for reader, _ in idle if not reader.at_eof())
+    answers = (await answer(reader))[0] == 200
+    still = sum(1 for reader, _ in idle if not reader.at_eof())
     for _, writer in idle:
         writer.close()
-    return found
+    return {"rss": memory, "open": still if answers else 0}
 
 
 # --- switching ---
@@ -275,6 +285,42 @@ def read_bytes(pid: int) -> int:
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("read_bytes:"))
 
 
+class Onlooker(threading.Thread):
+    """A client that asks whatever preset serves one small thing after the other; its waits are in seconds."""
+
+    def __init__(self, listen: str) -> None:
+        super().__init__(daemon=True)
+        host, _, port = listen.rpartition(":")
+        self.connection = http.client.HTTPConnection(host, int(port), timeout=TIMEOUT_S)
+        self.stop = threading.Event()
+        self.waits: list[float] = []
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Ask until told to stop."""
+        body, headers = json.dumps({"content": "dragon"}), {"content-type": "application/json"}
+        try:
+            while not self.stop.wait(ONLOOKER_PAUSE_S):
+                began = time.perf_counter()
+                self.connection.request("POST", "/tokenize", body, headers)
+                reply = self.connection.getresponse()
+                if reply.status != 200:
+                    raise RuntimeError(f"/tokenize: HTTP {reply.status}: {reply.read()[:300]!r}")
+                reply.read()
+                self.waits.append(time.perf_counter() - began)
+        except (OSError, http.client.HTTPException, RuntimeError) as error:
+            self.error = error
+
+    def longest(self) -> float:
+        """End it. Returns the longest wait."""
+        self.stop.set()
+        self.join(TIMEOUT_S)
+        self.connection.close()
+        if self.error:
+            raise RuntimeError(f"a request beside the switch was lost: {self.error}")
+        return max(self.waits)
+
+
 def cold(asked: dict[str, Any]) -> dict[str, Any]:
     """Switch to a preset whose file was evicted: what its server reads from the disk, and the seconds."""
     path = Path(asked["file"])
@@ -284,18 +330,35 @@ def cold(asked: dict[str, Any]) -> dict[str, Any]:
         time.sleep(asked["dwell"])
         evict(path)
         before = resident_share(path)
+        onlooker = Onlooker(asked["gateway"])
+        onlooker.start()
         took = first_token(asked["gateway"], asked["preset"])
+        outage = onlooker.longest()
         pid = server_pid(asked["unit"])
         rounds.append(
             {
                 "resident_before": before,
                 "read_share": read_bytes(pid) / path.stat().st_size,
                 "seconds": took,
+                "outage": outage,
             }
         )
         say(f"cold {number + 1}/{asked['repetitions']}: {rounds[-1]}")
         time.sleep(asked["dwell"])
     return {"rounds": rounds}
+
+
+def read_rate(asked: dict[str, Any]) -> dict[str, float]:
+    """Bytes a second at which a file that was evicted is read from the disk."""
+    path = Path(asked["file"])
+    first_token(asked["gateway"], asked["other"])  # what a server has mapped cannot be evicted
+    time.sleep(asked["dwell"])
+    evict(path)
+    buffer = bytearray(READ_CHUNK)
+    began = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        size = sum(iter(lambda: file.readinto(buffer), 0))
+    return {"rate": size / (time.perf_counter() - began)}
 
 
 def main() -> None:
@@ -304,7 +367,7 @@ def main() -> None:
     if asked["what"] == "overhead":
         found = uvloop.run(overhead(asked))
     else:
-        found = {"switch": switch, "cold": cold}[asked["what"]](asked)
+        found = {"switch": switch, "cold": cold, "read_rate": read_rate}[asked["what"]](asked)
     print(json.dumps(found))
 
 

@@ -7,7 +7,8 @@ overhead: small requests on 8 connections, straight to llama-server's socket and
 one stream each way in turn; the gateway's memory with idle connections open. switch: a request that names the
 other preset, to its first token, through the gateway and through llama-server's own router (the same binary,
 flags and files, both in memory) in turn. cold: the same with the new model's file evicted first, with and
-without prefetch. Writes gateway.md and gateway.png.
+without prefetch, and again with the box's disk slowed down, where this machine can do that to a host of its
+lab. Writes gateway.md and its charts.
 Exit codes: 0 written, 2 could not measure (one line says why).
 """
 
@@ -15,17 +16,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lab.config import from_environment
+from lab.shell import LabError
+from lab.throttle import CannotThrottle, slow_reads
 from scripts._chart import Bar, bar_chart
 from scripts._inventory import ROOT, Host, InventoryUnreadable, load
 from scripts._llm_box import GROUP, LlmBox
@@ -36,7 +43,9 @@ TIMEOUT_S = 1800
 CONNECTIONS, RATE, REQUESTS, REPETITIONS, TOKENS, IDLE = 8, 20, 60, 5, 200, 500
 PAIRS, COLD_ROUNDS, ROUTER_PORT = 15, 3, 18080
 P50_BAR_MS, P99_BAR_MS, STREAM_BAR, RSS_BAR_MB, SWITCH_BAR = 2.0, 10.0, 0.98, 90, 1.10
-PREFETCH_READ_BAR, COLD_READ_BAR = 0.05, 0.90
+PREFETCH_READ_BAR, COLD_READ_BAR, OUTAGE_BAR = 0.05, 0.90, 0.5
+SLOW_BYTES_PER_S, SLOW_TOLERANCE = 50_000_000, 1.2
+RESAMPLES = 2000
 
 
 class Box:
@@ -47,6 +56,7 @@ class Box:
         self.wanted = LlmBox.of(host.variables)
         self.llmbox = str(host.variables["llmbox_path"])
         self.dwell = float(host.variables["llm_gateway_min_dwell"]) + 0.5
+        self.settings = f"{host.variables['llama_presets_dir']}/gateway.json"
 
     def run(self, command: str, stdin: str = "") -> str:
         """Standard output of a shell command of the sudo user. Raises NoMeasurement."""
@@ -90,13 +100,40 @@ class Box:
         found: dict[str, Any] = json.loads(self.run(f"cat {self.wanted.presets_json}"))["presets"]
         return found
 
-    def set_prefetch(self, value: bool) -> None:
-        """Change the gateway's setting on the box, as the role would; the gateway restarts."""
-        path = f"{self.host.variables['llama_presets_dir']}/gateway.json"
-        settings = json.loads(self.run(f"cat {path}"))
-        settings["prefetch"] = value
-        self.run(f"sudo tee {path} >/dev/null", json.dumps(settings, indent=4) + "\n")
+    @contextmanager
+    def own_settings(self) -> Iterator[None]:
+        """The gateway's settings may be changed in the body; afterwards they are what they were."""
+        before = self.run(f"cat {self.settings}")
+        try:
+            yield
+        finally:
+            self.set(before)
+
+    def set(self, settings: str) -> None:
+        """Give the gateway this file of settings and restart it."""
+        self.run(f"sudo tee {self.settings} >/dev/null", settings)
         self.run(self.as_user("systemctl --user restart llm-gateway.service"))
+
+    def set_prefetch(self, value: bool) -> None:
+        """Change one setting."""
+        settings = json.loads(self.run(f"cat {self.settings}"))
+        self.set(json.dumps({**settings, "prefetch": value}, indent=4) + "\n")
+
+    @contextmanager
+    def slow_disk(self, asked: dict[str, Any]) -> Iterator[float]:
+        """The box reads from its disk at SLOW_BYTES_PER_S in the body, which gets the rate that was measured.
+
+        `asked` names the file to read. Raises CannotThrottle.
+        """
+        lab = from_environment()
+        host = next((one for one in lab.hosts if one.address == self.host.address), None)
+        if host is None:
+            raise CannotThrottle(f"{self.host.name} is no host of this machine's lab {lab.name}")
+        with slow_reads(lab, host, SLOW_BYTES_PER_S):
+            rate: float = self.probe(**{**asked, "what": "read_rate"})["rate"]
+            if rate > SLOW_TOLERANCE * SLOW_BYTES_PER_S:
+                raise CannotThrottle(f"the limit has no effect here: {rate / 1e6:.0f} MB/s were read")
+            yield rate
 
 
 def overhead(box: Box) -> dict[str, Any]:
@@ -141,26 +178,31 @@ def switch(box: Box) -> dict[str, Any]:
 
 
 def cold(box: Box) -> dict[str, Any]:
-    """Rounds with and without prefetch."""
-    other, preset = sorted(
+    """Rounds with and without prefetch, at the disk's own speed and slowed down."""
+    other, (name, preset) = sorted(
         two_presets(box).items(), key=lambda item: box.wanted.config.files(item[1]["model"])[0].size
     )
-    found = {}
-    try:
-        for name, value in (("with", True), ("without", False)):
+    asked = {
+        "what": "cold",
+        "gateway": box.gateway,
+        "file": preset["model_path"],
+        "preset": name,
+        "unit": preset["unit"],
+        "other": other[0],
+        "repetitions": COLD_ROUNDS,
+        "dwell": box.dwell,
+    }
+    found: dict[str, Any] = {"own": {}, "slow": {}, "rates": [], "skipped": ""}
+    with box.own_settings():
+        for way, value in (("with", True), ("without", False)):
             box.set_prefetch(value)
-            found[name] = box.probe(
-                what="cold",
-                gateway=box.gateway,
-                file=preset[1]["model_path"],
-                preset=preset[0],
-                unit=preset[1]["unit"],
-                other=other[0],
-                repetitions=COLD_ROUNDS,
-                dwell=box.dwell,
-            )["rounds"]
-    finally:
-        box.set_prefetch(True)
+            found["own"][way] = box.probe(**asked)["rounds"]
+            try:
+                with box.slow_disk(asked) as rate:
+                    found["rates"].append(rate)
+                    found["slow"][way] = box.probe(**asked)["rounds"]
+            except CannotThrottle as error:
+                found["skipped"] = str(error)
     return found
 
 
@@ -172,9 +214,21 @@ def quantile(values: Sequence[float], part: float) -> float:
     return values[min(len(values) - 1, int(part * len(values)))]
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """min / median / max."""
-    return " / ".join(f"{value:.{digits}f}" for value in (min(values), median(values), max(values)))
+def row(what: str, values: Sequence[float], digits: int = 2, bar: str = "", met: str = "") -> str:
+    """One line of the table: min, median, max."""
+    figures = [f"{value:.{digits}f}" for value in (min(values), median(values), max(values))]
+    return f"| {' | '.join([what, *figures, bar, met])} |"
+
+
+def interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """The ratio of the medians of pairs, between the ends of its 95 % interval (percentile bootstrap)."""
+
+    def ratio(some: Sequence[tuple[float, float]]) -> float:
+        return median(one for one, _ in some) / median(other for _, other in some)
+
+    rng = random.Random(1)  # noqa: S311  (the same interval for the same figures)
+    drawn = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
+    return quantile(drawn, 0.025), ratio(pairs), quantile(drawn, 0.975)
 
 
 def overhead_lines(found: dict[str, Any]) -> tuple[list[str], list[Bar]]:
@@ -185,30 +239,22 @@ def overhead_lines(found: dict[str, Any]) -> tuple[list[str], list[Bar]]:
             (quantile(pair["gateway"], part) - quantile(pair["direct"], part)) * 1000
             for pair in found["latency"]
         ]
-        rows.append(
-            f"| added latency {name}, {CONNECTIONS} connections, ms | {spread(each)} | <= {bar:g} "
-            f"| {verdict(median(each), bar)} |"
-        )
+        what = f"added latency {name}, {CONNECTIONS} connections, ms"
+        rows.append(row(what, each, 2, f"<= {bar:g}", verdict(median(each), bar)))
     for way in ("direct", "gateway"):
         each = [quantile(pair[way], 0.5) * 1000 for pair in found["latency"]]
-        rows.append(f"| latency p50, {way}, ms | {spread(each)} | | |")
+        rows.append(row(f"latency p50, {way}, ms", each))
         bars.append(Bar.of(f"/tokenize p50, {way}", each))
     ratios = [pair["gateway"] / pair["direct"] for pair in found["stream"]]
-    rows.append(
-        f"| streamed tok/s, gateway to direct | {spread(ratios, 3)} | >= {STREAM_BAR:g} "
-        f"| {verdict(-median(ratios), -STREAM_BAR)} |"
-    )
-    speeds = [pair["direct"] for pair in found["stream"]]
-    rows.append(f"| streamed tok/s, direct | {spread(speeds, 1)} | | |")
-    memory = found["rss_with_idle"] / 1e6
-    rows.append(
-        f"| gateway's RSS with {IDLE} idle connections, MB | {memory:.0f} | <= {RSS_BAR_MB} "
-        f"| {verdict(memory, RSS_BAR_MB)} |"
-    )
-    held = found["idle_open"] if found["idle_answers"] else 0
-    rows.append(
-        f"| idle connections still open, one of them used | {held} | {IDLE} | {verdict(IDLE - held, 0)} |"
-    )
+    met = verdict(-median(ratios), -STREAM_BAR)
+    rows.append(row("streamed tok/s, gateway to direct", ratios, 3, f">= {STREAM_BAR:g}", met))
+    rows.append(row("streamed tok/s, direct", [pair["direct"] for pair in found["stream"]], 1))
+    memory = [one["rss"] / 1e6 for one in found["idle"]]
+    what = f"gateway's RSS with {IDLE} idle connections, MB"
+    rows.append(row(what, memory, 0, f"<= {RSS_BAR_MB}", verdict(max(memory), RSS_BAR_MB)))
+    held = [one["open"] for one in found["idle"]]
+    what = "idle connections still open, one of them used"
+    rows.append(row(what, held, 0, str(IDLE), verdict(IDLE - min(held), 0)))
     return rows, bars
 
 
@@ -216,36 +262,55 @@ def switch_lines(found: dict[str, Any]) -> tuple[list[str], list[Bar]]:
     """The rows about switching."""
     gateway = [pair["gateway"] for pair in found["pairs"]]
     router = [pair["router"] for pair in found["pairs"]]
-    ratio = median(gateway) / median(router)
-    pairs = [pair["gateway"] / pair["router"] for pair in found["pairs"]]
-    return [
-        f"| switch to first token, gateway, s | {spread(gateway)} | | |",
-        f"| switch to first token, router mode, s | {spread(router)} | | |",
-        f"| ratio of the medians of {len(pairs)} pairs | {ratio:.2f} | <= {SWITCH_BAR:g} "
-        f"| {verdict(ratio, SWITCH_BAR)} |",
-        f"| ratio in each pair | {spread(pairs)} | | |",
-    ], [
-        Bar.of("switch, gateway", [seconds * 1000 for seconds in gateway]),
-        Bar.of("switch, router mode", [seconds * 1000 for seconds in router]),
+    whole = interval(list(zip(gateway, router, strict=True)))
+    limit, met = f"<= {SWITCH_BAR:g}", verdict(whole[1], SWITCH_BAR)
+    rows = [
+        row("switch to first token, gateway, s", gateway),
+        row("switch to first token, router mode, s", router),
+        row(f"ratio of the medians of {len(gateway)} pairs, and 95 % interval", whole, 2, limit, met),
+        row("ratio in each pair", [one / other for one, other in zip(gateway, router, strict=True)]),
+    ]
+    return rows, [
+        Bar.of("switch to first token, gateway", gateway),
+        Bar.of("switch to first token, router mode", router),
     ]
 
 
 def cold_lines(found: dict[str, Any]) -> tuple[list[str], list[Bar]]:
     """The rows about a cold file."""
     rows, bars = [], []
-    for name, bar, sign in (("with", PREFETCH_READ_BAR, 1), ("without", COLD_READ_BAR, -1)):
-        shares = [one["read_share"] for one in found[name]]
-        seconds = [one["seconds"] for one in found[name]]
-        word = "<=" if sign > 0 else ">="
+    for way, bar, sign in (("with", PREFETCH_READ_BAR, 1), ("without", COLD_READ_BAR, -1)):
+        rounds = found["own"][way]
+        shares = [one["read_share"] for one in rounds]
+        outages = [one["outage"] for one in rounds]
+        limit, met = f"{'<=' if sign > 0 else '>='} {bar:g}", verdict(sign * median(shares), sign * bar)
+        what = f"cold file {way} prefetch"
         rows += [
-            f"| cold file {name} prefetch: part that the server reads | {spread(shares, 3)} | {word} {bar:g} "
-            f"| {verdict(sign * median(shares), sign * bar)} |",
-            f"| cold file {name} prefetch: to first token, s | {spread(seconds)} | | |",
+            row(f"{what}: part that the server reads", shares, 3, limit, met),
+            row(f"{what}: to first token, s", [one["seconds"] for one in rounds]),
+            row(f"{what}: outage, s", outages),
         ]
-        bars.append(Bar.of(f"cold file {name} prefetch", [second * 1000 for second in seconds]))
+        bars.append(Bar.of(f"outage, cold file {way} prefetch", outages))
+    slow = f"disk at {SLOW_BYTES_PER_S / 1e6:g} MB/s"
+    outage_ratio = f"{slow}: outage, with prefetch to without"
+    if found["skipped"]:
+        return [*rows, f"| {outage_ratio} | | | | <= {OUTAGE_BAR:g} | SKIPPED: {found['skipped']} |"], bars
+    rows.append(row(f"{slow}: reads, MB/s", [rate / 1e6 for rate in found["rates"]], 1))
+    outages_of = {way: [one["outage"] for one in rounds] for way, rounds in found["slow"].items()}
+    for way, outages in outages_of.items():
+        rows.append(row(f"{slow}, {way} prefetch: outage, s", outages))
+        bars.append(Bar.of(f"outage, {slow}, {way} prefetch", outages))
+    pairs = list(zip(outages_of["with"], outages_of["without"], strict=True))
+    met = verdict(interval(pairs)[1], OUTAGE_BAR)
+    rows.append(row(outage_ratio, [one / other for one, other in pairs], 2, f"<= {OUTAGE_BAR:g}", met))
     return rows, bars
 
 
+# File: title, unit, and the parts whose bars are in it.
+CHARTS = {
+    "gateway.png": ("Switching: the gateway beside llama-server's router mode", "s", ("switch", "cold")),
+    "gateway-latency.png": (f"Small requests on {CONNECTIONS} connections", "ms", ("overhead",)),
+}
 PARTS = {
     "overhead": (overhead, overhead_lines),
     "switch": (switch, switch_lines),
@@ -259,12 +324,12 @@ def page(rows: Sequence[str], *, where: str, revision: str, day: str) -> str:
         "# The gateway beside llama-server",
         "",
         f"`make bench` writes this page. Commit {revision}, {day}. {where}; clients run on it too.",
-        "Figures are min / median / max; what is compared was measured in turn.",
+        "What is compared was measured in turn.",
         "",
-        "![Milliseconds](gateway.png)",
+        *(f"![{title}]({name})" for name, (title, _, _) in CHARTS.items()),
         "",
-        "| what | measured | bar | |",
-        "|---|---:|---:|---|",
+        "| what | min | median | max | bar | |",
+        "|---|---:|---:|---:|---:|---|",
         *rows,
         "",
         f"Latency: `POST /tokenize` on {CONNECTIONS} connections, {RATE} requests a second on each with "
@@ -273,7 +338,10 @@ def page(rows: Sequence[str], *, where: str, revision: str, day: str) -> str:
         "a streamed chat of one "
         "token that names the other preset, both files in memory; the router runs the same binary with the "
         "presets' own flags from an INI file and `--models-max 1`. Cold file: evicted with posix_fadvise, "
-        "checked with mincore; what the new server read is `read_bytes` of /proc/PID/io.",
+        "checked with mincore; what the new server read is `read_bytes` of /proc/PID/io. Outage: the longest "
+        "wait of a client that sends whatever preset serves one `/tokenize` after the other; with prefetch "
+        "the old server goes on serving while the file is read. The slow disk: reads of the whole box are "
+        "limited by its control group.",
         "",
     ]
     return "\n".join(lines)
@@ -286,9 +354,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=sorted(PARTS))
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks", metavar="DIR")
     args = parser.parse_args(argv)
-    where = machine()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was changed for a while is put back
+    where, revision = machine(), commit()
     rows: list[str] = []
-    bars: list[Bar] = []
+    bars: dict[str, list[Bar]] = {}
     try:
         hosts = [host for host in load(ROOT / args.inventory) if GROUP in host.groups]
         if not hosts:
@@ -297,21 +366,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, (measure, lines) in PARTS.items():
             if args.only in (None, name):
                 print(f"-- {name}", file=sys.stderr, flush=True)
-                more_rows, more_bars = lines(measure(box))
+                more_rows, bars[name] = lines(measure(box))
                 rows += more_rows
-                bars += more_bars
-    except (NoMeasurement, InventoryUnreadable) as error:
+    except (NoMeasurement, InventoryUnreadable, LabError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    text = page(rows, where=where, revision=commit(), day=time.strftime("%Y-%m-%d", time.gmtime()))
+    text = page(rows, where=where, revision=revision, day=time.strftime("%Y-%m-%d", time.gmtime()))
     print(text)
     if args.only is None:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "gateway.md").write_text(text)
-        (args.output / "gateway.png").write_bytes(bar_chart("The gateway beside llama-server", "ms", bars))
+        for file, (title, unit, parts) in CHARTS.items():
+            shown = [bar for part in parts for bar in bars[part]]
+            (args.output / file).write_bytes(bar_chart(title, unit, shown))
     return 0
 
 

@@ -1,0 +1,98 @@
+"""What the gateway's benchmark makes of its figures."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from scripts import _gateway_probe as probe
+from scripts import bench_gateway as bench
+
+
+def one_row(rows: list[str], what: str) -> list[str]:
+    """The cells of the row that begins with these words."""
+    [found] = [line for line in rows if line.startswith(f"| {what}")]
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def rounds(*outages: float, share: float = 0.0) -> list[dict[str, float]]:
+    """Cold rounds with these outages."""
+    return [{"read_share": share, "seconds": 2 * outage, "outage": outage} for outage in outages]
+
+
+def cold(**more: Any) -> dict[str, Any]:
+    """What the cold part finds."""
+    own = {"with": rounds(0.5, 0.6, 0.7), "without": rounds(1.0, 1.1, 1.2, share=1.0)}
+    return {"own": own, "slow": {}, "rates": [], "skipped": "", **more}
+
+
+def test_a_row_has_min_median_max() -> None:
+    assert bench.row("x", [3, 1, 2], 1, "<= 2", "met") == "| x | 1.0 | 2.0 | 3.0 | <= 2 | met |"
+
+
+def test_the_interval_holds_the_ratio_and_is_always_the_same() -> None:
+    pairs = [(1.0 + number / 10, 1.0 + number / 20) for number in range(15)]
+    low, ratio, high = bench.interval(pairs)
+    assert low < ratio < high and ratio == pytest.approx(1.7 / 1.35)
+    assert bench.interval(pairs) == (low, ratio, high)
+    assert bench.interval([(2.0, 1.0)] * 3) == (2.0, 2.0, 2.0)
+
+
+def test_a_switch_is_compared_with_the_router_s() -> None:
+    pairs = [{"gateway": seconds, "router": 1.0} for seconds in (1.2, 1.0, 1.3)]
+    rows, bars = bench.switch_lines({"pairs": pairs})
+    cells = one_row(rows, "ratio of the medians of 3 pairs")
+    assert cells[2] == "1.20" and cells[-2:] == ["<= 1.1", "**not met**"]
+    assert [bar.length for bar in bars] == [1.2, 1.0]
+    rows, _ = bench.switch_lines({"pairs": [{"gateway": 1.05, "router": 1.0}] * 15})
+    assert one_row(rows, "ratio of the medians of 15 pairs")[-1] == "met"
+
+
+def test_overhead_is_a_difference_of_quantiles() -> None:
+    found = {
+        "latency": [{"direct": [0.001] * 99 + [0.002], "gateway": [0.002] * 99 + [0.015]}] * 3,
+        "stream": [{"direct": 100.0, "gateway": 97.0}],
+        "idle": [{"rss": 50e6, "open": 500}, {"rss": 95e6, "open": 499}],
+    }
+    rows, _ = bench.overhead_lines(found)
+    assert one_row(rows, "added latency p50")[1:] == ["1.00", "1.00", "1.00", "<= 2", "met"]
+    assert one_row(rows, "added latency p99")[-1] == "**not met**"
+    assert one_row(rows, "streamed tok/s, gateway")[-1] == "**not met**"
+    assert one_row(rows, "gateway's RSS")[-1] == "**not met**", "the worst of them counts"
+    assert one_row(rows, "idle connections")[-1] == "**not met**"
+
+
+def test_a_slow_disk_is_compared_pair_by_pair() -> None:
+    slow = {"with": rounds(0.6, 0.7, 0.8), "without": rounds(5.0, 6.0, 7.0)}
+    rows, bars = bench.cold_lines(cold(slow=slow, rates=[49e6, 50e6]))
+    cells = one_row(rows, "disk at 50 MB/s: outage, with prefetch to without")
+    assert cells[1:] == ["0.11", "0.12", "0.12", "<= 0.5", "met"]
+    assert one_row(rows, "disk at 50 MB/s: reads")[1:4] == ["49.0", "49.5", "50.0"]
+    assert len(bars) == 4
+    slow["with"] = rounds(4.0, 5.0, 6.0)
+    rows, _ = bench.cold_lines(cold(slow=slow, rates=[5e7]))
+    assert one_row(rows, "disk at 50 MB/s: outage, with")[-1] == "**not met**"
+
+
+def test_a_disk_that_cannot_be_slowed_down_is_skipped_with_the_reason() -> None:
+    rows, bars = bench.cold_lines(cold(skipped="no control group limits reads"))
+    cells = one_row(rows, "disk at 50 MB/s: outage")
+    assert cells[1:] == ["", "", "", "<= 0.5", "SKIPPED: no control group limits reads"]
+    assert one_row(rows, "cold file without prefetch: outage, s")[1:4] == ["1.00", "1.10", "1.20"]
+    assert len(bars) == 2
+
+
+def test_the_page_says_where_and_shows_every_chart() -> None:
+    text = bench.page(["| x |"], where="a machine", revision="abc", day="2026-01-02")
+    assert "Commit abc, 2026-01-02. a machine" in text
+    assert set(re.findall(r"\]\(([^)]+)\)", text)) == set(bench.CHARTS)
+    assert all(part in bench.PARTS for _, _, parts in bench.CHARTS.values() for part in parts)
+
+
+def test_the_router_gets_the_presets_own_flags() -> None:
+    argv = ["/bin/llama-server", "--host", "/run/x.sock", "--port", "0", "--alias", "a", "--model", "/m.gguf"]
+    text = probe.router_ini({"smol": [*argv, "--jinja", "--threads", "2"]})
+    own = ["model = /m.gguf", "jinja = true", "threads = 2"]
+    assert text.splitlines() == ["version = 1", "", "[smol]", *own]
