@@ -1726,6 +1726,23 @@ CASES = (
         "all",
     ),
     Case(
+        "role-body-too-large-to-keep",
+        role("llm_gateway_max_body", 300_000_000),
+        "llm_gateway_max_body",
+        "is more than llm_gateway_max_buffered (268435456 bytes)",
+        "lower llm_gateway_max_body or raise llm_gateway_max_buffered",
+        "all",
+        gate=True,
+    ),
+    Case(
+        "role-no-room-for-a-body",
+        role("llm_gateway_max_buffered", 30_000_000),
+        "llm_gateway_max_buffered",
+        "is less than llm_gateway_max_body (33554432 bytes)",
+        "lower llm_gateway_max_body or raise llm_gateway_max_buffered",
+        "all",
+    ),
+    Case(
         "role-root-slash",
         role("llama_cpp_root", "/"),
         "llama_cpp_root",

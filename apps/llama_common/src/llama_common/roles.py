@@ -6,7 +6,7 @@ A role's variables begin with its name and `_`. Those that `presets.HostConfig` 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import GenericAlias
 from typing import Annotated, Any, Final, Literal
@@ -154,6 +154,11 @@ LIMITS: Final[Mapping[str, Any]] = {
 }
 """What a variable may hold beyond its type; `path` variables are folders without further ado."""
 
+ORDERED: Final = (
+    ("llm_gateway_max_body", "llm_gateway_max_buffered", "a body of that size could never be kept"),
+)
+"""Pairs of sizes in bytes of which the first may not be the larger one, and why."""
+
 _TYPES: Final[Mapping[str, Any]] = {
     "str": Line,
     "path": Folder,
@@ -174,6 +179,7 @@ class RoleVariables:
     known: frozenset[str]
     secret: frozenset[str]
     model: type[BaseModel]
+    defaults: Mapping[str, Any]
 
     @classmethod
     def of(cls, specs: Mapping[str, Mapping[str, Any]]) -> RoleVariables:
@@ -191,7 +197,8 @@ class RoleVariables:
             "RoleVariables", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields
         )
         secret = frozenset(name for name, option in options.items() if option.get("no_log"))
-        return cls(tuple(specs), frozenset(options) | OWNED, secret, model)
+        defaults = {name: option["default"] for name, option in options.items() if "default" in option}
+        return cls(tuple(specs), frozenset(options) | OWNED, secret, model, defaults)
 
     def role_of(self, name: str) -> str | None:
         """The role whose variable `name` claims to be."""
@@ -224,7 +231,21 @@ class RoleVariables:
             self.model.model_validate(dict(variables))
         except ValidationError as error:
             return [self._hidden(problem) for problem in problems_of(error, variables, self.model)]
-        return []
+        return list(self._out_of_order(variables))
+
+    def _out_of_order(self, variables: Mapping[str, Any]) -> Iterator[Problem]:
+        """What is wrong with two variables together, the one that is left out at its default."""
+        values = {**self.defaults, **variables}
+        for small, large, reason in ORDERED:
+            if small in values and large in values and values[small] > values[large]:
+                name, other = (small, large) if small in variables else (large, small)
+                than = "more" if name == small else "less"
+                yield Problem(
+                    (name,),
+                    values[name],
+                    f"is {than} than {other} ({values[other]} bytes): {reason}",
+                    f"lower {small} or raise {large}",
+                )
 
     def _shown(self, name: str, value: object) -> object:
         return HIDDEN if name in self.secret or name.endswith(SECRET_SUFFIXES) else value

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llmbox.errors import LlmboxError, UsageError
+from llmbox import rendered
+from llmbox.errors import UsageError
 
 PRESETS_FILE = "/etc/llmbox/presets.json"
 VERSION = 1
@@ -102,14 +103,7 @@ def presets_path() -> Path:
 
 def load(path: Path) -> PresetsFile:
     """Read and check presets.json. Raises UsageError in one line with the remedy."""
-    try:
-        return PresetsFile.model_validate(json.loads(path.read_text()))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON (line {error.lineno}: {error.msg}); {REMEDY}") from None
-    except ValidationError as error:
-        raise UsageError(_one_line(path, error)) from None
+    return rendered.read(path, PresetsFile, REMEDY)
 
 
 def check_thoroughly(path: Path) -> None:
@@ -124,26 +118,15 @@ def check_thoroughly(path: Path) -> None:
         try:
             Preset.model_validate(own)
         except ValidationError as error:
-            raise UsageError(_one_line(path, error, ("presets", name))) from None
+            said = rendered.problem(error, "presets", name)
+            raise UsageError(f"{path}: {said}; {REMEDY}") from None
 
 
-def _one_line(path: Path, error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in (*prefix, *first["loc"])) or "the whole"
-    value = "" if isinstance(first["input"], dict | BaseModel) else f" = {first['input']!r:.60}"
-    return f"{path}: {where}{value}: {first['msg']}; {REMEDY}"
-
-
-def main() -> int:
-    """Check the file named on the command line."""
-    try:
-        load(Path(sys.argv[1]))
-        check_thoroughly(Path(sys.argv[1]))
-    except LlmboxError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+def check(path: Path) -> None:
+    """Everything that can be wrong with the file. Raises UsageError in one line."""
+    load(path)
+    check_thoroughly(path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(rendered.main(check))

@@ -8,14 +8,13 @@ bits (`llmbox-key new`), which nobody finds from any hash, and a slow one would 
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llmbox.errors import LlmboxError, UsageError
+from llmbox import rendered
 from llmbox.presets import Name
 
 REMEDY = "mend llm_gateway_keys in the inventory and run the playbook llm_server.yml"
@@ -66,18 +65,7 @@ class KeysFile(BaseModel):
 
 def read_keys(path: Path) -> list[Key]:
     """The entries of a keys file. Raises UsageError in one line, which never shows a value of the file."""
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON (line {error.lineno}: {error.msg}); {REMEDY}") from None
-    except (ValueError, RecursionError):
-        raise UsageError(f"{path} is not usable JSON; {REMEDY}") from None
-    try:
-        return KeysFile.model_validate(found).keys
-    except ValidationError as error:
-        raise UsageError(f"{path}: {_problem(error)}; {REMEDY}") from None
+    return rendered.read(path, KeysFile, REMEDY, _problem).keys
 
 
 def _problem(error: ValidationError) -> str:
@@ -89,18 +77,8 @@ def _problem(error: ValidationError) -> str:
         return f"{where or 'the whole'}: a field that is none of {', '.join(Key.model_fields)}"
     if first["loc"][-1:] == ("sha256",):
         return f"{where}: must be the 64 hexadecimal digits that llmbox-key new prints, not the key"
-    return f"{where or 'the whole'}: {first['msg'].removeprefix('Value error, ')}"
-
-
-def main() -> int:
-    """Check the file named on the command line: exit 0, or 2 and one line that says what is wrong."""
-    try:
-        read_keys(Path(sys.argv[1]))
-    except LlmboxError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return f"{where or 'the whole'}: {rendered.own_words(first['msg'])}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(rendered.main(read_keys))

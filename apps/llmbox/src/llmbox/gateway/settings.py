@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import ipaddress
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from llmbox.errors import LlmboxError, UsageError
+from llmbox import rendered
+from llmbox.errors import UsageError
 from llmbox.presets import Name, PresetsFile
 
 SETTINGS_FILE = "/etc/llmbox/gateway.json"
@@ -59,6 +59,15 @@ class Settings(BaseModel):
             ipaddress.ip_network(network)  # its ValueError says what is wrong
         return networks
 
+    @model_validator(mode="after")
+    def _room_for_one(self) -> Settings:
+        if self.max_body > self.max_buffered:
+            raise ValueError(
+                f"max_body = {self.max_body} is larger than max_buffered = {self.max_buffered}: "
+                "a body of that size could never be kept; lower the one or raise the other"
+            )
+        return self
+
     def check(self, presets: PresetsFile) -> None:
         """Hold the names of presets against presets.json. Raises UsageError in one line."""
         names = [preset.name for preset in presets.exclusive]
@@ -89,30 +98,16 @@ class Settings(BaseModel):
 
 def load(path: Path) -> Settings:
     """Read and check gateway.json. Raises UsageError in one line with the remedy."""
-    try:
-        return Settings.model_validate(json.loads(path.read_text()))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON (line {error.lineno}: {error.msg}); {REMEDY}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise UsageError(f"{path}: {where} = {first['input']!r:.60}: {first['msg']}; {REMEDY}") from None
+    return rendered.read(path, Settings, REMEDY)
 
 
-def main() -> int:
-    """Check the file named on the command line: exit 0, or 2 and one line that says what is wrong."""
+def check(path: Path) -> None:
+    """Everything that can be wrong with the file, beside presets.json. Raises UsageError in one line."""
     from llmbox.presets import load as load_presets
     from llmbox.presets import presets_path
 
-    try:
-        load(Path(sys.argv[1])).check(load_presets(presets_path()))
-    except LlmboxError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    load(path).check(load_presets(presets_path()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(rendered.main(check))
