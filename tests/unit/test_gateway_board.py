@@ -229,6 +229,24 @@ def test_when_nothing_runs_the_default_preset_is_started() -> None:
     run(body)
 
 
+@pytest.mark.parametrize("policy", ["always", "off"])
+def test_nothing_is_started_for_a_key_that_may_not_use_it(policy: str) -> None:
+    async def body() -> None:
+        box = FakeBox(None)
+        async with running(box, default_preset="b", switch_policy=policy) as board:
+            barred = board.ask(None, "k", slot=True, may_use="a".__eq__)
+            with pytest.raises(Refusal, match="may not start b; name one of its own") as refusal:
+                await turn(barred)
+            assert refusal.value.status == 403 and not refusal.value.headers and not box.log
+            barred = board.ask(None, "k", slot=True, may_use="a".__eq__)
+            assert (await turn(board.ask(None, "other", slot=True))).preset == "b"
+            with pytest.raises(Refusal):
+                await turn(barred)
+            assert box.log == ["switch b"]
+
+    run(body)
+
+
 def test_when_the_default_preset_fails_everybody_who_waits_is_told_why() -> None:
     async def body() -> None:
         box = FakeBox(None)
@@ -252,7 +270,10 @@ def test_a_full_queue_says_when_to_come_again() -> None:
             with pytest.raises(Refusal, match="the queue is full: 3") as all_of_it:
                 board.ask(None, "z", slot=True)
             assert mine.value.status == all_of_it.value.status == 429
-            assert int(mine.value.headers["Retry-After"]) >= 1
+            for refusal, position in ((mine, "3"), (all_of_it, "4")):
+                assert int(refusal.value.headers["Retry-After"]) >= 1
+                assert refusal.value.headers["X-Queue-Position"] == position
+                assert refusal.value.headers["X-Queue-Estimate-S"].isdigit()
 
     run(body)
 

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llmbox.gateway.accounts import Accounts
-from llmbox.gateway.audit import Audit
-from llmbox.gateway.board import Board
-from llmbox.gateway.metrics import Metrics
-from llmbox.gateway.relay import Relay
-from llmbox.gateway.requests import ROUTES
-from llmbox.gateway.upstream import Upstream
 
 from tests.unit.fake_box import FakeBox
-from tests.unit.gateway_settings import settings
+from tests.unit.gateway_place import ANTHROPIC, OPENAI, PATIENCE_S, Answer, Place
 
-PATIENCE_S = 10
-OPENAI, ANTHROPIC = ROUTES["POST", "/v1/chat/completions"], ROUTES["POST", "/v1/messages"]
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 EVENT = b'data: {"choices": []}\n\n'
-Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 def chunk(data: bytes) -> bytes:
@@ -42,92 +31,20 @@ async def whole(writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
 
 
-async def die(_writer: asyncio.StreamWriter) -> None:
-    """The server is gone before it says anything."""
+def dying(box: FakeBox, *said: bytes) -> Answer:
+    """The server says this and is gone."""
 
+    async def die(writer: asyncio.StreamWriter) -> None:
+        box.die()
+        writer.writelines(said)
 
-async def die_in_the_middle(writer: asyncio.StreamWriter) -> None:
-    """The server is gone after the first token."""
-    writer.write(HEAD + chunk(EVENT))
+    return die
 
 
 async def go_on(writer: asyncio.StreamWriter) -> None:
     """A stream that does not end."""
     writer.write(HEAD + chunk(EVENT))
     await asyncio.sleep(PATIENCE_S)
-
-
-class Place:
-    """A relay over a box whose server gives one answer after the other, the last one for ever."""
-
-    def __init__(self, path: Path, *answers: Answer, box: FakeBox | None = None, **changed: object) -> None:
-        (path / "keys.json").write_text('{"version": 1, "keys": []}')
-        limits = settings(**changed)
-        self.box = box or FakeBox()
-        self.answers = list(answers)
-        self.bodies: list[bytes] = []
-        accounts = Accounts.load(path / "keys.json", path / "usage.json", [], lambda: 1e9)
-        self.audit = Audit(path / "audit.jsonl", 10**6, 1)
-        self.board = Board({"a": 1, "b": 1}, limits, self.box)
-        self.upstream = Upstream(str(path / "llama.sock"))
-        metrics = Metrics(self.board, accounts, self.upstream, ["a", "b"])
-        presets: list[tuple[str, list[str]]] = [("a", []), ("b", [])]
-        self.relay = Relay(self.board, self.upstream, limits, presets, accounts, self.audit, metrics)
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """The server and the board."""
-
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = next(line for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
-            self.bodies.append(await reader.readexactly(int(length[15:])))
-            answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-            if answer in (die, die_in_the_middle):
-                self.box.die()
-            try:
-                await answer(writer)
-                await writer.drain()
-            except OSError:
-                pass
-            finally:
-                writer.close()
-
-        server = await asyncio.start_unix_server(serve, self.upstream.path)
-        moving = asyncio.create_task(self.board.run())
-        reviving = asyncio.create_task(self._revive())
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                yield
-        finally:
-            moving.cancel()
-            reviving.cancel()
-            server.close()
-
-    async def _revive(self) -> None:
-        """What systemd does."""
-        while True:
-            await asyncio.sleep(0.02)
-            self.box.coming = False
-
-    async def ask(self, body: dict[str, Any], route: Any = OPENAI) -> tuple[int, dict[bytes, bytes], bytes]:
-        """Status, headers and body."""
-        sent: list[dict[str, Any]] = []
-        given = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
-
-        async def receive() -> dict[str, Any]:
-            message = next(given, None)
-            if message is None:
-                await asyncio.Event().wait()
-            return message or {}
-
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message)
-
-        scope = {"headers": [], "client": ("127.0.0.1", 5), "query_string": b""}
-        await self.relay.serve(route, scope, receive, send)
-        assert not sent[-1].get("more_body"), "the answer has no end"
-        return sent[0]["status"], dict(sent[0]["headers"]), b"".join(one.get("body", b"") for one in sent)
 
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
@@ -139,7 +56,8 @@ def test_a_request_is_sent_again_once_when_its_server_dies(
     tmp_path: Path, asked: dict[str, Any], answer: Answer
 ) -> None:
     async def body() -> None:
-        place = Place(tmp_path, die, answer)
+        box = FakeBox()
+        place = Place(tmp_path, dying(box), answer, box=box)
         async with place.running():
             status, headers, said = await place.ask(asked)
             assert status == 200 and b"error" not in said and len(place.bodies) == 2
@@ -151,7 +69,9 @@ def test_a_request_is_sent_again_once_when_its_server_dies(
 
 def test_at_the_second_crash_it_is_given_up_and_remembered(tmp_path: Path) -> None:
     async def body() -> None:
-        place = Place(tmp_path, die, die, die, whole)
+        box = FakeBox()
+        die = dying(box)
+        place = Place(tmp_path, die, die, die, whole, box=box)
         async with place.running():
             status, _, said = await place.ask({"poison": 1})
             assert (status, len(place.bodies)) == (502, 2) and b"went down twice" in said
@@ -169,7 +89,8 @@ def test_at_the_second_crash_it_is_given_up_and_remembered(tmp_path: Path) -> No
 )
 def test_after_its_first_token_it_is_never_sent_again(tmp_path: Path, route: Any, event: bytes) -> None:
     async def body() -> None:
-        place = Place(tmp_path, die_in_the_middle, stream)
+        box = FakeBox()
+        place = Place(tmp_path, dying(box, HEAD, chunk(EVENT)), stream, box=box)
         async with place.running():
             status, _, said = await place.ask({"stream": True}, route)
             assert status == 200 and said.startswith(EVENT) and len(place.bodies) == 1

@@ -83,11 +83,15 @@ class Lease:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request in the queue. `preset` is the one that it needs, None when any will do."""
+    """A request in the queue. `preset` is the one that it needs, None when any will do.
+
+    `may_use` tells whether its account may use a preset.
+    """
 
     preset: str | None
     account: str
     slot: bool
+    may_use: Callable[[str], bool]
     arrived: float
     granted: asyncio.Future[Lease]
     unserved_since: float | None = None
@@ -129,18 +133,24 @@ class Board:
 
     # --- what requests do ---
 
-    def ask(self, preset: str | None, account: str, *, slot: bool) -> Ticket:
+    def ask(
+        self, preset: str | None, account: str, *, slot: bool, may_use: Callable[[str], bool] = lambda _: True
+    ) -> Ticket:
         """Join the queue; the ticket's `granted` is done at once when the server is free.
 
         Raises Refusal: 429 when the queue is full, 503 for a preset that just failed or may not be started.
         """
-        ticket = Ticket(preset, account, slot, self.clock(), _future())
+        ticket = Ticket(preset, account, slot, may_use, self.clock(), _future())
         self._last_used = ticket.arrived
         if self._fits(ticket) and self._free(ticket) and not self._before(ticket):
             self._grant(ticket)
             return ticket
-        self._check_preset(ticket)
-        self._check_room(ticket)
+        try:
+            self._check_preset(ticket)
+            self._check_room(ticket)
+        except Refusal as refusal:
+            refusal.headers.update(self.queue_headers(ticket))
+            raise
         if not self._fits(ticket):
             ticket.unserved_since = ticket.arrived
         self.waiting[ticket] = None
@@ -153,7 +163,7 @@ class Board:
         `counts`: the request had reached the server, and may be why it is gone.
         """
         old = lease.ticket
-        ticket = Ticket(old.preset, old.account, old.slot, old.arrived, _future())
+        ticket = Ticket(old.preset, old.account, old.slot, old.may_use, old.arrived, _future())
         ticket.losses = old.losses + counts
         ticket.switch = old.switch
         ticket.unserved_since = self.clock()
@@ -205,6 +215,13 @@ class Board:
         slots = max(1, self.slots.get(target, 1))
         turns = self.position(ticket) * self.service_s / slots
         return turns if self._fits(ticket) else turns + self.load_s.get(target, 0.0)
+
+    def queue_headers(self, ticket: Ticket) -> dict[str, str]:
+        """Headers that tell a refused client where it stood."""
+        return {
+            "X-Queue-Position": str(self.position(ticket)),
+            "X-Queue-Estimate-S": f"{self.estimate_s(ticket):.0f}",
+        }
 
     @property
     def queued(self) -> int:
@@ -315,6 +332,9 @@ class Board:
             wanted = ticket.preset or fallback
             if wanted is None:
                 self._refuse(ticket, 503, _nothing_runs(seen))
+            elif not ticket.may_use(wanted):  # nothing is started for whoever may not use it then
+                said = f"no preset is active, and this key may not start {wanted}"
+                self._refuse(ticket, 403, f"{said}; name one of its own in 'model'")
             elif ticket.preset and self.settings.switch_policy == "off" and ticket.preset != fallback:
                 self._refuse(ticket, 503, f"{_nothing_runs(seen)} (switch_policy is off)")
             elif self._recently_failed(wanted):
@@ -496,7 +516,8 @@ class Board:
     def _refuse(self, ticket: Ticket, status: int, message: str) -> None:
         self.waiting.pop(ticket, None)
         if not ticket.granted.done():
-            ticket.granted.set_exception(Refusal(status, message, {"Retry-After": str(int(FAILED_AGAIN_S))}))
+            headers = {"Retry-After": str(int(FAILED_AGAIN_S))} if status == 503 else {}
+            ticket.granted.set_exception(Refusal(status, message, headers))
             ticket.granted.exception()  # seen: a client that left meanwhile does not ask for it
 
     def _enter(self, phase: str, target: str | None = None) -> None:

@@ -211,7 +211,7 @@ class Relay:
         entry.wanted, entry.stream = preset, asked.stream
         account.admit(preset)
         gone = asyncio.ensure_future(_disconnected(receive))
-        ticket = self.board.ask(preset, account.name, slot=route.slot)
+        ticket = self.board.ask(preset, account.name, slot=route.slot, may_use=account.may_use)
         try:
             while True:
                 lease = await self._turn(ticket, reply, gone, stream=asked.stream)
@@ -252,7 +252,7 @@ class Relay:
         try:
             return ticket.granted.result()
         except Refusal as refusal:
-            refusal.headers.update(self._queue_headers(ticket))
+            refusal.headers.update(self.board.queue_headers(ticket))
             raise
 
     async def _exchange(
@@ -366,18 +366,12 @@ class Relay:
     def _position(self, ticket: Ticket) -> str:
         return f"queue position {self.board.position(ticket)}, estimate {self.board.estimate_s(ticket):.0f} s"
 
-    def _queue_headers(self, ticket: Ticket) -> dict[str, str]:
-        return {
-            "X-Queue-Position": str(self.board.position(ticket)),
-            "X-Queue-Estimate-S": f"{self.board.estimate_s(ticket):.0f}",
-        }
-
     def _overdue(self, ticket: Ticket) -> Refusal:
         what = f"the preset {ticket.preset}" if ticket.preset else "a preset"
         return Refusal(
             503,
             f"{what} was not ready within hold_timeout ({self.settings.hold_timeout:g} s)",
-            {"Retry-After": "30", **self._queue_headers(ticket)},
+            {"Retry-After": "30", **self.board.queue_headers(ticket)},
         )
 
 
