@@ -1,7 +1,8 @@
 """A server that looks like llama-server from the gateway: HTTP on a UNIX socket, in a thread of the tests.
 
 A request may say in its body how it is answered:
-`"stub": {"delay": s before the head, "tokens": n, "interval": s between two, "die_after": n tokens}`.
+`"stub": {"delay": s before the head, "tokens": n, "interval": s between two, "die_after": n tokens,
+"padding": bytes beside each, or beside a whole answer}`.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class StubLlamaServer:
             b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nContent-Type: text/event-stream\r\n"
             b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
         )
-        for number, event in enumerate(events(path, orders.get("tokens", 3))):
+        padding = b": " + b"x" * orders["padding"] + b"\n\n" if "padding" in orders else b""
+        for number, token in enumerate(events(path, orders.get("tokens", 3))):
+            event = token + padding
             if number == orders.get("die_after"):
                 writer.transport.abort()
                 return
@@ -86,8 +89,10 @@ class StubLlamaServer:
 
 def whole(path: str, asked: dict[str, Any]) -> bytes:
     """An answer that is not streamed; it repeats what was asked, so that answers cannot be mixed up."""
-    usage = {"completion_tokens": 3}
-    return json.dumps({"path": path, "echo": asked.get("messages"), "usage": usage}).encode()
+    told: dict[str, Any] = {"path": path, "echo": asked.get("messages"), "usage": {"completion_tokens": 3}}
+    if padding := asked.get("stub", {}).get("padding"):
+        told["padding"] = "x" * padding
+    return json.dumps(told).encode()
 
 
 def events(path: str, tokens: int) -> list[bytes]:

@@ -355,6 +355,94 @@ def test_a_client_that_goes_away_ends_its_generation(
     until(lambda: stub.given_up == 1)  # within a second, unless the machine has other things to do
 
 
+def stalled(gateway: Gateway, stream: bool = True, **stub: int) -> socket.socket:
+    """The connection of a client that has asked for more than the kernel keeps for it, and does not read."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    sock.settimeout(15)
+    sock.connect(("127.0.0.1", gateway.port))
+    sock.sendall(chat(stream=stream, stub=stub or {"tokens": 300, "padding": 100_000}))
+    return sock
+
+
+def dropped(gateway: Gateway) -> bool:
+    """Whether a client was dropped because it took nothing."""
+    return "took nothing of its answer for 0.4 s" in gateway.log.read_text()
+
+
+def test_a_client_that_stops_reading_its_stream_holds_nothing_for_long(
+    gateway: Gateway, stub: StubLlamaServer
+) -> None:
+    with stalled(gateway):
+        until(lambda: stub.given_up == 1)
+        assert dropped(gateway) and gateway.memory() < 90_000_000
+        with connect(gateway) as sock:
+            sock.sendall(chat())
+            assert read_answer(sock)[0] == 200
+
+
+def test_a_whole_answer_that_nobody_takes_is_not_kept(gateway: Gateway) -> None:
+    with stalled(gateway, stream=False, padding=30_000_000):
+        until(lambda: dropped(gateway))
+
+
+def test_a_client_that_stops_reading_does_not_hold_up_a_stop(gateway: Gateway, stub: StubLlamaServer) -> None:
+    with stalled(gateway):
+        until(lambda: stub.bodies)
+        gateway.signal(signal.SIGTERM)
+        assert gateway.wait() == 0
+
+
+def test_a_client_that_reads_slowly_gets_all_of_its_stream(
+    forge: Forge, tmp_path: Path, stub: StubLlamaServer
+) -> None:
+    with running(forge, tmp_path, request_timeout=1.5) as gateway, stalled(gateway) as sock:
+        slow_until = time.monotonic() + 2
+        last = b""
+        while time.monotonic() < slow_until:  # less than the kernel waits for before it takes more
+            last = sock.recv(20_000)
+            time.sleep(0.05)
+        while not last.endswith(b"0\r\n\r\n"):
+            piece = sock.recv(1_000_000)
+            assert piece, "the stream was cut off"
+            last = last[-5:] + piece
+
+
+def test_what_is_left_after_the_last_word_is_not_kept_for_ever() -> None:
+    """A client takes some of it, and then nothing more."""
+    left = [30, 30, 20, 20, 20, 20]  # what each look finds
+
+    class Transport:
+        write = pause_reading = resume_reading = None
+
+        def __init__(self, sock: socket.socket, aborted: asyncio.Event) -> None:
+            self.sock, self.abort = sock, aborted.set
+
+        def get_extra_info(self, _: str) -> socket.socket:
+            return self.sock
+
+        def is_closing(self) -> bool:
+            return False
+
+        def close(self) -> None:
+            pass
+
+        def get_write_buffer_size(self) -> int:
+            return left.pop(0)
+
+    async def go() -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            aborted = asyncio.Event()
+            farewell = server.Farewell(Transport(ours, aborted), 0.001)  # type: ignore[arg-type]
+            farewell.close()
+            async with asyncio.timeout(10):
+                await aborted.wait()
+
+    asyncio.run(go())
+    assert not left  # the first look found that some was taken, the second nothing
+
+
 # --- stopping ---
 
 

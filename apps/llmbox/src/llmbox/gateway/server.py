@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import re
 import select
 import signal
 import socket
+import sys
+import termios
 from collections.abc import Generator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,19 +89,22 @@ class State(ServerState):
 
 
 class Farewell:
-    """A connection's transport, whose `close` may first read off what the client still sends.
+    """A connection's transport, which `close` may first read off, and which a client cannot hold for ever.
 
-    A socket closed with unread bytes is reset, and the reset destroys an answer that is not read yet.
+    A socket closed with unread bytes is reset, and the reset destroys an answer that is not read yet. A
+    client that takes in nothing of what waits for it is dropped after `patience` seconds.
     """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, patience: float) -> None:
         self.transport = transport
+        self.patience = patience
         self.write = transport.write
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
         self.get_extra_info = transport.get_extra_info
         self.unread = False
         self.lingering = False
+        self._watch: asyncio.TimerHandle | None = None
 
     def is_closing(self) -> bool:
         """Whether nothing more can be said."""
@@ -109,12 +115,39 @@ class Farewell:
         if self.is_closing():
             return
         if not self.unread:
-            self.transport.close()
+            self.transport.close()  # when the client has taken in what was written
+            self.watch()
             return
         self.lingering = True
         self.transport.write_eof()
         self.transport.resume_reading()
         asyncio.get_running_loop().call_later(LINGER_S, self.transport.abort)
+
+    def watch(self) -> None:
+        """From now on, while nothing more is written, look whether the client takes in what was."""
+        self.forget()
+        if self.transport.get_write_buffer_size():
+            loop = asyncio.get_running_loop()
+            self._watch = loop.call_later(self.patience, self._look, self._unsent())
+
+    def forget(self) -> None:
+        """Look no longer."""
+        if self._watch:
+            self._watch.cancel()
+            self._watch = None
+
+    def _unsent(self) -> int:
+        """Bytes that the client has not taken: the transport's and the kernel's (tcp(7), SIOCOUTQ)."""
+        kernels = bytearray(4)
+        fcntl.ioctl(self.get_extra_info("socket").fileno(), termios.TIOCOUTQ, kernels)
+        return self.transport.get_write_buffer_size() + int.from_bytes(kernels, sys.byteorder)
+
+    def _look(self, unsent: int) -> None:
+        if self._unsent() < unsent:
+            self.watch()
+        else:
+            log.info("dropped a client that took nothing of its answer for %g s", self.patience)
+            self.transport.abort()
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -130,7 +163,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection; turn it away at once when there are too many."""
-        self._farewell = Farewell(transport)
+        self._farewell = Farewell(transport, self.server_state.settings.request_timeout)
         super().connection_made(self._farewell)  # type: ignore[arg-type]
         state = self.server_state
         limit = state.settings.max_connections
@@ -153,8 +186,19 @@ class GatewayProtocol(HttpToolsProtocol):
         """Forget the connection."""
         self._head_complete()
         self._unset_keepalive_if_required()
+        self._farewell.forget()
         self.server_state.turned_away -= self._surplus
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client is slow: its answer waits, and so does what writes it."""
+        super().pause_writing()
+        self._farewell.watch()
+
+    def resume_writing(self) -> None:
+        """It has taken in most of that."""
+        super().resume_writing()
+        self._farewell.forget()
 
     def data_received(self, data: bytes) -> None:
         """Parse, and watch how long and how large the head of a request becomes."""
