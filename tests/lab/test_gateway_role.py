@@ -72,6 +72,23 @@ def test_an_address_that_appears_later(box: Box) -> None:
         box.run(f"sudo ip address del {NOT_THERE_YET}/32 dev lo")
 
 
+def test_only_another_address_opens_the_port_anew(box: Box) -> None:
+    """A socket that is closed takes along what waits in its backlog."""
+
+    def opened() -> str:
+        return box.run(f"{box.manager} show --value --property=InvocationID llm-gateway.socket").stdout
+
+    before = opened()
+    box.run("echo '# an older version of the role' | sudo tee -a /etc/systemd/user/llm-gateway.socket")
+    assert box.play() == 2, "the unit, and the gateway's restart without loss"
+    assert opened() == before
+    listen = [*box.wanted.config.llm_gateway_listen, "[::1]:4321"]
+    assert box.play(llm_gateway_listen=listen) == 2
+    assert opened() != before
+    box.asks_itself("http://[::1]:4321/health")
+    assert box.models().status_code == 200
+
+
 def test_keys_are_in_force_without_a_restart_and_nowhere_to_be_read(box: Box) -> None:
     since = box.run("date +%s").stdout.strip()
     made = box.run(f"sudo -u {box.wanted.user} llmbox-key new laptop").stdout
