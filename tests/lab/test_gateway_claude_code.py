@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ import pytest
 
 from lab import config
 from tests import support
+from tests.lab.test_lmswitch import Box
+from tests.lab.test_lmswitch import box as box  # the fixture
+from tests.lab.tool_template import tool_template
 
 VERSION = "2.1.330"
 INSTALL_TIMEOUT_S = 600
 TURN_TIMEOUT_S = 900
-OUTPUT_TOKENS = 24  # a base model never stops by itself
+OUTPUT_TOKENS = 200
+TOOLS_TOKENS = 5_000  # the descriptions of its own tools are longer than this, everything else is shorter
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +65,7 @@ class Agent:
         }
 
     def turn(self, prompt: str, *options: str) -> dict[str, Any]:
-        """One turn without a terminal. Returns its result."""
+        """One turn without a terminal, which must end well. Returns its result."""
         done = subprocess.run(
             [self.program, "--print", prompt, "--output-format", "json", *options],
             cwd=self.folder,
@@ -72,8 +76,9 @@ class Agent:
             timeout=TURN_TIMEOUT_S,
             check=False,
         )
-        assert done.stdout, done.stderr
+        assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        assert found["type"] == "result" and not found["is_error"], found
         return found
 
     def audited(self) -> list[dict[str, Any]]:
@@ -85,36 +90,40 @@ class Agent:
 
 
 @pytest.fixture
-def agent(
-    claude: Path,
-    on_host: Callable[..., support.Run],
-    lab_hostvars: dict[str, dict[str, Any]],
-    tmp_path: Path,
-) -> Agent:
-    """Claude Code on the preset that is made for agents."""
-    box = support.expected()
-    preset = next(name for name, data in box.config.llama_presets.items() if data.agent)
-    on_host(support.LLM, f"sudo -u {box.user} lmswitch {preset}", timeout=120).check()
-    return Agent(claude, box.url(lab_hostvars[support.LLM]["ansible_host"]), preset, tmp_path, on_host)
+def agent(claude: Path, box: Box, tmp_path: Path) -> Iterator[Agent]:
+    """Claude Code on the preset that is made for agents, through a template that shows tools to the model."""
+    presets = box.wanted.config.llama_presets
+    preset = next(name for name, data in presets.items() if data.agent)
+    url = box.wanted.url(box.hostvars["ansible_host"])
+    with tool_template(box, preset, "Qwen3-Coder"):
+        yield Agent(claude, url, preset, tmp_path, box.on_host)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(["--bare", "--tools", ""], id="bare"),
-        pytest.param([], id="with tools", marks=pytest.mark.long),
-    ],
-)
-def test_two_turns(agent: Agent, options: list[str]) -> None:
+def two_turns(agent: Agent, *options: str) -> int:
+    """A turn and the next one, which finds its prompt in the cache. Returns the first's tokens."""
     before = len(agent.audited())
     first = agent.turn("Say hello.", *options)
     asked = agent.audited()[before:]
     assert asked and all(entry["status"] == 200 for entry in asked), (first, asked)
-    prompt = max(entry["prompt_tokens"] for entry in asked)
+    prompt: int = max(entry["prompt_tokens"] for entry in asked)
 
     second = agent.turn("And again.", "--continue", *options)
     again = agent.audited()[before + len(asked) :]
     assert again and all(entry["status"] == 200 for entry in again), (second, again)
     reused = max(entry["cached_tokens"] or 0 for entry in again)
     assert reused >= 0.9 * prompt, f"the second turn reused {reused} of {prompt} tokens"
-    print(f"first turn {prompt} tokens; second reused {reused} of {max(e['prompt_tokens'] for e in again)}")
+    times = [sum(entry["seconds"] for entry in entries) for entries in (asked, again)]
+    print(
+        f"first turn {prompt} tokens in {times[0]:.0f} s; second reused {reused} "
+        f"of {max(entry['prompt_tokens'] for entry in again)} in {times[1]:.0f} s"
+    )
+    return prompt
+
+
+def test_two_turns_without_tools(agent: Agent) -> None:
+    assert two_turns(agent, "--bare", "--tools", "") < TOOLS_TOKENS
+
+
+@pytest.mark.long
+def test_two_turns_with_all_tools(agent: Agent) -> None:
+    assert two_turns(agent) > TOOLS_TOKENS, "the descriptions of the tools did not reach the model"

@@ -1,0 +1,38 @@
+"""A small model that calls tools, in the hands of the real llama-server.
+
+No model of the lab was ever taught tools, and the templates in their files know none. A drop-in gives a
+preset one of the templates of llama.cpp's own tree. What the model does with it is poor; how llama-server
+renders the tools, constrains the answer, parses the call and tells it in two protocols is the real thing.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.lab.test_lmswitch import Box
+
+TEMPLATES = "/opt/llama.cpp/upstream/src/models/templates"
+# Gemma's <eos> and <end_of_turn>: a base model hardly ever stops by itself, with this after a few words.
+STOPS = ("-l", "1+8", "-l", "106+8")
+# This template lets a model choose between `all`, which is everybody, and a tool. "tool_choice": "required"
+# leaves both open, a call may follow what is said to all: so what `all` begins with is taken away.
+CHOOSES = "meetkai-functionary-medium-v3.2"
+ONLY_TOOLS = ("-l", "236746-100", "-l", "514-100", "-l", "712-100")
+
+
+@contextmanager
+def tool_template(box: Box, preset: str, template: str, *flags: str) -> Iterator[None]:
+    """The preset serves with this template and these flags; afterwards nothing serves."""
+    presets = json.loads(box.run(f"cat {box.wanted.presets_json}").check().stdout)["presets"]
+    file = f"{TEMPLATES}/{template}.jinja"
+    command = shlex.join([*presets[preset]["command"], "--chat-template-file", file, *STOPS, *flags])
+    box.write_drop_in(preset, f"[Service]\nExecStart=\nExecStart={command}\n")
+    try:
+        box.lmswitch("--restart", preset).check()
+        yield
+    finally:
+        box.remove_drop_in(preset)
+        box.lmswitch("off").check()
