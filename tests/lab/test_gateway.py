@@ -196,6 +196,15 @@ def test_lmswitch_waits_for_what_runs_and_holds_what_comes(box: Box) -> None:
     assert "switched" in box.lmswitch("status") or box.active() == box.second
 
 
+def test_lmswitch_reaches_the_gateway_after_its_restart(box: Box) -> None:
+    """Python 3.13 removes the path of a UNIX socket that it closes; the control socket is systemd's."""
+    box.restart_gateway()
+    ask = "from llmbox.gateway.client import ask_status as ask; print(ask(pathlib.Path(sys.argv[1])))"
+    python = f"sudo -u {box.wanted.user} /opt/llmbox/bin/python -I -c 'import pathlib, sys; {ask}'"
+    told = box.run(f"{python} /run/user/$(id -u {box.wanted.user})").stdout
+    assert "'queued': 0" in told
+
+
 def test_nothing_runs_and_the_client_is_told_how_to_start_one(box: Box) -> None:
     box.lmswitch("off")
     told = box.chat()

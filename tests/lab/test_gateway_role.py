@@ -105,10 +105,16 @@ def test_keys_are_in_force_without_a_restart_and_nowhere_to_be_read(box: Box) ->
     assert box.models(key).status_code == 200
     assert httpx.get(f"{box.url}/health", timeout=30, trust_env=False).status_code == 200
 
+    bearer = {"Authorization": f"Bearer {key}"}
+    asked = httpx.post(
+        f"{box.url}/tokenize", json={"content": "x"}, headers=bearer, timeout=60, trust_env=False
+    )
+    assert asked.status_code in (200, 503), "a preset answers, or none is active"
+
     told = box.run(
         f"sudo journalctl --since=@{since} --output=cat; sudo cat ~llm/.local/state/llmbox/audit.jsonl"
     )
-    assert key not in told.stdout
+    assert key not in told.stdout and '"key": "laptop"' in told.stdout
     readers = box.on_host(support.LLM, "cat /etc/llmbox/keys.json")
     assert readers.rc != 0, "any user can read the keys' file"
 
