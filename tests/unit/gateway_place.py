@@ -103,8 +103,10 @@ class Place:
             await asyncio.sleep(0.02)
             self.box.coming = False
 
-    async def ask(self, body: dict[str, Any], route: Any = OPENAI, *, stays: bool = True) -> Told:
-        """One request; a client that does not stay leaves once its request is sent."""
+    async def ask(
+        self, body: dict[str, Any], route: Any = OPENAI, *more: tuple[bytes, bytes], stays: bool = True
+    ) -> Told:
+        """One request with `more` headers; a client that does not stay leaves once its request is sent."""
         sent: list[dict[str, Any]] = []
         given = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
 
@@ -118,7 +120,7 @@ class Place:
             sent.append(message)
 
         address, headers = self.client
-        scope = {"headers": headers, "client": (address, 5), "query_string": b""}
+        scope = {"headers": [*headers, *more], "client": (address, 5), "query_string": b""}
         await self.relay.serve(route, scope, receive, send)
         if not sent:
             return Told(0, {}, b"")

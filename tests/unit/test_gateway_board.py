@@ -375,6 +375,96 @@ def test_idle_unload_and_the_reload_by_the_next_request() -> None:
     run(body)
 
 
+def test_a_measurement_goes_when_nothing_else_runs_and_alone() -> None:
+    async def body() -> None:
+        async with running(FakeBox("c")) as board:
+            before = await turn(board.ask(None, "k", slot=True))
+            counting = await turn(board.ask(None, "k", slot=False))
+            alone = board.ask("c", "m", slot=True, alone=True)
+            later = [board.ask(None, "k", slot=slot) for slot in (True, False)]
+            board.release(before)
+            assert not alone.granted.done(), "what takes no slot uses the machine too"
+            board.release(counting)
+            lease = await turn(alone)
+            assert [ticket.granted.done() for ticket in later] == [False, False]
+            assert not board.ask(None, "k", slot=True).granted.done()
+            board.release(lease)
+            assert [ticket.granted.done() for ticket in later] == [True, True]
+
+    run(body)
+
+
+def test_between_two_measurements_who_waited_is_served() -> None:
+    async def body() -> None:
+        async with running(FakeBox()) as board:
+            first = await turn(board.ask(None, "m", slot=True, alone=True))
+            waiting = board.ask(None, "k", slot=True)
+            second = board.ask(None, "m", slot=True, alone=True)
+            board.release(first)
+            assert waiting.granted.done() and not second.granted.done()
+            board.release(await turn(waiting))
+            assert second.granted.done()
+
+    run(body)
+
+
+def test_a_measurement_is_over_after_half_of_the_hold_timeout() -> None:
+    async def body() -> None:
+        async with running(FakeBox(), hold_timeout=0.1) as board:
+            lease = await turn(board.ask(None, "m", slot=True, alone=True))
+            ended = asyncio.Event()
+            lease.abort = ended.set
+            waiting = board.ask(None, "k", slot=True)
+            await asyncio.wait_for(ended.wait(), PATIENCE_S)
+            assert lease.ended and lease.ended.status == 503 and "hold_timeout" in lease.ended.message
+            board.release(lease)  # what the relay does then
+            board.release(await turn(waiting))
+            quick = await turn(board.ask(None, "m", slot=True, alone=True))
+            board.release(quick)
+            assert quick.deadline and quick.deadline.cancelled()
+
+    run(body)
+
+
+def test_a_measurement_that_gets_no_turn_lets_the_others_go() -> None:
+    async def body() -> None:
+        async with running(FakeBox("c"), hold_timeout=0.1) as board:
+            board.ask(None, "k", slot=True)
+            alone = board.ask(None, "m", slot=True, alone=True)
+            behind = board.ask(None, "k", slot=True)
+            await until(lambda: board.overdue(alone))
+            assert not board.overdue(behind)
+            board.leave(alone)
+            assert (await turn(behind)).preset == "c"
+
+    run(body)
+
+
+def test_no_request_switches_while_something_is_measured() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box) as board:
+            lease = await turn(board.ask("a", "m", slot=True, alone=True))
+            other = board.ask("b", "k", slot=True)
+            await asyncio.sleep(0.02)
+            assert (board.phase, box.log) == ("ready", [])
+            board.release(lease)
+            assert (await turn(other)).preset == "b"
+
+    run(body)
+
+
+def test_a_switch_by_hand_does_not_wait_for_a_measurement() -> None:
+    async def body() -> None:
+        async with running(FakeBox(), drain_timeout=60.0, hold_timeout=600.0) as board:
+            lease = await turn(board.ask(None, "m", slot=True, alone=True))
+            lease.abort = lambda: board.release(lease)
+            async with asyncio.timeout(PATIENCE_S), board.hold("b"):
+                assert lease.ended and lease.ended.status == 503
+
+    run(body)
+
+
 def test_random_traffic_loses_nobody() -> None:
     import random
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llmbox.gateway import relay
+from llmbox.gateway.requests import ALONE, ROUTES
 
 from tests.unit.fake_box import FakeBox
 from tests.unit.gateway_place import ANTHROPIC, OPENAI, PATIENCE_S, Answer, Place
@@ -149,5 +151,50 @@ def test_what_outlasts_the_drain_ends_with_an_event(tmp_path: Path) -> None:
             _, _, said = await long
             assert status == 200 and said.startswith(EVENT)
             assert b'"error"' in said and b"drain_timeout" in said
+
+    run(body)
+
+
+MEASUREMENT = (ALONE, b"1")
+
+
+def test_a_measurement_is_told_the_server_that_it_had_for_itself(tmp_path: Path) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, whole)
+        async with place.running():
+            _, headers, _ = await place.ask({}, OPENAI, MEASUREMENT)
+            assert headers[ALONE] == b"%d" % place.box.pid
+            assert ALONE not in (await place.ask({}))[1]
+
+    run(body)
+
+
+def test_a_measurement_is_never_sent_again(tmp_path: Path) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, die, whole)
+        async with place.running():
+            status, _, _ = await place.ask({}, OPENAI, MEASUREMENT)
+            assert (status, len(place.bodies)) == (502, 1)
+
+    run(body)
+
+
+def test_a_measurement_that_lasts_too_long_or_gets_no_turn_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "LOOK_INTERVAL_S", 0.02)
+
+    async def body() -> None:
+        place = Place(tmp_path, go_on, whole, hold_timeout=0.2)
+        async with place.running():
+            began = asyncio.get_running_loop().time()
+            long = asyncio.create_task(place.ask({"stream": True}, OPENAI, MEASUREMENT))
+            while not place.board.in_flight:
+                await asyncio.sleep(0.01)
+            status, _, said = await place.ask({}, OPENAI, MEASUREMENT)
+            assert status == 503 and b"not free for a measurement" in said
+            assert (await place.ask({}))[0] == 200
+            assert asyncio.get_running_loop().time() - began >= 0.1
+            assert b"half of hold_timeout" in (await long)[2]
 
     run(body)

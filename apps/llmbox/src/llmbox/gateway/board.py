@@ -25,6 +25,9 @@ TROUBLE_S = 1.0
 FAILED_AGAIN_S = 30.0  # a preset that failed to start is not tried again for so long
 END_GRACE_S = 2.0  # for a request that was told to end to leave the server
 SMOOTHING = 0.2  # weight of the newest figure in a running mean
+# Of hold_timeout: what a measurement may wait for its turn, others behind it, and what it may then last. Who
+# came meanwhile and needs another preset has the rest for its start.
+ALONE_TURN, ALONE_LEASE = 0.25, 0.5
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class Lease:
     granted: float
     ended: Refusal | None = None
     abort: Callable[[], None] = lambda: None
+    deadline: asyncio.TimerHandle | None = None
 
     def end(self, refusal: Refusal) -> None:
         """Take the leave back: whoever holds it closes its connection and tells its client."""
@@ -86,12 +90,14 @@ class Ticket:
     """A request in the queue. `preset` is the one that it needs, None when any will do.
 
     `may_use` tells whether its account may use a preset.
+    `alone`: a measurement. It goes when no other request runs, and none goes while it does.
     """
 
     preset: str | None
     account: str
     slot: bool
     may_use: Callable[[str], bool]
+    alone: bool
     arrived: float
     granted: asyncio.Future[Lease]
     unserved_since: float | None = None
@@ -134,13 +140,19 @@ class Board:
     # --- what requests do ---
 
     def ask(
-        self, preset: str | None, account: str, *, slot: bool, may_use: Callable[[str], bool] = lambda _: True
+        self,
+        preset: str | None,
+        account: str,
+        *,
+        slot: bool,
+        alone: bool = False,
+        may_use: Callable[[str], bool] = lambda _: True,
     ) -> Ticket:
         """Join the queue; the ticket's `granted` is done at once when the server is free.
 
         Raises Refusal: 429 when the queue is full, 503 for a preset that just failed or may not be started.
         """
-        ticket = Ticket(preset, account, slot, may_use, self.clock(), _future())
+        ticket = Ticket(preset, account, slot, may_use, alone, self.clock(), _future())
         self._last_used = ticket.arrived
         if self._fits(ticket) and self._free(ticket) and not self._before(ticket):
             self._grant(ticket)
@@ -163,7 +175,7 @@ class Board:
         `counts`: the request had reached the server, and may be why it is gone.
         """
         old = lease.ticket
-        ticket = Ticket(old.preset, old.account, old.slot, old.may_use, old.arrived, _future())
+        ticket = Ticket(old.preset, old.account, old.slot, old.may_use, old.alone, old.arrived, _future())
         ticket.losses = old.losses + counts
         ticket.switch = old.switch
         ticket.unserved_since = self.clock()
@@ -185,6 +197,8 @@ class Board:
         if lease not in self.leases:
             return
         self.leases.discard(lease)
+        if lease.deadline:
+            lease.deadline.cancel()
         self._last_used = now = self.clock()
         if lease.ticket.slot:
             took = now - lease.granted
@@ -200,7 +214,9 @@ class Board:
             self._wake.set()
 
     def overdue(self, ticket: Ticket) -> bool:
-        """Whether the ticket has waited for its preset for longer than `hold_timeout`."""
+        """Whether the ticket has waited for longer than `hold_timeout` for its preset, or to be alone."""
+        if ticket.alone:
+            return self.clock() - ticket.arrived > ALONE_TURN * self.settings.hold_timeout
         since = ticket.unserved_since
         return since is not None and self.clock() - since > self.settings.hold_timeout
 
@@ -371,7 +387,13 @@ class Board:
             await reading
 
     async def _drain(self, why: str) -> None:
-        """Let what runs finish, for `drain_timeout` at most; then end it with an error."""
+        """Let what runs finish, for `drain_timeout` at most; then end it with an error.
+
+        A measurement is ended at once: it is repeated, and whoever switches is not to wait for it.
+        """
+        for lease in list(self.leases):
+            if lease.ticket.alone:
+                lease.end(Refusal(503, f"{why}: the measurement was given up"))
         self._enter("draining")
         self.serving = None
         deadline = self.clock() + self.settings.drain_timeout
@@ -426,19 +448,34 @@ class Board:
         return self.serving is not None and ticket.preset in (None, self.serving.preset)
 
     def _free(self, ticket: Ticket) -> bool:
+        if self._measuring():
+            return False
+        if ticket.alone:
+            return not self.leases
         if not ticket.slot or self.serving is None:
             return True
         taken = sum(1 for lease in self.leases if lease.ticket.slot)
         return taken < self.slots[self.serving.preset or ""]
 
     def _before(self, ticket: Ticket) -> bool:
-        """Whether others wait for the same thing."""
-        return any(self._fits(other) and other.slot == ticket.slot for other in self.waiting)
+        """Whether others wait for the same thing, or one of them to be alone."""
+        return any(
+            self._fits(other) and (other.slot == ticket.slot or other.alone or ticket.alone)
+            for other in self.waiting
+        )
+
+    def _measuring(self) -> bool:
+        """Whether the server is leased to one request alone."""
+        return any(lease.ticket.alone for lease in self.leases)
 
     def _grant(self, ticket: Ticket) -> None:
         assert self.serving is not None and self.serving.preset is not None
         lease = Lease(ticket, self.serving.preset, self.serving.pid, self.clock())
         self.leases.add(lease)
+        if ticket.alone:
+            after = ALONE_LEASE * self.settings.hold_timeout
+            over = Refusal(503, f"the measurement took longer than half of hold_timeout ({after:g} s)")
+            lease.deadline = asyncio.get_running_loop().call_later(after, lease.end, over)
         ticket.granted.set_result(lease)
 
     def _pump(self) -> None:
@@ -446,9 +483,13 @@ class Board:
         if self.serving is None:
             return
         for ticket in list(self.waiting):
-            if self._fits(ticket) and self._free(ticket):
+            if not self._fits(ticket):
+                continue
+            if self._free(ticket):
                 del self.waiting[ticket]
                 self._grant(ticket)
+            elif ticket.alone:
+                return  # who came later lets it go first: otherwise it would never be alone
 
     def _target(self) -> str | None:
         """The preset to go to now: that of the oldest request which the present one cannot serve."""
@@ -457,7 +498,7 @@ class Board:
             (ticket.preset for ticket in self.waiting if ticket.preset not in (None, self.serving.preset)),
             None,
         )
-        if wanted is None or self._dwell_left() > 0:
+        if wanted is None or self._dwell_left() > 0 or self._measuring():
             return None
         if self.settings.switch_policy == "when_idle" and any(lease.ticket.slot for lease in self.leases):
             return None

@@ -18,7 +18,7 @@ from llmbox.gateway.board import Board, Lease, Ticket
 from llmbox.gateway.metrics import Metrics
 from llmbox.gateway.prompt_cache import Guard
 from llmbox.gateway.refusals import Protocol, Refusal, error_body, error_event
-from llmbox.gateway.requests import Asked, Route, read_body
+from llmbox.gateway.requests import ALONE, Asked, Route, read_body
 from llmbox.gateway.settings import Settings
 from llmbox.gateway.upstream import Answer, Lost, Upstream
 from llmbox.gateway.usage import Tail, usage_of
@@ -211,7 +211,8 @@ class Relay:
         entry.wanted, entry.stream = preset, asked.stream
         account.admit(preset)
         gone = asyncio.ensure_future(_disconnected(receive))
-        ticket = self.board.ask(preset, account.name, slot=route.slot, may_use=account.may_use)
+        alone = route.slot and any(name == ALONE for name, _ in scope["headers"])
+        ticket = self.board.ask(preset, account.name, slot=route.slot, alone=alone, may_use=account.may_use)
         try:
             while True:
                 lease = await self._turn(ticket, reply, gone, stream=asked.stream)
@@ -304,7 +305,9 @@ class Relay:
         self, answer: Answer, lease: Lease, asked: Asked, account: Account, reply: Reply, entry: Entry
     ) -> None:
         waited = (b"x-queue-wait-ms", str(round(entry.waited_s * 1000)).encode())
-        named = (b"x-llmbox-preset", lease.preset.encode())
+        named = [(b"x-llmbox-preset", lease.preset.encode())]
+        if lease.ticket.alone:
+            named.append((ALONE, b"%d" % lease.pid))  # whose first request may have been this one
         streams = any(
             name == b"content-type" and value.startswith(b"text/event-stream")
             for name, value in answer.headers
@@ -319,10 +322,10 @@ class Relay:
                 entry.error = "llama-server refused it"  # its own words may quote the request
             if reply.begun:  # the stream has begun with comments, and the server says no
                 raise Refusal(answer.status, _message(body))
-            await reply.whole(answer.status, [*answer.headers, waited, named], body)
+            await reply.whole(answer.status, [*answer.headers, waited, *named], body)
             return
         if not reply.begun:
-            await reply.begin(answer.status, [*answer.headers, waited, named])
+            await reply.begin(answer.status, [*answer.headers, waited, *named])
         tail = Tail()
         counted = 0
         try:
@@ -345,7 +348,7 @@ class Relay:
     def _after_loss(self, lease: Lease, lost: Lost, body: bytes, reply: Reply) -> Ticket:
         """What follows when the server went away under a request. Raises Refusal, or gives a new ticket."""
         self.board.lost(lease)
-        if reply.forwarded:
+        if reply.forwarded or lease.ticket.alone:  # a measurement is never sent again: it would be another one
             raise Refusal(502, f"the preset {lease.preset} stopped in the middle of this answer ({lost})")
         if not lost.sent:
             return self.board.again(lease, counts=False)
@@ -368,9 +371,12 @@ class Relay:
 
     def _overdue(self, ticket: Ticket) -> Refusal:
         what = f"the preset {ticket.preset}" if ticket.preset else "a preset"
+        why = f"{what} was not ready within hold_timeout ({self.settings.hold_timeout:g} s)"
+        if ticket.alone:
+            why = f"{what} was not free for a measurement within a quarter of hold_timeout"
         return Refusal(
             503,
-            f"{what} was not ready within hold_timeout ({self.settings.hold_timeout:g} s)",
+            why,
             {"Retry-After": "30", **self.board.queue_headers(ticket)},
         )
 

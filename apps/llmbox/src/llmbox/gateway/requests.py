@@ -9,6 +9,7 @@ from typing import Any
 
 from llmbox.gateway.refusals import Protocol, Refusal
 
+ALONE = b"x-llmbox-alone"  # the header of a measurement: no other request runs beside it
 MODEL_NAME_LIMIT = 200  # characters; the longest name of a model in use is well below
 
 
