@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 VENV = Path(__file__).resolve().parent.parent / ".venv"
-NEEDED = ("ansible", "gevent", "httpx", "jinja2", "llama_common", "pydantic", "pyinfra", "yaml")
+NEEDED = ("PIL", "ansible", "gevent", "httpx", "jinja2", "llama_common", "pydantic", "pyinfra", "yaml")
 COULD_NOT_RUN = 2
 
 

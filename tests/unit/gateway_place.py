@@ -104,16 +104,20 @@ class Place:
             self.box.coming = False
 
     async def ask(
-        self, body: dict[str, Any], route: Any = OPENAI, *more: tuple[bytes, bytes], stays: bool = True
+        self,
+        body: dict[str, Any],
+        route: Any = OPENAI,
+        *more: tuple[bytes, bytes],
+        leaves: asyncio.Event | None = None,
     ) -> Told:
-        """One request with `more` headers; a client that does not stay leaves once its request is sent."""
+        """One request with `more` headers; the client goes away when `leaves` says so."""
         sent: list[dict[str, Any]] = []
         given = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
 
         async def receive() -> dict[str, Any]:
             message = next(given, None)
-            if message is None and stays:
-                await asyncio.Event().wait()
+            if message is None:
+                await (leaves or asyncio.Event()).wait()
             return message or {"type": "http.disconnect"}
 
         async def send(message: dict[str, Any]) -> None:
@@ -124,7 +128,7 @@ class Place:
         await self.relay.serve(route, scope, receive, send)
         if not sent:
             return Told(0, {}, b"")
-        assert not sent[-1].get("more_body"), "the answer has no end"
+        assert leaves or not sent[-1].get("more_body"), "the answer has no end"
         return Told(
             sent[0]["status"], dict(sent[0]["headers"]), b"".join(one.get("body", b"") for one in sent)
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from llmbox.gateway import relay
-from llmbox.gateway.requests import ALONE, ROUTES
+from llmbox.gateway.requests import ALONE
 
 from tests.unit.fake_box import FakeBox
 from tests.unit.gateway_place import ANTHROPIC, OPENAI, PATIENCE_S, Answer, Place
@@ -169,9 +169,28 @@ def test_a_measurement_is_told_the_server_that_it_had_for_itself(tmp_path: Path)
     run(body)
 
 
+def test_a_measurement_ends_with_its_holder(tmp_path: Path) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, go_on, whole)
+        async with place.running():
+            leaves = asyncio.Event()
+            held = asyncio.create_task(place.ask({"stream": True}, OPENAI, MEASUREMENT, leaves=leaves))
+            while not place.board.in_flight:
+                await asyncio.sleep(0.01)
+            waiting = asyncio.create_task(place.ask({}))
+            while not place.board.queued:
+                await asyncio.sleep(0.01)
+            leaves.set()
+            assert (await waiting)[0] == 200
+            await held
+
+    run(body)
+
+
 def test_a_measurement_is_never_sent_again(tmp_path: Path) -> None:
     async def body() -> None:
-        place = Place(tmp_path, die, whole)
+        box = FakeBox()
+        place = Place(tmp_path, dying(box), whole, box=box)
         async with place.running():
             status, _, _ = await place.ask({}, OPENAI, MEASUREMENT)
             assert (status, len(place.bodies)) == (502, 1)

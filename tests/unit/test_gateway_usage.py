@@ -141,7 +141,9 @@ def test_a_client_that_left_is_logged_as_499(tmp_path: Path) -> None:
     async def test() -> None:
         place = place_of_alice(tmp_path, hang)
         async with place.running():
-            await place.ask({}, stays=False)
+            gone = asyncio.Event()
+            gone.set()
+            await place.ask({}, leaves=gone)
         assert [(told["status"], told["error"]) for told in place.logged()] == [(499, "the client went away")]
 
     asyncio.run(test())

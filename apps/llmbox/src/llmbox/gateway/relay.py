@@ -348,7 +348,7 @@ class Relay:
     def _after_loss(self, lease: Lease, lost: Lost, body: bytes, reply: Reply) -> Ticket:
         """What follows when the server went away under a request. Raises Refusal, or gives a new ticket."""
         self.board.lost(lease)
-        if reply.forwarded or lease.ticket.alone:  # a measurement is never sent again: it would be another one
+        if reply.forwarded or lease.ticket.alone:  # sent again, a measurement would be another one
             raise Refusal(502, f"the preset {lease.preset} stopped in the middle of this answer ({lost})")
         if not lost.sent:
             return self.board.again(lease, counts=False)

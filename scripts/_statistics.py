@@ -1,0 +1,155 @@
+"""What measured speeds say: their level and spread, a verdict against a baseline, a ratio with its interval.
+
+Pure, for every script that measures. Shares are of 1 (0.03 is 3 %). Robust throughout: one run that something
+disturbed must neither raise an alarm nor hide one.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from statistics import median
+
+RECENT = 5  # runs that are judged together
+BASELINE = 60  # runs before them that they are compared with, at most
+BASELINE_LEAST = 20  # fewer say too little about the spread
+NOISY = 0.03  # with a larger spread than this the verdict says what it can still see
+LEAST_CHANGE = 0.06  # what is called a change, however quiet the box is
+# Standard errors to the threshold, and from there to the slowdown that nine of ten comparisons show (normal
+# quantile 0.90). tests/unit/test_statistics.py holds both against runs recorded on a real box.
+Z_ALARM, Z_POWER = 3.0, 1.28
+MAD_TO_SIGMA = 1.4826  # of a normal distribution: 1 / its 0.75 quantile
+# Variance of the Hodges-Lehmann estimate from n normal values in units of sigma²/n, asymptotically (Hodges &
+# Lehmann 1963); the median's is pi/2, the mean's 1.
+LEVEL_VARIANCE = math.pi / 3
+BOOTSTRAPS = 2000
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a box did before: level, and spread (median absolute deviation as a share of the median).
+
+    `wander` is the standard deviation, as a share, of the level of RECENT runs in a row. On a box that others use,
+    slow runs follow each other, and it is larger than the spread of single runs explains.
+    """
+
+    level: float
+    spread: float
+    runs: int
+    wander: float = 0.0
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Baseline:
+        """The baseline that the newest BASELINE of positive `values` give. Raises ValueError without any."""
+        newest = values[-BASELINE:]
+        if not newest or min(newest) <= 0:
+            raise ValueError("a baseline needs positive values")
+        rows = [level(newest[at : at + RECENT]) for at in range(len(newest) - RECENT + 1)]
+        wander = MAD_TO_SIGMA * spread(rows) if rows else 0.0
+        return cls(level(newest), spread(newest), len(newest), wander)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the spread is too large for a sharp verdict."""
+        return self.spread > NOISY
+
+    def error(self, runs: int) -> float:
+        """The standard error of the level of `runs` runs against this baseline, as a share."""
+        sigma = MAD_TO_SIGMA * self.spread
+        return max(self.wander, sigma * math.sqrt(LEVEL_VARIANCE / runs + LEVEL_VARIANCE / self.runs))
+
+    def threshold(self, runs: int) -> float:
+        """The slowdown of the level of `runs` runs, as a share, from which on it is told.
+
+        Errors are of the logarithm, as no speed is below 0. The noisier the box, the more of them it takes:
+        what disturbs it comes and goes, and is no normal distribution's.
+        """
+        errors = Z_ALARM * max(1.0, self.spread / NOISY)
+        return max(LEAST_CHANGE, -math.expm1(-errors * self.error(runs)))
+
+    def detectable(self, runs: int) -> float:
+        """The slowdown, as a share, that nine of ten such comparisons show."""
+        return 1 - (1 - self.threshold(runs)) * math.exp(-Z_POWER * self.error(runs))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the newest runs are beside the baseline. `change` is a share: -0.1 is 10 % slower."""
+
+    level: float
+    runs: int
+    baseline: Baseline | None = None
+
+    @property
+    def change(self) -> float:
+        """The level beside the baseline's; 0 without a baseline."""
+        return self.level / self.baseline.level - 1 if self.baseline else 0.0
+
+    @property
+    def slower(self) -> bool:
+        """Whether the level is lower than chance explains."""
+        return self.baseline is not None and self.change < -self.baseline.threshold(self.runs)
+
+    @property
+    def word(self) -> str:
+        """steady, slower, faster, or no baseline."""
+        if self.baseline is None:
+            return "no baseline"
+        if self.slower:
+            return "slower"
+        return "faster" if self.change > self.baseline.threshold(self.runs) else "steady"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The ratio of two medians with the interval that a share `confidence` of resampled pairs fall into."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+
+
+def spread(values: Sequence[float]) -> float:
+    """The median absolute deviation from the median, as a share of it. Raises ValueError without values."""
+    middle = median(values)
+    return median([abs(value - middle) for value in values]) / middle
+
+
+def level(values: Sequence[float]) -> float:
+    """The Hodges-Lehmann estimate: the median of the means of all pairs, each value with itself too.
+
+    As robust as needed (up to 29 % of the values may be anything) and nearly as sharp as the mean. Raises
+    ValueError without values; takes time that grows with the square of their number.
+    """
+    return median([(one + other) / 2 for one, other in combinations_with_replacement(values, 2)])
+
+
+def judge(values: Sequence[float]) -> Verdict:
+    """The newest RECENT of `values`, in the order in which they were measured, beside those before them."""
+    recent, before = values[-RECENT:], values[:-RECENT]
+    baseline = Baseline.of(before) if len(before) >= BASELINE_LEAST else None
+    return Verdict(level(recent), len(recent), baseline)
+
+
+def ratio_of_medians(
+    pairs: Sequence[tuple[float, float]], *, confidence: float = 0.95, seed: int = 0
+) -> Ratio:
+    """The median of the second values over that of the first, with a percentile bootstrap interval.
+
+    `pairs` were measured one right after the other, so whole pairs are drawn: what both suffered cancels
+    out. Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Raises ValueError: no pairs.
+    """
+    if not pairs:
+        raise ValueError("a ratio needs at least one pair")
+    rng = random.Random(seed)  # noqa: S311  (the same pairs give the same interval)
+    drawn = sorted(_ratio(rng.choices(pairs, k=len(pairs))) for _ in range(BOOTSTRAPS))
+    tail = round((1 - confidence) / 2 * BOOTSTRAPS)
+    return Ratio(_ratio(pairs), drawn[tail], drawn[-1 - tail], confidence)
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    return median([second for _, second in pairs]) / median([first for first, _ in pairs])
