@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts._inventory import Host
+from scripts._inventory import ROOT, Host
 
 PROBE = Path(__file__).resolve().parent / "_probe.py"
+CHECKER = ROOT / "apps/llmbox/src/llmbox/drift"
 PROBE_TIMEOUT_S = 60
+# A model that was touched since it was verified is read whole.
+COMPARISON_TIMEOUT_S = 600
 TUNNEL_TIMEOUT_S = 10
 
 
@@ -29,19 +32,50 @@ def probe_source(request: Mapping[str, Any]) -> str:
 
 def ask(host: Host, request: Mapping[str, Any], *, become: bool) -> dict[str, Any]:
     """The probe's answer. `become`: as root through sudo, as the roles do. Raises Unreachable."""
+    return run_program(host, probe_source(request), become=become)
+
+
+def checker_source() -> str:
+    """The box's own checker for drift: the one that is installed there may be what drifted."""
+    texts = {f"llmbox.drift.{file.stem}": file.read_text() for file in sorted(CHECKER.glob("[a-z]*.py"))}
+    return f"""import importlib.abc, importlib.util, json, sys
+TEXTS = {texts!r}
+class Sent(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    def find_spec(self, name, path, target=None):
+        known = name in TEXTS or name in ("llmbox", "llmbox.drift")
+        return importlib.util.spec_from_loader(name, self, is_package=name not in TEXTS) if known else None
+    def get_source(self, name):
+        return TEXTS.get(name, "")
+    def is_package(self, name):
+        return name not in TEXTS
+sys.meta_path.insert(0, Sent())
+from llmbox.drift.cli import STATE, answer
+print(json.dumps(answer(STATE)))
+"""
+
+
+def compare(host: Host) -> dict[str, Any]:
+    """What differs on an LLM box from what was deployed (llmbox.drift.cli.answer). Raises Unreachable."""
+    return run_program(host, checker_source(), become=True, timeout_s=COMPARISON_TIMEOUT_S)
+
+
+def run_program(
+    host: Host, source: str, *, become: bool, timeout_s: float = PROBE_TIMEOUT_S
+) -> dict[str, Any]:
+    """The JSON object that a Python program prints last on the host. Raises Unreachable."""
     python = str(host.variables.get("ansible_python_interpreter") or "/usr/bin/python3")
     command = f"{'sudo -n ' if become else ''}{python} -"
     try:
         done = subprocess.run(
             host.ssh(command),
-            input=probe_source(request),
+            input=source,
             capture_output=True,
             text=True,
-            timeout=PROBE_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise Unreachable(f"no answer over ssh in {PROBE_TIMEOUT_S} s") from None
+        raise Unreachable(f"no answer over ssh in {timeout_s:g} s") from None
     except FileNotFoundError:
         raise Unreachable("this machine has no ssh client; install openssh-client") from None
     if done.returncode != 0:

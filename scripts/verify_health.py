@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Check that every host is what its inventory says, and that the LLM box really answers.
 
-    scripts/verify_health.py --inventory DIR [--limit PATTERN] [--json FILE]
+    scripts/verify_health.py --inventory DIR [--limit PATTERN] [--drift] [--json FILE]
 
-Nothing is changed. All expected values come from the inventory and the roles' defaults. A gateway that wants
+Nothing is changed. With --drift LLM boxes are also compared with what was deployed on them
+(docs/drift.md). All expected values come from the inventory and the roles' defaults. A gateway that wants
 a key is shown the one in the environment variable LLMBOX_KEY. Progress goes to standard error, a table and
 one line for each check that fell short to standard output, JSON to FILE (`-`:
 standard output, instead of the table). Exit codes: 0 all well, 1 something fell short, 2 could not run or a
@@ -36,10 +37,11 @@ from typing import Any
 
 import httpx
 from llama_common.problems import InventoryError
+from llmbox.drift.compare import Difference, printable
 
 from roles.llama_cpp.library.llama_cpp_build import HostError
 from scripts import _command
-from scripts._ask_host import Unreachable, ask, bracketed, reach
+from scripts._ask_host import Unreachable, ask, bracketed, compare, reach
 from scripts._inventory import Host, load
 from scripts._llm_box import GATEWAY_UNITS, GROUP, LlmBox, gateway_units_unlike
 from scripts._screen import size, table
@@ -428,6 +430,22 @@ def answer_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers) -> lis
     ]
 
 
+def drift_checks(report: Mapping[str, Any]) -> list[Check]:
+    """What differs from what was deployed, each under its path; `report` as llmbox.drift made it."""
+    if error := report.get("error"):
+        return [Check("drift", False, None, "differences", 0, error)]
+    found = [Difference(**each) for each in report["drift"]]
+    fix = f"deployed {report['deployed']}; fix: run site.yml (it keeps drop-ins)" if found else ""
+    return [
+        Check("drift", not found, len(found), "differences", 0, fix),
+        *(Check(printable(one.path), False, one.found, "", one.expected, "drift") for one in found),
+        *(
+            Check(printable(path), True, "", "", "", "a local override, as it was when last deployed")
+            for path in report["overrides"]
+        ),
+    ]
+
+
 # --- asking the hosts ---
 
 
@@ -465,7 +483,7 @@ def refusal(reply: httpx.Response) -> str:
     return f"HTTP {reply.status_code}: {said}{fix}".splitlines()[0]
 
 
-def verify(host: Host) -> HostReport:
+def verify(host: Host, *, drift: bool = False) -> HostReport:
     """Everything about one host. Never raises for what is wrong there."""
     llm = GROUP in host.groups
     try:
@@ -476,6 +494,8 @@ def verify(host: Host) -> HostReport:
         checks = host_checks(seen, offset)
         if box:
             checks += llm_checks(box, seen["llm"], over_http(host, box, seen["llm"]))
+        if box and drift:
+            checks += drift_checks(compare(host))
     except (InventoryError, HostError, Unreachable) as error:
         return HostReport(host.name, error=str(error))
     return HostReport(host.name, tuple(checks))
@@ -491,12 +511,14 @@ def over_http(host: Host, box: LlmBox, seen: Mapping[str, Any]) -> Answers:
         return Answers(failure=str(error))
 
 
-def verify_all(hosts: Sequence[Host], progress: Callable[[str], None]) -> list[HostReport]:
+def verify_all(
+    hosts: Sequence[Host], progress: Callable[[str], None], *, drift: bool = False
+) -> list[HostReport]:
     """All hosts, several at once, in the order given."""
     reports: dict[str, HostReport] = {}
     pool = ThreadPoolExecutor(min(HOSTS_AT_ONCE, len(hosts)))
     try:
-        futures = {pool.submit(verify, host): host.name for host in hosts}
+        futures = {pool.submit(verify, host, drift=drift): host.name for host in hosts}
         for number, future in enumerate(as_completed(futures), 1):
             report = reports[futures[future]] = future.result()
             short = sum(not check.ok for check in report.checks)
@@ -539,6 +561,9 @@ def screen(reports: Sequence[HostReport]) -> str:
             could_not = "" if verdict == "refused" else "could not be asked: "
             lines.append(f"{report.host}: {could_not}{report.error}")
         lines += [f"{report.host}: {line(check)}" for check in report.checks if not check.ok]
+        lines += [
+            f"{report.host}: {one.name}: {one.detail}" for one in report.checks if one.ok and one.detail
+        ]
     return "\n".join([table(["host", "verdict", "checks"], rows), *([""] if lines else []), *lines])
 
 
@@ -553,6 +578,7 @@ def line(check: Check) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = _command.parser(__doc__, "0 all well, 1 something fell short, 2 could not run")
+    parser.add_argument("--drift", action="store_true", help="also compare with what was deployed")
     parser.add_argument("--json", metavar="FILE", help="write the report there; - is standard output")
     return parser.parse_args(argv)
 
@@ -577,7 +603,7 @@ def report(args: argparse.Namespace) -> int:
     progress(f"asking {', '.join(host.name for host in hosts)}")
     reports = [
         replace(one, error=one.error and _command.typed(one.error, args.inventory))
-        for one in verify_all(hosts, progress)
+        for one in verify_all(hosts, progress, drift=args.drift)
     ]
     print(
         as_json(reports) if args.json == "-" else screen(reports),

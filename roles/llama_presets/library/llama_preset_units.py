@@ -54,6 +54,10 @@ restart:
     - Names of the presets that run with another command than their unit has, or after a dry run would have.
   type: list
   returned: always
+deployed:
+  description: What the role drift compares the box with later, the paths of the files and the units.
+  type: dict
+  returned: always
 """
 
 MARKER = "# Managed by llmbox: roles/llama_presets."
@@ -361,6 +365,17 @@ def make_scopes(user: str, units: dict[str, dict[str, str]]) -> list[Scope]:
     return [Scope(account, account.units, wanted["user"]), Scope(None, SYSTEM_DIR, wanted["system"])]
 
 
+def deployed(scopes: list[Scope], path: Path) -> dict[str, Any]:
+    """The files that this module keeps as they are, and the units among them with their user."""
+    files = [str(path), *(str(scope.folder / name) for scope in scopes for name in scope.wanted)]
+    units = [
+        {"unit": name, "user": scope.account.name if scope.account else ""}
+        for scope in scopes
+        for name in scope.wanted
+    ]
+    return {"files": files, "units": units}
+
+
 def apply(module: AnsibleModule) -> dict[str, Any]:
     """Compare, and unless this is a dry run, converge. Returns the module's result."""
     wanted = module.params
@@ -371,6 +386,7 @@ def apply(module: AnsibleModule) -> dict[str, Any]:
         scope.read()
     write_presets, present, wrong = presets_file_differs(path, text)
     result: dict[str, Any] = {
+        "deployed": deployed(scopes, path),
         "diff": difference(scopes, path, (present, text), wrong),
         "changed": write_presets or any(scope.differing or scope.stale for scope in scopes),
     }

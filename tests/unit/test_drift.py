@@ -1,0 +1,506 @@
+"""llmbox-drift: each kind of hand-made drift is named with what was expected and found; nothing else is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from llmbox.drift import cli, compare, host, models
+
+from scripts import _ask_host, verify_health
+from tests.support import ROOT, run
+
+PASS, RAISE = b"pass\n", b"raise\n"
+KEYS = b'{"keys": ["a"]}'
+SETTINGS = "[Service]\nRestart=always\nUMask=0077\n"
+MODEL = bytes(range(256)) * 16
+DAY = 20_000
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def write(path: Path, content: str | bytes, mode: int = 0o644) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    path.chmod(mode)
+    return path
+
+
+class Box:
+    """A folder that stands for a box on which everything that a role may name was deployed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.state = folder, folder / "state"
+        self.unit = write(folder / "units/llama-coder.service", SETTINGS)
+        self.secret = write(folder / "etc/keys.json", KEYS, 0o640)
+        self.keys = write(folder / "authorized_keys", "ssh-rsa BBBB own\nssh-ed25519 AAAA ann\n")
+        self.command = folder / "bin/lmswitch"
+        self.command.parent.mkdir()
+        self.command.symlink_to("/opt/llmbox/bin/lmswitch")
+        self.environment = self.make_environment()
+        self.build = folder / "llama.cpp/upstream"
+        self.release = self.make_release("one")
+        (self.build / "current").symlink_to("releases/one")
+        self.model = self.make_model()
+        self.states = {
+            "": {"llmbox-drift-full.timer": {"UnitFileState": "enabled", "ActiveState": "active"}},
+            "llm": {"llm-gateway.socket": {"UnitFileState": "enabled", "ActiveState": "active"}},
+        }
+        self.groups = {"llm": {"llm", "video"}}
+        self.held = {"linux-image-generic", "nvidia-driver-580"}
+        self.deployed: dict[str, Any] = {
+            "files": [str(self.unit), str(self.secret), str(self.command)],
+            "environments": [str(self.environment)],
+            "builds": [str(self.build)],
+            "models": [
+                {
+                    "directory": str(self.model.parent),
+                    "owner": "root",
+                    "files": [
+                        {
+                            "url": "https://me:secret@x/y",
+                            "file": self.model.name,
+                            "size": len(MODEL),
+                            "sha256": sha256(MODEL),
+                        }
+                    ],
+                }
+            ],
+            "units": [
+                {"unit": "llama-coder.service", "user": "llm"},
+                {"unit": "llm-gateway.socket", "user": "llm", "enabled": True, "active": True},
+                {"unit": "llmbox-drift-full.timer", "enabled": True, "active": True},
+                {"unit": "llmbox-drift@.service"},
+            ],
+            "members": [{"user": "llm", "groups": ["video"]}],
+            "lines": [{"path": str(self.keys), "lines": ["ssh-ed25519 AAAA ann"]}],
+            "held_packages": ["nvidia-driver-580"],
+            "kernel_parameters": Path("/proc/cmdline").read_text().split()[:1],
+        }
+
+    def make_environment(self) -> Path:
+        """An environment with its list, as roles/llmbox leaves it."""
+        venv = self.folder / "venvs/3.11-abc"
+        source = write(venv / "lib/switch.py", "pass\n")
+        (venv / "python").symlink_to("/usr/bin/python3")
+        listing = {
+            ".": f"{venv.lstat().st_mode:o} ",
+            "lib": f"{source.parent.lstat().st_mode:o} ",
+            "lib/switch.py": f"100644 {sha256(source.read_bytes())}",
+            "python": f"{(venv / 'python').lstat().st_mode:o} /usr/bin/python3",
+        }
+        write(self.folder / "venvs/3.11-abc.json", json.dumps(listing))
+        link = self.folder / "llmbox"
+        link.symlink_to(venv)
+        return link
+
+    def make_release(self, name: str) -> Path:
+        """A release with its stamp, as roles/llama_cpp leaves it."""
+        release = self.build / "releases" / name
+        server = write(release / "bin/llama-server", b"\x7fELF server", 0o755)
+        (release / "bin/libllama.so").symlink_to("libllama.so.0")
+        for folder in (release, release / "bin"):
+            folder.chmod(0o755)
+        files = {
+            "bin/llama-server": {"size": 11, "sha256": sha256(server.read_bytes())},
+            "bin/libllama.so": {"link": "libllama.so.0"},
+        }
+        write(release / "release.json", json.dumps({"files": files}))
+        return release
+
+    def make_model(self) -> Path:
+        """A model with its stamp, as roles/gguf_models leaves it."""
+        model = write(self.folder / "models/small.gguf", MODEL)
+        self.stamp(model)
+        return model
+
+    def stamp(self, model: Path) -> None:
+        """The content was verified as it is now, so it is told."""
+        info = model.stat()
+        stamp = {
+            "sha256": sha256(MODEL),
+            "size": info.st_size,
+            "mtime_ns": info.st_mtime_ns,
+            "ctime_ns": info.st_ctime_ns,
+            "inode": info.st_ino,
+        }
+        write(model.with_name(f".{model.name}.sha256"), json.dumps(stamp))
+
+    def systemctl(self, user: str, *arguments: str) -> str:
+        if any("@." in argument for argument in arguments):
+            return ""  # "neither a valid invocation ID nor unit name", and not a word of the others
+        blocks = [
+            "\n".join(f"{key}={value}" for key, value in {"Id": unit, **state}.items())
+            for unit, state in self.states[user].items()
+            if unit in arguments
+        ]
+        return "\n\n".join(blocks)
+
+    def record(self, *, dry_run: bool = False) -> bool:
+        """Whether there was something to record."""
+        changed: bool = cli.record(self.deployed, self.state, dry_run=dry_run)["changed"]
+        return changed
+
+    def check(self, *, full: bool = False) -> dict[str, Any]:
+        """The report; what was learned of the models is kept."""
+        report, blocks = cli.check(self.state, full=full, day=DAY)
+        cli.write_json(self.state / cli.BLOCKS, blocks)
+        return report
+
+    def found(self, *, full: bool = False) -> list[tuple[str, str, str]]:
+        """Path (below the box's folder), expected, found of each difference."""
+        differences = [compare.Difference(**each) for each in self.check(full=full)["drift"]]
+        return [
+            (each.path.removeprefix(f"{self.folder}/"), each.expected, each.found) for each in differences
+        ]
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
+    made = Box(tmp_path)
+    monkeypatch.setattr(host, "user_name", lambda uid: "root" if uid == os.geteuid() else str(uid))
+    monkeypatch.setattr(host, "unit_folders", lambda user: [str(made.unit.parent)] if user else [])
+    monkeypatch.setattr(host, "systemctl", made.systemctl)
+    monkeypatch.setattr(host, "groups_of", lambda _users: made.groups)
+    monkeypatch.setattr(host, "held_packages", lambda: made.held)
+    monkeypatch.setattr(models, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(models, "CHUNK_BYTES", 128)
+    assert made.record()
+    return made
+
+
+def test_a_box_as_deployed_has_no_difference(box: Box) -> None:
+    for full in (False, True, False):
+        report = box.check(full=full)
+        assert (report["ok"], report["drift"], report["overrides"]) == (True, [], [])
+    assert not box.record()
+
+
+def flip(path: Path, at: int = 700) -> None:
+    """Change one byte."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def relink(path: Path, target: str) -> None:
+    """Let a link lead elsewhere."""
+    path.unlink()
+    path.symlink_to(target)
+
+
+def drop_in(box: Box, text: str = "[Service]\nNice=3\n") -> Path:
+    return write(box.unit.parent / "llama-coder.service.d/50-own.conf", text)
+
+
+SERVER = b"\x7fELF server"
+DRIFTS: dict[str, tuple[Callable[[Box], object], tuple[str, str, str]]] = {
+    "a unit is edited": (
+        lambda box: box.unit.write_text(SETTINGS.replace("always", "no")),
+        ("units/llama-coder.service", "line 2 'Restart=always'", "line 2 'Restart=no'"),
+    ),
+    "a line is added to a unit": (
+        lambda box: box.unit.write_text(SETTINGS + "LimitCORE=1\n"),
+        ("units/llama-coder.service", "the end of the file", "line 4 'LimitCORE=1'"),
+    ),
+    "a unit is removed": (
+        lambda box: box.unit.unlink(),
+        ("units/llama-coder.service", "a file", "nothing"),
+    ),
+    "a unit is masked": (
+        lambda box: relink(box.unit, "/dev/null"),
+        ("units/llama-coder.service", "a file", "a link to /dev/null"),
+    ),
+    "the mode of a file": (
+        lambda box: box.unit.chmod(0o666),
+        ("units/llama-coder.service", "mode 0644", "mode 0666"),
+    ),
+    "a drop-in is added": (
+        drop_in,
+        ("units/llama-coder.service.d/50-own.conf", "nothing", "a file"),
+    ),
+    "a file that not everybody may read": (
+        lambda box: box.secret.write_text("{}"),
+        ("etc/keys.json", f"sha256 {sha256(KEYS)}", f"sha256 {sha256(b'{}')}"),
+    ),
+    "a command's link": (
+        lambda box: relink(box.command, "/tmp/mine"),
+        ("bin/lmswitch", "target /opt/llmbox/bin/lmswitch", "target /tmp/mine"),
+    ),
+    "a file of the environment": (
+        lambda box: (box.folder / "venvs/3.11-abc/lib/switch.py").write_text("raise\n"),
+        ("venvs/3.11-abc/lib/switch.py", f"sha256 {sha256(PASS)}", f"sha256 {sha256(RAISE)}"),
+    ),
+    "a file in the environment that nobody installed": (
+        lambda box: write(box.folder / "venvs/3.11-abc/lib/sitecustomize.py", ""),
+        ("venvs/3.11-abc/lib/sitecustomize.py", "nothing", "a file"),
+    ),
+    "the environment is gone": (
+        lambda box: (box.folder / "venvs/3.11-abc").rename(box.folder / "venvs/away"),
+        ("venvs/3.11-abc", "a folder", "nothing"),
+    ),
+    "a byte of a release": (
+        lambda box: flip(box.release / "bin/llama-server", 3),
+        (
+            "llama.cpp/upstream/releases/one/bin/llama-server",
+            f"sha256 {sha256(SERVER)}",
+            f"sha256 {sha256(SERVER[:3] + bytes([SERVER[3] ^ 1]) + SERVER[4:])}",
+        ),
+    ),
+    "a program that others may write": (
+        lambda box: (box.release / "bin/llama-server").chmod(0o777),
+        (
+            "llama.cpp/upstream/releases/one/bin/llama-server",
+            "writable by its owner",
+            "writable by others too",
+        ),
+    ),
+    "the stamp of a release": (
+        lambda box: (box.release / "release.json").write_text("{}"),
+        ("llama.cpp/upstream/releases/one/release.json", "sha256 ", f"sha256 {sha256(b'{}')}"),
+    ),
+    "current leads elsewhere": (
+        lambda box: relink(box.build / "current", "releases/two"),
+        ("llama.cpp/upstream/current", "target releases/one", "target releases/two"),
+    ),
+    "a previous that nobody deployed": (
+        lambda box: (box.build / "previous").symlink_to("releases/zero"),
+        ("llama.cpp/upstream/previous", "nothing", "a link to releases/zero"),
+    ),
+    "a byte of a model": (
+        lambda box: flip(box.model),
+        ("models/small.gguf", f"sha256 {sha256(MODEL)}", "sha256 "),
+    ),
+    "a model is cut": (
+        lambda box: os.truncate(box.model, 100),
+        ("models/small.gguf", "4096 bytes", "100 bytes"),
+    ),
+    "a model is gone": (lambda box: box.model.unlink(), ("models/small.gguf", "a file", "nothing")),
+    "a unit is disabled": (
+        lambda box: box.states["llm"]["llm-gateway.socket"].update(UnitFileState="disabled"),
+        ("llm-gateway.socket of llm", "enabled", "disabled"),
+    ),
+    "a timer is stopped": (
+        lambda box: box.states[""]["llmbox-drift-full.timer"].update(ActiveState="inactive"),
+        ("llmbox-drift-full.timer of the system", "active", "inactive"),
+    ),
+    "a user left a group": (
+        lambda box: box.groups["llm"].remove("video"),
+        ("/etc/group", "llm in video", "llm not in it"),
+    ),
+    "a key is taken out": (
+        lambda box: box.keys.write_text("ssh-rsa BBBB own\n"),
+        ("authorized_keys", "ssh-ed25519 AAAA ann in it", "ssh-ed25519 AAAA ann not in it"),
+    ),
+    "a package is held no longer": (
+        lambda box: box.held.remove("nvidia-driver-580"),
+        ("packages", "nvidia-driver-580 held", "nvidia-driver-580 not held"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DRIFTS)
+def test_hand_made_drift_is_named_with_expected_and_found_and_nothing_else(box: Box, what: str) -> None:
+    do, (path, expected, found) = DRIFTS[what]
+    do(box)
+    ((where, wanted, there),) = box.found()
+    assert (where, wanted[: len(expected)], there[: len(found)]) == (path, expected, found)
+
+
+def test_a_kernel_parameter_that_is_gone(box: Box) -> None:
+    box.deployed["kernel_parameters"] = ["pcie_aspm=off"]
+    box.record()
+    assert box.found() == [("/proc/cmdline", "pcie_aspm=off given", "pcie_aspm=off not given")]
+
+
+def test_a_line_of_somebody_else_is_no_drift(box: Box) -> None:
+    moved = box.keys.rename(box.keys.with_name("elsewhere"))
+    box.keys.symlink_to(moved)
+    moved.write_text("ssh-ed25519 AAAA ann\nssh-rsa CCCC new\n")
+    assert box.found() == []
+    moved.unlink()
+    assert len(box.found()) == 1
+
+
+def test_a_service_manager_that_does_not_answer_is_drift(box: Box) -> None:
+    box.states["llm"].clear()
+    assert box.found() == [
+        ("llm-gateway.socket of llm", "enabled", "no answer"),
+        ("llm-gateway.socket of llm", "active", "no answer"),
+    ]
+
+
+def test_a_unit_that_is_restarting_is_no_drift(box: Box) -> None:
+    box.states["llm"]["llm-gateway.socket"]["ActiveState"] = "deactivating"
+    assert box.found() == []
+
+
+def test_a_drop_in_that_was_recorded_is_an_override_until_it_changes(box: Box) -> None:
+    path = drop_in(box)
+    assert "+Nice=3" in box.check()["drift"][0]["diff"]
+    assert box.record()
+    report = box.check()
+    assert (report["drift"], report["overrides"]) == ([], [str(path)])
+    assert f"{path}: a local override" in cli.screen(report)
+    drop_in(box, "[Service]\nNice=5\n")
+    assert box.found() == [("units/llama-coder.service.d/50-own.conf", "line 2 'Nice=3'", "line 2 'Nice=5'")]
+    path.unlink()
+    assert box.found() == [("units/llama-coder.service.d/50-own.conf", "a file", "nothing")]
+
+
+@pytest.mark.parametrize(
+    ("unit", "folders"),
+    [
+        ("llama-a-b.service", ["llama-a-b.service.d", "llama-a-.service.d", "llama-.service.d", "service.d"]),
+        ("user@1500.service", ["user@1500.service.d", "user@.service.d", "service.d"]),
+        ("x@.timer", ["x@.timer.d", "timer.d"]),
+    ],
+)
+def test_every_folder_whose_drop_ins_systemd_reads(unit: str, folders: list[str]) -> None:
+    assert compare.drop_in_folders(unit) == folders
+
+
+def test_a_model_as_it_was_verified_is_not_read_whole(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "block_digests", lambda _descriptor: pytest.fail("the model was read"))
+    assert box.found() == []
+
+
+def test_a_model_that_was_only_touched_is_read_and_found_whole(box: Box) -> None:
+    os.utime(box.model)
+    assert box.found() == []
+
+
+def test_rot_that_no_stamp_shows_is_found_by_a_full_read_and_by_a_sample(box: Box) -> None:
+    """A failing disk changes no time; a stamp made after the change stands for that here."""
+    box.check(full=True)
+    number = models.sample_of(len(MODEL) // 512, DAY)[0]
+    flip(box.model, number * 512 + 5)
+    box.stamp(box.model)
+    ((path, expected, _),) = box.found()
+    assert (path, expected) == (
+        "models/small.gguf",
+        f"bytes from {number * 512} on with sha256 {sha256(MODEL[number * 512 :][:512])}",
+    )
+    ((_, expected, _),) = box.found(full=True)
+    assert expected == f"sha256 {sha256(MODEL)}"
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 1061])
+def test_samples_come_to_every_block(count: int) -> None:
+    days = -(-count // models.BLOCKS_A_DAY) + 1
+    assert {block for day in range(days) for block in models.sample_of(count, DAY + day)} == set(range(count))
+    assert models.sample_of(0, DAY) == []
+
+
+def test_the_digests_of_blocks_are_of_the_file_s_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(models, "CHUNK_BYTES", 200)
+    for size in (0, 511, 512, 513, 1024):
+        content = MODEL[:size]
+        with write(tmp_path / "file", content).open("rb", buffering=0) as file:
+            whole, blocks = models.block_digests(file.fileno())
+        assert whole == sha256(content)
+        assert blocks == [sha256(content[at : at + 512]) for at in range(0, size, 512)]
+
+
+def test_a_record_is_written_for_root_only_and_once(box: Box) -> None:
+    manifest = box.state / cli.MANIFEST
+    assert manifest.stat().st_mode & 0o777 == 0o600
+    assert "secret" not in manifest.read_text()
+    before = manifest.stat().st_mtime_ns
+    assert not box.record()
+    box.unit.write_text("other\n")
+    assert box.record(dry_run=True)
+    assert manifest.stat().st_mtime_ns == before
+    assert box.found()
+    assert box.record()
+    assert box.found() == []
+
+
+def test_a_fact_that_nobody_would_look_at_is_refused(box: Box) -> None:
+    box.deployed["file"] = ["/etc/passwd"]
+    with pytest.raises(cli.CouldNotLook, match=r"nothing looks at 'file'; fix: use one of builds, "):
+        box.record()
+
+
+def test_a_box_without_a_record_cannot_be_compared(tmp_path: Path) -> None:
+    answer = cli.answer(tmp_path)
+    assert answer == {"error": f"{tmp_path}/deployed.json does not say what was deployed; fix: run site.yml"}
+    (check,) = verify_health.drift_checks(answer)
+    assert (check.ok, check.detail) == (False, answer["error"])
+
+
+def test_exit_codes(box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "STATE", box.state)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(host, "user_name", lambda _uid: "root")
+    assert cli.main(["check", "--keep"]) == 0
+    box.unit.write_text(SETTINGS.replace("0077", "0022"))
+    assert cli.main(["check", "--keep", "--models=full"]) == 1
+    said = capsys.readouterr().out
+    assert (
+        f"{box.unit}: expected line 3 'UMask=0077', found line 3 'UMask=0022'\n1 differences; fix: " in said
+    )
+    assert json.loads((box.state / cli.REPORT).read_text())["models"] == "full"
+    (box.state / cli.MANIFEST).unlink()
+    assert cli.main(["check"]) == 2
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert cli.main(["check"]) == 2
+    assert "type: sudo llmbox-drift check" in capsys.readouterr().err
+
+
+def test_what_somebody_named_is_safe_on_a_terminal() -> None:
+    assert str(compare.Difference("/x\x1b[2J", "nothing", "a file")).startswith("'/x\\x1b[2J': expected")
+    assert "\x1b" not in compare.text_difference("/x", "a", "\x1b[2J").found
+
+
+def test_a_link_or_a_pipe_in_the_place_of_a_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/etc/shadow")
+    assert host.look(str(tmp_path / "pipe"))["type"] == "other thing"  # type: ignore[index]
+    assert host.look(str(tmp_path / "link")) == {"type": "link", "target": "/etc/shadow"}
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match=r"no regular file|symbolic links"):
+            host.open_regular(str(tmp_path / name))
+
+
+def test_verify_health_names_each_difference_by_its_file(box: Box) -> None:
+    box.unit.write_text(SETTINGS.replace("always", "no"))
+    checks = verify_health.drift_checks(box.check())
+    assert [check.ok for check in checks] == [False, False]
+    line = verify_health.line(checks[1])
+    assert line == f"{box.unit} = line 2 'Restart=no', wanted line 2 'Restart=always': drift"
+    assert checks[0].value == 1 and "fix: run site.yml" in checks[0].detail
+    box.record()
+    path = drop_in(box)
+    box.record()
+    (none, override) = verify_health.drift_checks(box.check())
+    assert (none.ok, none.value, override.ok, override.name) == (True, 0, True, str(path))
+
+
+def test_the_checker_that_is_sent_to_a_box_needs_nothing_of_it() -> None:
+    """-S and -I: without the environment in which llmbox is installed."""
+    done = run(sys.executable, "-I", "-S", "-", stdin=_ask_host.checker_source()).check()
+    assert json.loads(done.stdout).keys() & {"error", "drift"}
+
+
+def test_roles_say_only_what_is_looked_at() -> None:
+    said: dict[str, Any] = {}
+    for file in ROOT.glob("roles/*/vars/main.yml"):
+        for name, value in yaml.safe_load(file.read_text()).items():
+            if name.endswith("_deployed"):
+                said[name] = value
+    assert {"_llm_user_deployed", "_llm_gateway_deployed", "_drift_deployed"} <= said.keys()
+    for name, value in said.items():
+        assert isinstance(value, str) or value.keys() <= cli.FACTS, name
