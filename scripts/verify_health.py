@@ -53,7 +53,7 @@ KEY_VARIABLE = "LLMBOX_KEY"
 CLOCK_LIMIT_S = 5.0
 CHAT = {
     "messages": [{"role": "user", "content": "Count from one to five in words."}],
-    "max_tokens": 24,
+    "max_tokens": 12,
     "temperature": 0.0,
 }
 
