@@ -32,8 +32,8 @@ BOOTSTRAPS = 2000
 class Baseline:
     """What a box did before: level, and spread (median absolute deviation as a share of the median).
 
-    `wander` is the standard deviation, as a share, of the level of RECENT runs in a row. On a box that others use,
-    slow runs follow each other, and it is larger than the spread of single runs explains.
+    `wander` is the standard deviation, as a share, of the level of RECENT runs in a row. On a box that others
+    use slow runs follow each other, and it is larger than the spread of single runs explains.
     """
 
     level: float
