@@ -132,3 +132,18 @@ def test_damage_is_found_and_mended(ansible_playbook: Callable[..., support.Play
     }
     assert not broken, broken
     assert ansible_playbook("site.yml").check().changed == 0
+
+
+def test_the_service_manager_gets_groups_that_a_broken_run_left_it_without(
+    ansible_playbook: Callable[..., support.PlaybookRun],
+) -> None:
+    """As when the play is killed between the change of the groups and its handlers."""
+    process = "/proc/$(systemctl show --value --property=MainPID user@$(id -u llm).service)"
+    has_it = f"grep -qw $(getent group games | cut -d: -f3) {process}/status"
+    try:
+        as_root(f"gpasswd -a llm games && ! {has_it}").check()
+        ansible_playbook("playbooks/llm_server.yml").check()
+        as_root(has_it).check()
+    finally:
+        as_root("gpasswd -d llm games")
+    assert ansible_playbook("playbooks/llm_server.yml").check().changed == 0
