@@ -1,0 +1,59 @@
+"""GGUF headers from files and over HTTP. Of a file of any size at most 32 MiB are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+from llama_common import gguf
+from llama_common.gguf import Header, HeaderError
+
+TIMEOUT = httpx.Timeout(30.0, connect=10.0)  # seconds
+MAX_REDIRECTS = 5
+
+
+class NoHeader(Exception):
+    """The header cannot be read; the message is one line."""
+
+
+def read_file(path: Path) -> Header:
+    """The header of a file of this machine. Raises NoHeader."""
+    try:
+        with path.open("rb") as file:
+
+            def fetch(start: int, end: int) -> bytes:
+                file.seek(start)
+                return file.read(end - start)
+
+            return gguf.read(fetch, path.stat().st_size)
+    except (OSError, HeaderError) as error:
+        raise NoHeader(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_url(client: httpx.Client, url: str, size: int) -> Header:
+    """The header of a file of `size` bytes, by HTTP ranges. Raises NoHeader."""
+
+    def fetch(start: int, end: int) -> bytes:
+        headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        with client.stream("GET", url, headers=headers) as response:
+            if response.status_code != 206:
+                raise NoHeader(f"{url}: answered {response.status_code} to a request for a range")
+            pieces, length = [], 0
+            for piece in response.iter_bytes():
+                pieces.append(piece)
+                length += len(piece)
+                if length > end - start:
+                    raise NoHeader(f"{url}: sent more than the range that was asked for")
+            return b"".join(pieces)
+
+    try:
+        return gguf.read(fetch, size)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise NoHeader(f"{url}: {error or type(error).__name__}") from None
+    except HeaderError as error:
+        raise NoHeader(f"{url}: {error}") from None
+
+
+def client() -> httpx.Client:
+    """What `read_url` asks with: redirects are followed, a hub's files lie elsewhere."""
+    return httpx.Client(timeout=TIMEOUT, follow_redirects=True, max_redirects=MAX_REDIRECTS)
