@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -30,12 +32,12 @@ def read_file(path: Path) -> Header:
         raise NoHeader(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_url(client: httpx.Client, url: str, size: int) -> Header:
+def read_url(client: httpx.Client, url: str, size: int, headers: Mapping[str, str] | None = None) -> Header:
     """The header of a file of `size` bytes, by HTTP ranges. Raises NoHeader."""
 
     def fetch(start: int, end: int) -> bytes:
-        headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        with client.stream("GET", url, headers=headers) as response:
+        asked = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity", **(headers or {})}
+        with client.stream("GET", url, headers=asked) as response:
             if response.status_code != 206:
                 raise NoHeader(f"{url}: answered {response.status_code} to a request for a range")
             pieces, length = [], 0
@@ -54,6 +56,6 @@ def read_url(client: httpx.Client, url: str, size: int) -> Header:
         raise NoHeader(f"{url}: {error}") from None
 
 
-def client() -> httpx.Client:
-    """What `read_url` asks with: redirects are followed, a hub's files lie elsewhere."""
-    return httpx.Client(timeout=TIMEOUT, follow_redirects=True, max_redirects=MAX_REDIRECTS)
+def client(trust: ssl.SSLContext | bool = True) -> httpx.Client:
+    """What `read_url` asks with. It follows redirects, to which a token is not taken along."""
+    return httpx.Client(timeout=TIMEOUT, follow_redirects=True, max_redirects=MAX_REDIRECTS, verify=trust)

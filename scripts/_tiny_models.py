@@ -232,9 +232,10 @@ def write(architecture: str, folder: Path, *, weights: bool = True) -> Path:
             hole += -(-size // ALIGNMENT) * ALIGNMENT
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
     if weights:
         writer.write_tensors_to_file()
+    else:
+        writer.write_ti_data_to_file()
     writer.close()
     if not weights:
         with path.open("r+b") as file:

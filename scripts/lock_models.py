@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Write the lock file of an inventory: the commit behind each build's `ref`; the commit, the sizes and the
-SHA-256 behind each model's `hf`.
+SHA-256 behind each model's `hf`; what the header of each model says of its memory.
 
     scripts/lock_models.py --inventory inventory/production [--check] [--only NAME]... [--hub-endpoint URL]
 
 Reads `llama_cpp_builds` and `gguf_models` through ansible-inventory, asks the hub's metadata API and
-`git ls-remote` (nothing is downloaded, no host of the inventory is contacted) and writes
-`group_vars/llama_hosts/lock.yml`, whole or not at all. A build with `commit` and a model with `url`, `path`
-or `files` need no lock and are left alone.
+`git ls-remote`, reads the headers of the models by HTTP ranges (at most 32 MiB of each; no host of the
+inventory is contacted) and writes `group_vars/llama_hosts/lock.yml`, whole or not at all. A build with
+`commit` and a model with `path` need no lock and are left alone; of a model with `url` only the header is
+kept. A header that cannot be read is told and left out.
 
 HF_TOKEN, when set, goes to the hub and nowhere else, and only over https or to this machine.
 

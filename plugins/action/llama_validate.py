@@ -24,6 +24,7 @@ from ansible.utils.display import Display  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
 
+from llama_common import fit
 from llama_common.plain import plain, scalar
 from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem, redact
@@ -60,6 +61,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         groups = variables["groups"]
         hosts = list(groups.get(self._task.args.get("group", "llama_hosts"), []))
         self._documents: dict[Path, Document] = {}
+        self._unchecked: list[str] = []
         lines = list(
             dict.fromkeys(
                 [
@@ -75,6 +77,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         result.update(changed=False)
         if not hosts:
             Display().warning("no host in this group: nothing was checked; fix: put hosts into its children")
+        if self._unchecked:
+            inventory = shown(Path(variables["hostvars"]._inventory._sources[0]))
+            reason = self._unchecked[0].replace(LOCK_COMMAND, LOCK_COMMAND.replace("DIR", inventory))
+            more = f" (+{len(self._unchecked) - 1} more)" if len(self._unchecked) > 1 else ""
+            Display().warning(f"whether it fits into the GPU's memory is not checked: {reason}{more}")
         if lines:
             more = f" (+{len(lines) - 1} more)" if len(lines) > 1 else ""
             display = Display()
@@ -120,7 +127,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         try:
             problems += self._roles.check(self._role_variables(raw))
             if with_data:
-                HostConfig.load(self._data(raw))
+                refused, unchecked = fit.check(HostConfig.load(self._data(raw)))
+                problems += refused
+                self._unchecked += [f"{host}: {one.preset}: {one.reason}" for one in unchecked]
         except UnreadableError as error:
             problems.append(error.problem)
         except InventoryError as error:

@@ -22,7 +22,8 @@ LINE_LIMIT = 300  # characters of another program's words in one of our lines
 
 Lock = dict[str, dict[str, dict[str, Any]]]
 """{"builds": {name: {repo, ref, commit}},
-"models": {name: {repo, revision, commit, files: [{file, size, sha256}]}}}"""
+"models": {name: {repo, revision, commit, files: [{file, size, sha256}]}},
+"headers": {name: {sha256, architecture, numbers, tensors}}}"""
 
 
 class CannotRunError(Exception):

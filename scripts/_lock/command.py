@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import CannotRunError, Lock, RefusedError, git, inventory, lockfile
+from . import CannotRunError, Lock, RefusedError, git, headers, inventory, lockfile
 from .hub import DEFAULT_ENDPOINT, Hubs
 from .inventory import Requests
 
@@ -25,16 +25,17 @@ def progress(line: str) -> None:
 
 def selected(requests: Requests, only: Sequence[str]) -> Requests:
     """The requests that `--only` names, or all. Raises CannotRunError for a name that needs no lock."""
-    known = sorted([*requests.builds, *requests.models])
+    known = sorted([*requests.builds, *requests.models, *requests.headers])
     for name in only:
         if name not in known:
             names = ", ".join(known) or "nothing in this inventory"
-            raise CannotRunError(f"--only {name}: no build with ref, no model with hf; fix: one of {names}")
+            raise CannotRunError(f"--only {name}: no build with ref, no model to lock; fix: one of {names}")
     if not only:
         return requests
     return Requests(
         {name: one for name, one in requests.builds.items() if name in only},
         {name: one for name, one in requests.models.items() if name in only},
+        {name: one for name, one in requests.headers.items() if name in only},
     )
 
 
@@ -84,7 +85,9 @@ def update(arguments: argparse.Namespace) -> int:
     old = lockfile.read(path)
     requests = inventory.read(where)
     with Hubs(arguments.hub_endpoint, os.environ) as hubs:
-        answers = resolve_all(selected(requests, arguments.only), hubs, old)
+        wanted = selected(requests, arguments.only)
+        answers = resolve_all(wanted, hubs, old)
+        answers["headers"] = headers.resolve_all(wanted, answers["models"], hubs, old["headers"], progress)
         for note in hubs.notes:
             progress(f"note: {note}")
     # What nothing asks for any more goes, except in a partial run, which touches nothing else.

@@ -107,6 +107,11 @@ class Hubs:
         """What a person should know about what was found, once each."""
         return list(dict.fromkeys(note for hub in self._hubs.values() for note in hub.notes))
 
+    def download(self, request: ModelRequest, commit: str, file: str) -> tuple[str, dict[str, str]]:
+        """The URL of a file, and the headers that a request for it carries."""
+        hub = self._hubs[request.endpoint or self._main]
+        return f"{hub.endpoint}/{request.repo}/resolve/{commit}/{quote(file)}", hub.authorization
+
     def resolve(self, request: ModelRequest, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The lock's entry for a model, from the hub that it names. Raises RefusedError or CannotRunError."""
         endpoint = request.endpoint or self._main
@@ -146,6 +151,11 @@ class Hub:
         if locked and {**locked, "commit": commit} == entry and self._still_has(request, locked["commit"]):
             return dict(locked)
         return entry
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        """What shows the token; empty without one."""
+        return {"Authorization": f"Bearer {self._token}"} if self._token else {}
 
     def _still_has(self, request: ModelRequest, commit: str) -> bool:
         """Whether a commit can still be downloaded from: a repository's history can be squashed."""
@@ -272,9 +282,7 @@ class Hub:
         return response
 
     def _send(self, method: str, url: str) -> httpx.Response:
-        headers = {"User-Agent": "lock_models", "Accept": "application/json"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
+        headers = {"User-Agent": "lock_models", "Accept": "application/json", **self.authorization}
         try:
             return self._client.request(method, url, headers=headers)
         except httpx.TimeoutException:

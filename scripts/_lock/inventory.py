@@ -44,12 +44,21 @@ class ModelRequest:
     endpoint: str | None = None
 
 
+@dataclass(frozen=True)
+class HeaderRequest:
+    """A model that is downloaded from URLs of its own: (URL, bytes, SHA-256) of each file, in order."""
+
+    name: str
+    files: tuple[tuple[str, int, str], ...]
+
+
 @dataclass
 class Requests:
     """Everything that the lock must answer, by name."""
 
     builds: dict[str, BuildRequest] = field(default_factory=dict)
     models: dict[str, ModelRequest] = field(default_factory=dict)
+    headers: dict[str, HeaderRequest] = field(default_factory=dict)
 
 
 def _mapping(key: str, value: object) -> Mapping[str, Any]:
@@ -104,6 +113,25 @@ def model_request(name: str, entry: object) -> ModelRequest | None:
     return ModelRequest(name, source.repo, source.revision, tuple(source.files), endpoint)
 
 
+def header_request(name: str, entry: object) -> HeaderRequest | None:
+    """The files of a model with URLs of its own; nothing where one is missing or a template."""
+    data = entry if isinstance(entry, Mapping) else {}
+    files = []
+    for part in data.get("files") or [data]:
+        url, size, digest = (
+            part.get(key) if isinstance(part, Mapping) else None for key in ("url", "size", "sha256")
+        )
+        if (
+            not isinstance(url, str)
+            or not isinstance(size, int)
+            or not isinstance(digest, str)
+            or "{{" in url
+        ):
+            return None
+        files.append((url, size, digest))
+    return HeaderRequest(name, tuple(files))
+
+
 def requests_of(hostvars: Mapping[str, Mapping[str, Any]], hosts: Iterable[str]) -> Requests:
     """What the variables of `hosts` ask together.
 
@@ -129,6 +157,7 @@ def requests_of(hostvars: Mapping[str, Mapping[str, Any]], hosts: Iterable[str])
             add("llama_cpp_builds", host, found.builds, build_request(name, entry))
         for name, entry in _mapping("gguf_models", variables.get("gguf_models") or {}).items():
             add("gguf_models", host, found.models, model_request(name, entry))
+            add("gguf_models", host, found.headers, header_request(name, entry))
     return found
 
 

@@ -17,7 +17,7 @@ from . import COMMIT, ROOT, SHA256, CannotRunError, Lock, last_line
 
 LOCK_PATH = Path("group_vars/llama_hosts/lock.yml")
 SCHEMA = ROOT / "docs/schema/llama_hosts.schema.json"
-KINDS = {"builds": "build", "models": "model"}
+KINDS = {"builds": "build", "models": "model", "headers": "header"}
 
 
 def shown(path: Path) -> str:
@@ -73,10 +73,18 @@ def render(lock: Lock, path: Path, command: str) -> str:
         lines.insert(0, f"# yaml-language-server: $schema={schema}")
     lines.append("llama_lock:")
     for kind in KINDS:
-        lines.append(f"  {kind}:" if lock[kind] else f"  {kind}: {{}}")
-        for name, entry in sorted(lock[kind].items()):
+        entries = lock.get(kind, {})
+        lines.append(f"  {kind}:" if entries else f"  {kind}: {{}}")
+        for name, entry in sorted(entries.items()):
             lines.append(f"    {name}:")
             for key, value in entry.items():
+                if isinstance(value, dict):
+                    lines.append(f"      {key}:" if value else f"      {key}: {{}}")
+                    lines += [
+                        f"        {json.dumps(inner)}: {json.dumps(inner_value)}"
+                        for inner, inner_value in sorted(value.items())
+                    ]
+                    continue
                 if not isinstance(value, list):
                     lines.append(f"      {key}: {json.dumps(value)}")
                     continue
@@ -112,8 +120,9 @@ def write(path: Path, content: str) -> None:
 def differences(old: Lock, new: Lock) -> Iterator[str]:
     """What changes: a line for each entry, an indented one for each of its facts."""
     for kind, singular in KINDS.items():
-        for name in sorted(old[kind] | new[kind]):
-            before, after = old[kind].get(name), new[kind].get(name)
+        former, latter = old.get(kind, {}), new.get(kind, {})
+        for name in sorted(former | latter):
+            before, after = former.get(name), latter.get(name)
             if before == after:
                 continue
             yield f"{'+' if before is None else '-' if after is None else '~'} {singular} {name}"
@@ -126,7 +135,11 @@ def differences(old: Lock, new: Lock) -> Iterator[str]:
 
 
 def _facts(entry: Mapping[str, Any] | None) -> dict[str, str]:
-    facts = {key: _short(value) for key, value in (entry or {}).items() if key != "files"}
+    facts = {
+        key: f"{len(value)} kinds" if isinstance(value, dict) else _short(value)
+        for key, value in (entry or {}).items()
+        if key != "files"
+    }
     for one in (entry or {}).get("files") or []:
         facts[str(one.get("file"))] = f"{_short(one.get('size'))}, sha256 {_short(one.get('sha256'))}"
     return facts

@@ -14,7 +14,7 @@ import yaml
 from llama_common.presets import Lock as LockData
 
 from scripts._lock import CannotRunError, Lock, RefusedError, command, inventory, lockfile
-from scripts._lock.inventory import BuildRequest, ModelRequest, Requests
+from scripts._lock.inventory import BuildRequest, HeaderRequest, ModelRequest, Requests
 from tests.local_hub import LocalHub
 from tests.support import ROOT
 
@@ -71,6 +71,7 @@ def test_only_what_needs_the_lock_is_asked_for() -> None:
                 "on-hub", "owner/name", "main", ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf")
             )
         },
+        {"by-url": HeaderRequest("by-url", (("https://x.invalid/a.gguf", 1, "c" * 64),))},
     )
 
 
@@ -128,7 +129,11 @@ def test_two_hosts_with_the_same_data_share_an_entry() -> None:
 
 def test_the_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "group_vars/llama_hosts/lock.yml"
-    lock: Lock = {"builds": {"b": BUILD}, "models": {"m": model_lock(), "a.b_c-1": model_lock()}}
+    lock: Lock = {
+        "builds": {"b": BUILD},
+        "models": {"m": model_lock(), "a.b_c-1": model_lock()},
+        "headers": {},
+    }
     lockfile.write(path, lockfile.render(lock, path, "the command"))
     assert lockfile.read(path) == lock
     assert [one.name for one in path.parent.iterdir()] == ["lock.yml"]
@@ -282,7 +287,7 @@ def test_only_leaves_everything_else_as_it_is(box: Box, capsys: pytest.CaptureFi
     assert (after["models"]["n"], after["builds"]) == (first["models"]["n"], first["builds"])
     assert box.run("--only", "nobody") == 2
     assert (
-        "--only nobody: no build with ref, no model with hf; fix: one of b, m, n" in capsys.readouterr().err
+        "--only nobody: no build with ref, no model to lock; fix: one of b, m, n" in capsys.readouterr().err
     )
 
 

@@ -2,7 +2,7 @@
 
 llama.cpp reserves its compute buffers by a dry run over the graph of one full batch. This module does the
 same on shapes alone. Sources, all of llama.cpp b11434: ggml/src/ggml-alloc.c (the allocator: best fit,
-results written over operands where the operation can), ggml/src/ggml-backend.cpp (which device runs what, what is
+results over operands where the operation can), ggml/src/ggml-backend.cpp (which device runs what, what is
 copied between them), ggml/src/ggml.c (the order of nodes).
 """
 

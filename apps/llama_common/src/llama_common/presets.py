@@ -49,6 +49,7 @@ from llama_common.translate import problems_of
 MAX_CONTEXT = 1_048_576
 MAX_FILE_BYTES = 2**42
 MAX_BUDGET = 10**12
+MAX_GPU_MEMORY_MIB = 2**24
 DEFAULT_LISTEN = "/run/user/1500/llama/server.sock"
 DEFAULT_FRONT = "0.0.0.0:1234"
 
@@ -242,6 +243,17 @@ class LockedModel(_Strict):
     files: list[LockedFile] = Field(description="The files, in the order of the inventory.")
 
 
+class LockedHeader(_Strict):
+    """What the header of a model's file says about its memory."""
+
+    sha256: Sha256 = Field(description="SHA-256 of the (first) file that it was read from.")
+    architecture: str = Field(max_length=64, description="general.architecture.")
+    numbers: dict[str, Any] = Field(description="Numbers of the metadata, without the architecture's name.")
+    tensors: dict[str, list[list[Any]]] = Field(
+        description="Tensors by name, * for the layer: runs of type, shape, bytes, first layer, layers."
+    )
+
+
 class Lock(_Strict):
     """What scripts/lock_models.py found out: never written by hand."""
 
@@ -250,6 +262,9 @@ class Lock(_Strict):
     )
     models: dict[ModelName, LockedModel] = Field(
         default_factory=dict, description="One entry per model with hf."
+    )
+    headers: dict[ModelName, LockedHeader] = Field(
+        default_factory=dict, description="One entry per model whose header could be read."
     )
 
 
@@ -299,6 +314,12 @@ class HostConfig(_Strict):
     llama_presets_foreign_units: list[ForeignUnit] = Field(
         default_factory=list,
         description="User units of other programs that must not run beside a preset, e.g. lmstudio.service.",
+    )
+    llama_presets_gpu_memory_mib: int = Field(
+        0,
+        ge=0,
+        le=MAX_GPU_MEMORY_MIB,
+        description="Memory of the GPU in MiB, as nvidia-smi names it; 0: no GPU, nothing is checked.",
     )
     llm_gateway_listen: list[Front] = Field(
         [DEFAULT_FRONT],

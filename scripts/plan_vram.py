@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Show what every preset takes of every host's GPU and main memory, and what stays free on the card.
+
+    scripts/plan_vram.py --inventory DIR [--limit PATTERN] [--json FILE] [--chart FILE] [--offline]
+
+A host that can be asked runs its own llama-fit-params with the preset's exact flags. For the others, and with
+--offline, the figures come from the header of the model: the one in the lock, else read by HTTP ranges (at
+most 32 MiB). An architecture that is not known is named, never guessed at. --chart writes a PNG. Exit codes:
+0 every preset fits, 1 one does not, 2 one could not be worked out.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lab import interrupt
+from scripts import _venv
+
+if __name__ == "__main__":
+    interrupt.exit_quietly()
+    _venv.enter()
+
+import argparse
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llama_common import fit
+from llama_common.derive import presets_plan
+from llama_common.dialect import Dialect
+from llama_common.flags import is_flag, normalize
+from llama_common.memory import MIB, Estimate, NotPredicted, Settings, estimate
+from llama_common.model import Model
+
+from scripts import _command
+from scripts._ask_host import Unreachable, explain
+from scripts._chart import Bar, bar_chart
+from scripts._header import NoHeader, client, read_url
+from scripts._inventory import Host, load
+from scripts._llm_box import LlmBox
+from scripts._screen import table
+from scripts._server_memory import NoFigure, parse_fit
+from scripts.verify_health import Check, HostReport, as_json, ensure_writable, naming_the_option
+
+ASK_TIMEOUT_S = 120
+PARTS = ("weights", "KV cache", "compute buffers", "free")
+GROUP = "llama_hosts"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One preset on one host: what it takes, and who says so; `problem` where nobody can."""
+
+    host: str
+    preset: str
+    card: int  # bytes of the GPU's memory, 0 without one
+    taken: Estimate | None = None
+    source: str = ""
+    problem: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is known and fits."""
+        return self.taken is not None and (not self.card or self.taken.gpu.total <= self.card)
+
+    @property
+    def check(self) -> Check:
+        """The entry in the JSON report, in MiB."""
+        if self.taken is None:
+            return Check(self.preset, False, None, "MiB", round(self.card / MIB), self.problem)
+        gpu, cpu = self.taken.gpu, self.taken.cpu
+        detail = (
+            f"{self.source}: GPU weights {gpu.weights / MIB:.0f}, cache {gpu.cache / MIB:.0f}, "
+            f"compute {gpu.compute / MIB:.0f}; CPU weights {cpu.weights / MIB:.0f}, "
+            f"cache {cpu.cache / MIB:.0f}, compute {cpu.compute / MIB:.0f}; "
+            f"margin {(self.card - gpu.total) / MIB:.0f}"
+        )
+        return Check(
+            self.preset, self.fits, round(gpu.total / MIB), "MiB", round(self.card / MIB) or None, detail
+        )
+
+
+def headers(box: LlmBox) -> dict[str, Model]:
+    """The models of a host, from the lock or over HTTP; one that cannot be read is left out."""
+    found = fit.models(box.config)
+    with client() as web:
+        for name in box.config.gguf_models:
+            files = box.config.files(name)
+            if name in found or not all(file.url for file in files):
+                continue
+            try:
+                found[name] = Model.of([read_url(web, file.url or "", file.size) for file in files])
+            except NoHeader as error:
+                print(f"plan_vram: {error}", file=sys.stderr)
+    return found
+
+
+def run(host: Host, command: str) -> str:
+    """Standard output of a command on the host. Raises Unreachable."""
+    try:
+        done = subprocess.run(
+            host.ssh(command),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ASK_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"no answer over ssh in {ASK_TIMEOUT_S} s") from None
+    except FileNotFoundError:
+        raise Unreachable("this machine has no ssh client; install openssh-client") from None
+    if done.returncode != 0:
+        raise Unreachable(explain(host, done.returncode, done.stderr))
+    return done.stdout
+
+
+def fit_command(command: Sequence[str], server: Dialect, estimator: Dialect) -> list[str]:
+    """A llama-server command line as one of llama-fit-params: the flags that it knows, but not `--fit`."""
+    words = [command[0].removesuffix("llama-server") + "llama-fit-params", "--fit-print", "on"]
+    index = 1
+    while index < len(command):
+        flag = normalize(command[index])
+        count = 1 + (server.values(flag) if is_flag(command[index]) else 0)
+        if flag != "--fit" and estimator.knows(flag):
+            words += command[index : index + count]
+        index += count
+    return words
+
+
+def ask(host: Host, box: LlmBox, models: dict[str, Model], preset: str) -> Estimate:
+    """What the host's own llama-fit-params says. Raises Unreachable, NoFigure."""
+    entry = box.config.llama_presets[preset]
+    release = f"{box.builds_root}/{entry.build}/current"
+    user = f"sudo -n -u {shlex.quote(box.user)} "
+    text = run(host, f"cat {release}/help.txt; echo ----; {user}{release}/bin/llama-fit-params --help")
+    server, _, estimator = text.partition("----\n")
+    plan = presets_plan(
+        box.config, models_dir=box.models_dir, releases_root=box.builds_root, dialects={entry.build: server}
+    )
+    words = fit_command(plan[preset]["command"], Dialect.from_help(server), Dialect.from_help(estimator))
+    said = parse_fit(run(host, user + shlex.join(words)))
+    try:  # it reserves logits for every token of a batch, llama-server for one a slot
+        model, settings = models[entry.model], Settings.of(entry.model_dump())
+        gpu = {} if box.config.llama_presets_gpu_memory_mib else {"gpu": None}
+        most = estimate(model, replace(settings, outputs=settings.batch), **gpu)
+        least = estimate(model, settings, **gpu)
+    except (KeyError, NotPredicted):
+        return said
+    return Estimate(
+        replace(said.gpu, compute=said.gpu.compute - most.gpu.compute + least.gpu.compute),
+        replace(said.cpu, compute=said.cpu.compute - most.cpu.compute + least.cpu.compute),
+    )
+
+
+def plan_host(host: Host, *, offline: bool) -> list[Plan]:
+    """The plans of every preset of a host. Raises InventoryError."""
+    box = LlmBox.of(host.variables)
+    card = box.config.llama_presets_gpu_memory_mib * MIB
+    models = headers(box)
+    plans = []
+    for name, preset in box.config.llama_presets.items():
+        source, taken, problem = "header", None, ""
+        if not offline:
+            try:
+                taken, source = ask(host, box, models, name), "llama-fit-params"
+            except (Unreachable, NoFigure) as error:
+                print(f"plan_vram: {host.name}: {name}: {error}; using the header", file=sys.stderr)
+        if taken is None:
+            try:
+                taken = fit.preset_estimate(preset, box.config.models_of(name), models, gpu=bool(card))
+            except NotPredicted as error:
+                problem = str(error)
+        plans.append(Plan(host.name, name, card, taken, source if taken else "", problem))
+    return plans
+
+
+def screen(plans: Sequence[Plan]) -> str:
+    """The table, in MiB, and a line for each preset that has no figures."""
+    rows = []
+    for plan in plans:
+        if plan.taken is None:
+            continue
+        gpu, cpu = plan.taken.gpu, plan.taken.cpu
+        figures = (gpu.weights, gpu.cache, gpu.compute, gpu.total, cpu.weights, cpu.cache, cpu.compute)
+        margin = f"{(plan.card - gpu.total) / MIB:.0f}" if plan.card else "no GPU"
+        verdict = "ok" if plan.fits else "does not fit"
+        rows.append(
+            (
+                plan.host,
+                plan.preset,
+                *(f"{value / MIB:.0f}" for value in figures),
+                margin,
+                plan.source,
+                verdict,
+            )
+        )
+    names = ("host", "preset", "GPU weights", "KV", "compute", "sum", "CPU weights", "KV", "compute")
+    lines = [table((*names, "free", "from", "MiB"), rows)] if rows else []
+    return "\n".join(
+        lines + [f"{plan.host}: {plan.preset}: {plan.problem}" for plan in plans if plan.problem]
+    )
+
+
+def chart(plans: Sequence[Plan]) -> bytes:
+    """Stacked bars of the GPU's memory, each as long as the card where the preset fits. Raises ValueError."""
+    bars = []
+    for plan in plans:
+        if plan.taken is not None and plan.card:
+            gpu = plan.taken.gpu
+            parts = (gpu.weights, gpu.cache, gpu.compute, max(0, plan.card - gpu.total))
+            bars.append(Bar(f"{plan.host} {plan.preset}", tuple(part / 2**30 for part in parts)))
+    return bar_chart("GPU memory of each preset", "GiB", bars, PARTS)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Work everything out and show it. Raises InventoryUnreadable, InventoryError, OSError."""
+    file = Path(args.json) if args.json and args.json != "-" else None
+    if file is not None:
+        ensure_writable(file)
+    hosts = [host for host in load(args.inventory, limit=args.limit) if GROUP in host.groups]
+    plans = [plan for host in hosts for plan in plan_host(host, offline=args.offline)]
+    reports = [
+        HostReport(host.name, tuple(plan.check for plan in plans if plan.host == host.name)) for host in hosts
+    ]
+    print(as_json(reports) if args.json == "-" else _command.typed(screen(plans), args.inventory))
+    if file is not None:
+        with naming_the_option(file):
+            file.write_text(as_json(reports))
+    if args.chart is not None:
+        try:
+            args.chart.write_bytes(chart(plans))
+        except ValueError:
+            print("plan_vram: no chart: no host with a GPU has a preset with figures", file=sys.stderr)
+    if any(plan.taken is None for plan in plans):
+        return _command.COULD_NOT_RUN
+    return 0 if all(plan.fits for plan in plans) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit code."""
+    parser = _command.parser(__doc__, "0 all fit, 1 one does not, 2 one could not be worked out")
+    parser.add_argument("--json", metavar="FILE", help="write the report there; - is standard output")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="write a picture there (PNG)")
+    parser.add_argument("--offline", action="store_true", help="ask no host: headers alone")
+    args = parser.parse_args(argv)
+    return _command.attempt("plan_vram", lambda: report(args))
+
+
+if __name__ == "__main__":
+    _command.end(main)

@@ -1,0 +1,182 @@
+"""Presets against the memory of a card: what is refused, with which fix, and what cannot be checked."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_common import fit
+from llama_common.dialect import Dialect
+from llama_common.memory import MIB
+from llama_common.model import Model
+from llama_common.presets import HostConfig
+
+from scripts import _tiny_models, plan_vram
+from scripts._header import NoHeader, client, read_file, read_url
+
+SHA = "a" * 64
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+def header(architecture: str, folder: Path) -> dict[str, Any]:
+    path = _tiny_models.write(architecture, folder, weights=False)
+    return {"sha256": SHA, **Model.of([read_file(path)]).facts()}
+
+
+def config(card_mib: int, lock: dict[str, Any], **preset: Any) -> HostConfig:
+    model = {"url": "http://x.invalid/m.gguf", "sha256": SHA, "size": 1}
+    keys = {"description": "d", "build": "b", "model": "m", "context": 65_536, "kv_cache_type": "f16"}
+    return HostConfig.load(
+        {
+            "llama_cpp_builds": {"b": {"repo": "https://x.invalid/a.git", "commit": "b" * 40}},
+            "gguf_models": {"m": model},
+            "llama_presets": {"p": {**keys, **preset}},
+            "llama_lock": {"headers": {"m": lock} if lock else {}},
+            "llama_presets_gpu_memory_mib": card_mib,
+        }
+    )
+
+
+def test_what_fits_is_not_spoken_of(folder: Path) -> None:
+    assert fit.check(config(600, header("qwen3moe", folder))) == ([], [])
+
+
+def test_without_a_gpu_nothing_is_checked(folder: Path) -> None:
+    assert fit.check(config(0, header("qwen3moe", folder))) == ([], [])
+
+
+def test_what_does_not_fit_is_refused_with_the_smallest_change_of_each_key(folder: Path) -> None:
+    tight = config(480, header("qwen3moe", folder))
+    problems, unchecked = fit.check(tight)
+    assert not unchecked
+    (problem,) = problems
+    assert problem.path == ("llama_presets", "p", "context")
+    assert "weights 0.05 GiB, KV cache 0.38 GiB" in problem.message
+    assert problem.fix.startswith("write n_cpu_moe: ")
+    changes = list(fit.changes(tight.llama_presets["p"], ["m"], fit.models(tight), 480 * MIB))
+    assert [change.key for change in changes] == ["n_cpu_moe", "context", "kv_cache_type"]
+    step = {"n_cpu_moe": -1, "context": 256}
+    for change in changes:
+        assert change.gpu_bytes <= 480 * MIB
+        if change.key in step:
+            before = change.value + step[change.key]  # type: ignore[operator]
+            preset = tight.llama_presets["p"].model_copy(update={change.key: before})
+            assert fit.preset_estimate(preset, ["m"], fit.models(tight)).gpu.total > 480 * MIB
+
+
+def test_a_dense_model_is_offered_fewer_layers_on_the_gpu(folder: Path) -> None:
+    problems, _ = fit.check(config(300, header("qwen3", folder)))
+    assert "n_gpu_layers: " in problems[0].fix
+    assert "n_cpu_moe" not in problems[0].fix
+
+
+def test_an_agent_keeps_its_context(folder: Path) -> None:
+    problems, _ = fit.check(config(120, header("qwen3", folder)))
+    assert "context: " not in problems[0].fix
+
+
+def test_what_cannot_fit_says_so(folder: Path) -> None:
+    problems, _ = fit.check(config(1, header("gpt-oss", folder), n_cpu_moe=99))
+    assert problems[0].fix == "choose a smaller model, or a smaller quantization of it"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"architecture": "falcon-h9"}, "the architecture falcon-h9 is not known"),
+        ({"sha256": "c" * 64}, "the lock has no header of m"),
+        (None, "the lock has no header of m"),
+    ],
+)
+def test_what_cannot_be_checked_is_named(folder: Path, change: dict[str, str] | None, reason: str) -> None:
+    lock = {} if change is None else header("llama", folder) | change
+    problems, unchecked = fit.check(config(16_376, lock))
+    assert not problems
+    assert unchecked[0].preset == "p"
+    assert reason in unchecked[0].reason
+
+
+# --- scripts/plan_vram.py ---
+
+
+def test_the_estimator_gets_the_flags_that_it_knows() -> None:
+    server = Dialect({"--model": "FNAME", "--fit": "[on|off]", "--port": "N", "--jinja": "", "-ub": "N"})
+    estimator = Dialect({"--model": "FNAME", "--fit": "[on|off]", "-ub": "N"})
+    command = [
+        "/r/bin/llama-server",
+        "--model",
+        "/m.gguf",
+        "--port",
+        "1",
+        "--fit",
+        "off",
+        "--jinja",
+        "-ub",
+        "64",
+    ]
+    assert plan_vram.fit_command(command, server, estimator) == [
+        *("/r/bin/llama-fit-params", "--fit-print", "on", "--model", "/m.gguf", "-ub", "64")
+    ]
+
+
+def test_a_plan_names_everything(folder: Path) -> None:
+    box = config(480, header("qwen3moe", folder))
+    taken = fit.preset_estimate(box.llama_presets["p"], ["m"], fit.models(box))
+    plan = plan_vram.Plan("box", "p", 480 * MIB, taken, "header")
+    assert not plan.fits
+    assert plan.check.limit == 480
+    assert plan.check.value == round(taken.gpu.total / MIB)
+    assert "does not fit" in plan_vram.screen([plan])
+    assert plan_vram.chart([plan]).startswith(b"\x89PNG")
+    unknown = plan_vram.Plan("box", "q", 1, problem="the architecture x is not known")
+    assert "box: q: the architecture x is not known" in plan_vram.screen([unknown])
+    assert not unknown.check.ok
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """One file, by ranges."""
+
+    content = b""
+    whole = False
+    sent = 0
+
+    def do_GET(self) -> None:
+        first, last = (int(word) for word in self.headers["Range"].removeprefix("bytes=").split("-"))
+        body = self.content[first : last + 1]
+        self.send_response(200 if self.whole else 206)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        type(self).sent += len(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def served(folder: Path) -> Iterator[str]:
+    Ranges.content, Ranges.whole, Ranges.sent = _tiny_models.write("llama", folder).read_bytes(), False, 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/m.gguf"
+        server.shutdown()
+
+
+def test_only_the_header_is_fetched(served: str) -> None:
+    with client() as web:
+        assert read_url(web, served, len(Ranges.content)).architecture == "llama"
+    assert Ranges.sent == 2**20 < len(Ranges.content) / 10
+
+
+def test_a_server_without_ranges_is_not_read_from(served: str) -> None:
+    Ranges.whole = True
+    with client() as web, pytest.raises(NoHeader, match="answered 200 to a request for a range"):
+        read_url(web, served, len(Ranges.content))
