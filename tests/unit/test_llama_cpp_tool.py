@@ -129,6 +129,16 @@ def any_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "_VERSION_COMMIT", re.compile(r"(?P<commit>)version"))
 
 
+def test_the_tensor_types_of_a_release_are_those_of_its_source(tmp_path: Path) -> None:
+    header = tmp_path / "ggml.h"
+    header.write_text(
+        "enum ggml_type {\n    GGML_TYPE_F32     = 0,\n    // GGML_TYPE_Q4_2 = 4, support has been removed\n"
+        "    GGML_TYPE_TQ3_4S  = 46,\n    GGML_TYPE_COUNT = 47,\n};\n"
+    )
+    assert tool.tensor_types(header) == {"0": "f32", "46": "tq3_4s"}
+    assert tool.tensor_types(tmp_path / "none.h") == {}
+
+
 @pytest.mark.usefixtures("any_version")
 def test_a_release_is_finished_whole_and_recognized_by_the_module(
     spec: tool.Spec, capsys: pytest.CaptureFixture[str]

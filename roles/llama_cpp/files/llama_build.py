@@ -33,10 +33,12 @@ GIT_TIMEOUT_S = 3600
 SMOKE_TIMEOUT_S = 120
 STAMP = "release.json"
 HELP = "help.txt"
+TYPES = "types.json"
 _TAIL_LINES = 400
 _BUILD_TAG = re.compile(r"^(?P<commit>[0-9a-f]{40})\trefs/tags/b(?P<number>\d{1,9})(\^\{\})?$", re.MULTILINE)
 # "version: 1 (83e5675)" in one tree, "version: 0.5.0-dev (build 1, commit 83e5675)" in the other
 _VERSION_COMMIT = re.compile(r"[( ](?P<commit>[0-9a-f]{7,40})\)")
+_TENSOR_TYPE = re.compile(r"^\s*GGML_TYPE_(\w+)\s*=\s*(\d+)\s*,", re.MULTILINE)
 _ERROR_LINE = re.compile(r"(?i)(\berror\b|\bfatal\b|undefined reference|no space left|killed signal)")
 
 
@@ -277,7 +279,7 @@ def install(spec: Spec, built: Sequence[str]) -> None:
 
 
 def smoke_test(spec: Spec, built: Sequence[str]) -> dict[str, Any]:
-    """Run what was built. Returns version and devices for the stamp; writes help.txt.
+    """Run what was built. Returns version and devices for the stamp; writes help.txt and types.json.
 
     Raises BuildError when a library is missing or comes from the build directory, when the server does not
     name the pinned commit, or when it cannot list its devices.
@@ -297,7 +299,19 @@ def smoke_test(spec: Spec, built: Sequence[str]) -> dict[str, Any]:
         raise BuildError(f"llama-server --version says {version!r}, which does not name commit {spec.commit}")
     devices = _output([server, "--list-devices"], spec)
     (spec.partial / HELP).write_text(_output([server, "--help"], spec), encoding="utf-8")
+    types = tensor_types(spec.source / "ggml/include/ggml.h")
+    if types:
+        (spec.partial / TYPES).write_text(json.dumps(types) + "\n", encoding="utf-8")
     return {"version": version.splitlines(), "devices": _devices(devices)}
+
+
+def tensor_types(header: Path) -> dict[str, str]:
+    """Number and name of each tensor type that the source knows; empty where it does not say so."""
+    try:
+        found = _TENSOR_TYPE.findall(header.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return {}
+    return {number: name.lower() for name, number in found if name != "COUNT"}
 
 
 def _devices(text: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llama_common.command import command_line
@@ -59,9 +59,10 @@ def presets_plan(
     """Everything about every preset: its own keys, and
 
     unit, command (argv), listen, health_url (base URL), model_path, draft_path, model_files (of both),
-    conflicts, after, commit, context_per_slot. `listen` is where user presets without a place of their own
-    listen; `dialects` holds the --help text of each build's llama-server, where it is known. Raises
-    InventoryError when a binary lacks what its preset needs.
+    tensor_types (numbers, as far as the lock has them), conflicts, after, commit, context_per_slot.
+    `listen` is where user presets without a place of their own listen; `dialects` holds the --help text of
+    each build's llama-server, where it is known. Raises InventoryError when a binary lacks what its preset
+    needs.
     """
     users = sorted(name for name, preset in config.llama_presets.items() if preset.scope == "user")
     foreign = list(config.llama_presets_foreign_units)
@@ -93,12 +94,23 @@ def presets_plan(
                 for model in config.models_of(name)
                 for file in config.files(model)
             ],
+            "tensor_types": sorted(
+                {run[0] for model in config.models_of(name) for run in _tensor_runs(config, model)}
+            ),
             "conflicts": [*(unit_name(other) for other in users if other != name), *foreign]
             if exclusive
             else [],
             "after": [*(unit_name(other) for other in users if other < name), *foreign] if exclusive else [],
         }
     return plan
+
+
+def _tensor_runs(config: HostConfig, model: str) -> Iterator[list[Any]]:
+    """What the lock says of a model's tensors; nothing when it is for another file."""
+    header = config.llama_lock.headers.get(model)
+    if header is not None and header.sha256 == config.files(model)[0].sha256:
+        for runs in header.tensors.values():
+            yield from runs
 
 
 def _cmake_text(value: bool | int | str) -> str:

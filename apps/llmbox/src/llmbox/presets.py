@@ -41,6 +41,7 @@ class BoxPreset(BaseModel):
     unit: Unit
     command: list[str] = Field(min_length=1)
     model_files: list[Path] = []
+    tensor_types: list[int] = []
     parallel: int = Field(default=1, gt=0)
     start_timeout: float = Field(default=180, gt=0)
     stop_timeout: float = Field(default=15, gt=0)

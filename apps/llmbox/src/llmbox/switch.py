@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from llmbox import gate
 from llmbox.presets import BoxPreset, PresetsFile
 from llmbox.systemd import Process, UnitState
 
@@ -118,6 +119,10 @@ class Switcher:
                 return Outcome(True, f"{name} is ready already", name, name, seconds=self.clock() - began)
             self.reporter.note(f"{name} is up but does not answer on {wanted.listen}: restarting it")
             restart = True
+        refused = gate.refusal(wanted)
+        if refused:
+            serving = self._name(former)
+            return Outcome(False, f"{name} is refused: {refused}; {self._serves(serving)}", name, serving)
         back_to = former if former != wanted.unit else None
         try:
             self.manager.reset_failed(wanted.unit)

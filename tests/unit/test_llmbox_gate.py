@@ -1,0 +1,85 @@
+"""What a release is asked before a switch: its flags, and the tensor types of the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmbox import gate
+from llmbox.presets import BoxPreset
+
+from tests.unit.test_command import CURRENT_HELP
+from tests.unit.test_llmbox_switch import FakeSystemd, make, presets
+
+
+def release(root: Path, build: str, types: dict[str, str] | None = None, text: str = CURRENT_HELP) -> Path:
+    """The current release of a build. Returns its llama-server."""
+    folder = root / build / "current"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "help.txt").write_text(text)
+    if types is not None:
+        (folder / "types.json").write_text(json.dumps(types))
+    return folder / "bin/llama-server"
+
+
+def preset(command: list[str], **more: Any) -> BoxPreset:
+    keys = {"name": "coder", "description": "d", "build": "upstream", "model": "m", "context": 4096}
+    place = {"listen": "127.0.0.1:1234", "unit": "llama-coder.service"}
+    return BoxPreset.model_validate({**keys, **place, "command": command, **more})
+
+
+def test_known_flags_pass(tmp_path: Path) -> None:
+    server = str(release(tmp_path, "upstream"))
+    assert gate.refusal(preset([server, "--model", "m.gguf", "--ctx-size", "4096"])) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--treads", "4"],
+            "llama-server of the build upstream does not know --treads, did you mean --threads?",
+        ),
+        (
+            ["--draft-max", "4"],
+            "llama-server of the build upstream: --draft-max: the argument has been removed",
+        ),
+    ],
+)
+def test_unknown_and_removed_flags_are_named(tmp_path: Path, words: list[str], said: str) -> None:
+    assert said in gate.refusal(preset([str(release(tmp_path, "upstream")), *words]))
+
+
+def test_a_tq3_file_on_upstream_is_refused_by_name(tmp_path: Path) -> None:
+    server = str(release(tmp_path, "upstream", {"0": "f32", "12": "q4_k"}))
+    release(tmp_path, "tq3", {"0": "f32", "12": "q4_k", "46": "tq3_4s"})
+    said = gate.refusal(preset([server], tensor_types=[0, 46]))
+    assert said == (
+        "m has tensors of type TQ3_4S, which the build upstream does not know; write build: tq3, which does"
+    )
+    assert gate.refusal(preset([server], tensor_types=[0, 12])) == ""
+
+
+def test_a_type_that_nobody_knows_is_refused_by_number(tmp_path: Path) -> None:
+    server = str(release(tmp_path, "upstream", {"0": "f32"}))
+    assert "tensors of type 99" in gate.refusal(preset([server], tensor_types=[99]))
+
+
+def test_a_release_that_says_nothing_is_not_held_to_anything(tmp_path: Path) -> None:
+    server = str(release(tmp_path, "upstream", text=""))
+    assert gate.refusal(preset([server, "--anything"], tensor_types=[99])) == ""
+
+
+def test_a_refused_preset_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "refusal", lambda wanted: f"{wanted.name} does not know --x")
+    systemd = FakeSystemd()
+    systemd.up("llama-gemma.service")
+    outcome = make(systemd)[0].switch("coder")
+    assert not outcome.ok
+    assert "coder is refused: coder does not know --x" in outcome.message
+    assert outcome.serving == "gemma"
+    assert systemd.active() == ["llama-gemma.service"]
+    assert not [call for call in systemd.calls if call.startswith(("start", "stop"))]
+    assert presets().presets["coder"].tensor_types == []
