@@ -244,6 +244,64 @@ def write(architecture: str, folder: Path, *, weights: bool = True) -> Path:
     return path
 
 
+def write_large(folder: Path) -> Path:
+    """A file of 17 GB on paper: the header of a Qwen 3 MoE 30B in Q4_K with a whole vocabulary, and a hole.
+
+    Shapes: config.json of Qwen3-30B-A3B (48 layers, width 2048, 128 experts of 768, 151,936 tokens).
+    """
+    path = folder / "large.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    numbers = {
+        "context_length": 262_144,
+        "block_count": 48,
+        "embedding_length": 2048,
+        "feed_forward_length": 6144,
+        "attention.head_count": 32,
+        "attention.head_count_kv": 4,
+        "attention.key_length": 128,
+        "attention.value_length": 128,
+        "expert_count": 128,
+        "expert_used_count": 8,
+        "expert_feed_forward_length": 768,
+    }
+    for key, value in numbers.items():
+        writer.add_uint32(f"qwen3moe.{key}", value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"token {index:06d}" for index in range(151_936)])
+    writer.add_token_merges([f"pair{index:06d} of{index:06d}" for index in range(151_387)])
+    layer = {
+        **dict.fromkeys(("attn_norm", "ffn_norm"), (2048,)),
+        **dict.fromkeys(("attn_q_norm", "attn_k_norm"), (128,)),
+        "attn_q": (2048, 4096),
+        "attn_k": (2048, 512),
+        "attn_v": (2048, 512),
+        "attn_output": (4096, 2048),
+        "ffn_gate_inp": (2048, 128),
+        "ffn_down_exps": (768, 2048, 128),
+        **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (2048, 768, 128)),
+    }
+    shapes: Shapes = {"token_embd.weight": (2048, 151_936), "output.weight": (2048, 151_936)}
+    shapes["output_norm.weight"] = (2048,)
+    for index in range(48):
+        shapes |= {f"blk.{index}.{name}.weight": shape for name, shape in layer.items()}
+    hole = 0
+    for name, shape in shapes.items():
+        small = len(shape) == 1 or "gate_inp" in name
+        kind = gguf.GGMLQuantizationType.F32 if small else gguf.GGMLQuantizationType.Q4_K
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        size = math.prod(shape) // block * block_bytes
+        writer.add_tensor_info(name, shape[::-1], np.dtype(np.float32), size, raw_dtype=kind)
+        hole += -(-size // ALIGNMENT) * ALIGNMENT
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        end = file.seek(0, 2)
+        file.truncate(-(-end // ALIGNMENT) * ALIGNMENT + hole)
+    return path
+
+
 def _vocabulary(writer: gguf.GGUFWriter) -> None:
     """A byte-level vocabulary without merges."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]

@@ -163,7 +163,8 @@ class Ranges(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(folder: Path) -> Iterator[str]:
-    Ranges.content, Ranges.whole, Ranges.sent = _tiny_models.write("llama", folder).read_bytes(), False, 0
+    path = _tiny_models.write("llama", folder, weights=False)
+    Ranges.content, Ranges.whole, Ranges.sent = path.read_bytes(), False, 0
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/m.gguf"

@@ -136,12 +136,22 @@ def changes(preset: Preset, names: Sequence[str], known: Mapping[str, Model], ca
 
 def _first(key: str, values: Sequence[int | str], taken: Callable[..., int], card: int) -> Iterator[Change]:
     """The first of the values, each of which takes less than the one before, that fits."""
-    low, high = 0, len(values)
-    while low < high:
-        middle = (low + high) // 2
-        if taken(**{key: values[middle]}) <= card:
-            high = middle
+    if not values:
+        return
+    low, high = 0, len(values) - 1
+    least = taken(**{key: values[high]})
+    if least > card:
+        return
+    most = taken(**{key: values[low]})
+    if most <= card:
+        high, least = low, most
+    # What a preset takes is nearly linear in each key: guessing by a straight line needs a few tries only.
+    while high - low > 1:
+        guess = low + round((high - low) * (most - card) / (most - least)) if most > least else low
+        middle = min(max(guess, low + 1), high - 1)
+        here = taken(**{key: values[middle]})
+        if here <= card:
+            high, least = middle, here
         else:
-            low = middle + 1
-    if low < len(values):
-        yield Change(key, values[low], taken(**{key: values[low]}))
+            low, most = middle, here
+    yield Change(key, values[high], least)
