@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from llama_common.memory import MIB, Estimate, Settings, Use
+from llama_common.graph import Device
+from llama_common.memory import MIB, Estimate, NotPredicted, Settings, Use, estimate
+from llama_common.model import Model
 
 START_TIMEOUT_S = 120
 FIT_TIMEOUT_S = 60
@@ -58,6 +60,26 @@ def parse_fit(output: str) -> Estimate:
         place = "cpu" if name == "Host" else "gpu"
         sums[place] += Use(*(int(figure) * MIB for figure in figures))
     return Estimate(**sums)
+
+
+def as_served(said: Estimate, model: Model, settings: Settings, gpu: Device | None) -> Estimate:
+    """What llama-fit-params said, without the logits that llama-server does not reserve.
+
+    The one reserves logits for every token of a batch, the other for one a slot. The difference comes from
+    the header, and is taken out only where the header gives the very figure that was said.
+    """
+    for mixed in (True, False):
+        try:
+            most, least = (
+                estimate(model, replace(settings, outputs=outputs, mixed=mixed), gpu)
+                for outputs in (settings.batch, None)
+            )
+        except NotPredicted:
+            return said
+        places = [("gpu", said.gpu), ("cpu", said.cpu)]
+        if all(0 <= getattr(most, name).compute - use.compute < MIB for name, use in places):
+            return Estimate(*(replace(use, compute=getattr(least, name).compute) for name, use in places))
+    return said
 
 
 def start(binary: Path, model: Path, settings: Settings, rpc: str | None = None) -> Estimate:

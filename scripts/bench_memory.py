@@ -19,20 +19,20 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
-from llama_common.memory import MIB, RPC, Estimate, Settings, estimate
+from llama_common.memory import MIB, RPC, Settings, estimate
 from llama_common.model import Model
 
 from lab.source_server import make_server
 from scripts import _tiny_models
 from scripts._header import client, read_file, read_url
-from scripts._server_memory import NoFigure, fit, rpc_server, start
+from scripts._server_memory import NoFigure, as_served, fit, rpc_server, start
 
 RELATIVE_BAR, SMALL_BAR_BYTES, SMALL_BYTES = 0.03, MIB, 32 * MIB
 COMPONENTS = ("weights", "cache", "compute")
@@ -96,18 +96,6 @@ def splits(folder: Path) -> Iterator[Case]:
         yield Case(name, model, Settings(context, n_gpu_layers=layers, n_cpu_moe=moe), split=True)
 
 
-def corrected(fitted: Estimate, model: Model, settings: Settings, *, split: bool) -> Estimate:
-    """Without the logits of the tokens that llama-server reserves none for: it has one a slot."""
-    gpu = RPC if split else None
-    most, least = (
-        estimate(model, replace(settings, outputs=outputs), gpu) for outputs in (settings.batch, None)
-    )
-    return Estimate(
-        replace(fitted.gpu, compute=fitted.gpu.compute - most.gpu.compute + least.gpu.compute),
-        replace(fitted.cpu, compute=fitted.cpu.compute - most.cpu.compute + least.cpu.compute),
-    )
-
-
 def measure(case: Case, binaries: Path) -> list[Figure]:
     """Every component on every device that holds anything of it. Raises NoFigure."""
     model = Model.of([read_file(case.model)])
@@ -117,7 +105,7 @@ def measure(case: Case, binaries: Path) -> list[Figure]:
         with rpc_server(binaries / "ggml-rpc-server") if case.split else nullcontext() as address:
             binary = binaries / ("llama-server" if ask is start else "llama-fit-params")
             found.append(ask(binary, case.model, case.settings, address))
-    logged, fitted = found[0], corrected(found[1], model, case.settings, split=case.split)
+    logged, fitted = found[0], as_served(found[1], model, case.settings, RPC if case.split else None)
     figures = [
         Figure(
             case,

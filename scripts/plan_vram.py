@@ -27,13 +27,13 @@ import argparse
 import shlex
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llama_common import fit
 from llama_common.derive import presets_plan
 from llama_common.dialect import Dialect
 from llama_common.flags import is_flag, normalize
-from llama_common.memory import MIB, Estimate, NotPredicted, Settings, estimate
+from llama_common.memory import CUDA, MIB, Estimate, NotPredicted, Settings
 from llama_common.model import Model
 
 from scripts import _command
@@ -43,7 +43,7 @@ from scripts._header import NoHeader, client, read_url
 from scripts._inventory import Host, load
 from scripts._llm_box import LlmBox
 from scripts._screen import table
-from scripts._server_memory import NoFigure, parse_fit
+from scripts._server_memory import NoFigure, as_served, parse_fit
 from scripts.verify_health import Check, HostReport, as_json, ensure_writable, naming_the_option
 
 ASK_TIMEOUT_S = 120
@@ -138,24 +138,21 @@ def ask(host: Host, box: LlmBox, models: dict[str, Model], preset: str) -> Estim
     entry = box.config.llama_presets[preset]
     release = f"{box.builds_root}/{entry.build}/current"
     user = f"sudo -n -u {shlex.quote(box.user)} "
-    text = run(host, f"cat {release}/help.txt; echo ----; {user}{release}/bin/llama-fit-params --help")
-    server, _, estimator = text.partition("----\n")
+    server = run(host, f"cat {release}/help.txt")
+    estimator = run(host, f"{user}{release}/bin/llama-fit-params --help")
     plan = presets_plan(
         box.config, models_dir=box.models_dir, releases_root=box.builds_root, dialects={entry.build: server}
     )
     words = fit_command(plan[preset]["command"], Dialect.from_help(server), Dialect.from_help(estimator))
     said = parse_fit(run(host, user + shlex.join(words)))
-    try:  # it reserves logits for every token of a batch, llama-server for one a slot
-        model, settings = models[entry.model], Settings.of(entry.model_dump())
-        gpu = {} if box.config.llama_presets_gpu_memory_mib else {"gpu": None}
-        most = estimate(model, replace(settings, outputs=settings.batch), **gpu)
-        least = estimate(model, settings, **gpu)
-    except (KeyError, NotPredicted):
+    if entry.model not in models or box.config.draft(preset):
         return said
-    return Estimate(
-        replace(said.gpu, compute=said.gpu.compute - most.gpu.compute + least.gpu.compute),
-        replace(said.cpu, compute=said.cpu.compute - most.cpu.compute + least.cpu.compute),
-    )
+    try:
+        settings = Settings.of(entry.model_dump())
+    except NotPredicted:
+        return said
+    gpu = CUDA if box.config.llama_presets_gpu_memory_mib else None
+    return as_served(said, models[entry.model], settings, gpu)
 
 
 def plan_host(host: Host, *, offline: bool) -> list[Plan]:

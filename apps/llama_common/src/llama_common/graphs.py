@@ -138,6 +138,10 @@ class Builder:
         ids = graph.input((self.tokens,))
         raw = graph.input((self.width, self.tokens))
         rows = graph.op("get_rows", (self.width, self.tokens), table, ids)
+        if not self.settings.mixed:
+            for choice in (rows, raw):
+                graph.expand(choice)
+            return graph.expand(graph.elementwise("scale", rows) if scaled else rows)
         mixed_ids = graph.input((self.tokens,))
         mixed_slots = graph.input((self.tokens,), 8)
         mixed = graph.input((self.width, self.tokens))

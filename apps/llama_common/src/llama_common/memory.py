@@ -58,9 +58,8 @@ class Settings:
     flash_attention: bool = True
     batch: int = BATCH
     ubatch: int = UBATCH
-    outputs: int | None = (
-        None  # tokens of a batch that get logits; None: one for each slot, as llama-server does
-    )
+    mixed: bool = True  # whether graphs have the inputs for text and embeddings in one batch, as b11434 has
+    outputs: int | None = None  # tokens of a batch that get logits; None: one a slot, as llama-server
 
     @classmethod
     def of(cls, preset: Mapping[str, Any]) -> Settings:

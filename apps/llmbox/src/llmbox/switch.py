@@ -122,7 +122,8 @@ class Switcher:
         refused = gate.refusal(wanted)
         if refused:
             serving = self._name(former)
-            return Outcome(False, f"{name} is refused: {refused}; {self._serves(serving)}", name, serving)
+            left = f"{serving} still serves" if serving else "nothing serves"
+            return Outcome(False, f"{name} is refused: {refused}; {left}", name, serving)
         back_to = former if former != wanted.unit else None
         try:
             self.manager.reset_failed(wanted.unit)
