@@ -131,8 +131,9 @@ def render(figures: Sequence[Figure], version: str, spent: Cost) -> str:
         "Written by `scripts/bench_memory.py`. MiB on each device: what llama-server logs when it starts,",
         "what the header predictor says (`llama_common.memory`), what `llama-fit-params` says. Bar: within",
         "3 %, or 1 MiB below 32 MiB. `second` is an RPC server with a CPU behind it. The server runs without",
-        "mmap and without repacking. `llama-fit-params` reserves logits for every token of a batch and",
-        "prints whole MiB; the difference in logits is taken out of its figure for the compute buffer.",
+        "mmap and without repacking. `llama-fit-params` prints whole MiB and reserves logits for every token",
+        "of a batch, llama-server for one a slot: its compute buffers are shown without the others, which is",
+        "the header predictor's figure where that also gives, with them, the very MiB that it printed.",
         "",
         f"{version}. {met} of {len(figures)} figures within the bar; the header predictor is off by at most "
         f"{worst:.2%} where 32 MiB or more were logged.",

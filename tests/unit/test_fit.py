@@ -154,8 +154,8 @@ class Ranges(http.server.BaseHTTPRequestHandler):
         self.send_response(200 if self.whole else 206)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
         type(self).sent += len(body)
+        self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
