@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -361,8 +362,19 @@ def read_rate(asked: dict[str, Any]) -> dict[str, float]:
     return {"rate": size / (time.perf_counter() - began)}
 
 
+def end_with_caller() -> None:
+    """Interrupt this program when its standard input ends: nobody waits for it any more."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
     """Measure what the argument names."""
+    end_with_caller()
     asked = json.loads(sys.argv[1])
     if asked["what"] == "overhead":
         found = uvloop.run(overhead(asked))

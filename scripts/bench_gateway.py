@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shlex
 import signal
@@ -58,12 +59,16 @@ class Box:
         self.dwell = float(host.variables["llm_gateway_min_dwell"]) + 0.5
         self.settings = f"{host.variables['llama_presets_dir']}/gateway.json"
 
-    def run(self, command: str, stdin: str = "") -> str:
-        """Standard output of a shell command of the sudo user. Raises NoMeasurement."""
+    def run(self, command: str, stdin: str | int = "") -> str:
+        """Standard output of a shell command of the sudo user; `stdin` is text, or a descriptor.
+
+        Raises NoMeasurement.
+        """
+        given: dict[str, Any] = {"stdin": stdin} if isinstance(stdin, int) else {"input": stdin}
         try:
-            done = subprocess.run(
+            done: subprocess.CompletedProcess[str] = subprocess.run(
                 self.host.ssh(command),
-                input=stdin,
+                **given,
                 stdout=subprocess.PIPE,
                 text=True,
                 timeout=TIMEOUT_S,
@@ -81,9 +86,14 @@ class Box:
         return f"sudo -u {user} env XDG_RUNTIME_DIR=/run/user/$(id -u {user}) {command}"
 
     def probe(self, **asked: object) -> dict[str, Any]:
-        """What the probe found."""
-        command = self.as_user(f"{self.llmbox}/bin/python - {shlex.quote(json.dumps(asked))}")
-        found: dict[str, Any] = json.loads(self.run(command, PROBE.read_text()))
+        """What the probe found. It ends when its standard input does: with this program, in any case."""
+        words = [f"{self.llmbox}/bin/python", "-c", PROBE.read_text(), json.dumps(asked)]
+        ours, leash = os.pipe()
+        try:
+            found: dict[str, Any] = json.loads(self.run(self.as_user(shlex.join(words)), ours))
+        finally:
+            os.close(leash)
+            os.close(ours)
         return found
 
     def lmswitch(self, word: str) -> None:
