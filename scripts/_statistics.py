@@ -48,8 +48,10 @@ class Baseline:
         if not newest or min(newest) <= 0:
             raise ValueError("a baseline needs positive values")
         rows = [level(newest[at : at + RECENT]) for at in range(len(newest) - RECENT + 1)]
-        wander = MAD_TO_SIGMA * spread(rows) if rows else 0.0
-        return cls(level(newest), spread(newest), len(newest), wander)
+        middle, wander = level(newest), MAD_TO_SIGMA * spread(rows) if rows else 0.0
+        if rows and spread(newest) > NOISY:  # few and far between, what disturbs a box escapes every median
+            wander = max(wander, max(abs(row / middle - 1) for row in rows) / 2)
+        return cls(middle, spread(newest), len(newest), wander)
 
     @property
     def noisy(self) -> bool:
