@@ -80,13 +80,20 @@ def unused_line(root: str, unused: list[dict[str, Any]], remove: bool) -> str:
     return f"{root}: llama_cpp_builds does not name {names}; {fix}"
 
 
-def difference(plan: list[dict[str, Any]], removed: Sequence[str] = ()) -> dict[str, str]:
-    """What --diff shows: the current release of each build before and after, and what is removed."""
+def difference(
+    plan: list[dict[str, Any]], removed: Sequence[str] = (), *, deferred: bool = False
+) -> dict[str, str]:
+    """What --diff shows: the current release of each build before and after, and what is removed.
+
+    `deferred`: what is built does not become current.
+    """
 
     def text(key: str) -> str:
         return "".join(f"{entry['build']}: {entry[key] or 'none'}\n" for entry in plan)
 
     after = [{**entry, "release": entry["release"] or f"{entry['commit']}-…"} for entry in plan]
+    if deferred:
+        after = [{**entry, "release": entry["current"] or entry["release"]} for entry in after]
     return {
         "before_header": "current llama.cpp releases",
         "after_header": "current llama.cpp releases",
@@ -104,7 +111,10 @@ class StepFailed(Exception):
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """Runs the module's phases: probe; where something is to be done prepare, start, follow, activate."""
+    """Runs the module's phases: probe; where something is to be done prepare, start, follow, activate.
+
+    A task that names a phase has only that one run.
+    """
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
@@ -116,6 +126,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         self._vars = task_vars or {}
         self._tool = self._read_tool()
         try:
+            if "phase" in self._task.args:
+                return self._call(self._task.args["phase"])
             return self._converge()
         except StepFailed as failed:
             return failed.result
@@ -123,6 +135,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def _converge(self) -> dict[str, Any]:
         probed = self._call("probe")
         remove = boolean(self._task.args.get("remove_unused", False))
+        deferred = not boolean(self._task.args.get("activate", True))
         removing = [entry["build"] for entry in probed["unused"] if remove and not entry["in_use"]]
         staying = [entry for entry in probed["unused"] if entry["build"] not in removing]
         result = {
@@ -131,7 +144,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "installed": probed["missing_packages"],
             "unused": [entry["build"] for entry in staying],
             "removed": removing,
-            "diff": difference(probed["plan"], removing),
+            "diff": difference(probed["plan"], removing, deferred=deferred),
         }
         if staying:
             self._display.warning(unused_line(self._task.args.get("root", ""), staying, remove))
@@ -163,7 +176,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         before = {entry["build"]: entry["current"] for entry in probed["plan"]}
         result["builds"] = {entry["build"]: entry for entry in plan}
         result["diff"] = difference(
-            [{**entry, "current": before[entry["build"]]} for entry in plan], removing
+            [{**entry, "current": before[entry["build"]]} for entry in plan], removing, deferred=deferred
         )
         result["replaced"] = {name: before[name] for name in after if after[name] != before[name]}
         return result

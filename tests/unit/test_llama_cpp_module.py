@@ -280,6 +280,9 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> module.Host:
             "user": None,
             "keep_releases": 2,
             "remove_unused": False,
+            "activate": True,
+            "reason": "",
+            "serving_user": "llm",
             "tool": "",
             "packages": [],
             "option_packages": {},
@@ -302,6 +305,150 @@ def test_activation_points_current_at_the_release_and_keeps_the_former_one(host:
     assert result["removed"] == ["older", "oldest"]
     assert sorted(path.name for path in (directory / "releases").iterdir()) == ["new", "old"]
     assert host.activate(host.builds["up"])["changed"] is False
+
+
+# -- an update: a release beside the current one, then kept, rejected or gone back from
+
+
+@pytest.fixture
+def two(host: module.Host, monkeypatch: pytest.MonkeyPatch) -> module.Host:
+    """`old` is current and serves, `new` stands beside it; `host.restarts` are the releases restarted on."""
+    directory = host.root / "up"
+    for age, name in enumerate(("new", "old", "older")):
+        make_release(directory / "releases", name, finished_at=1000.0 - age)
+    module.point(directory / "current", "old")
+    module.point(directory / "previous", "older")
+    monkeypatch.setattr(module, "_directory", lambda path, *_: path.mkdir(parents=True, exist_ok=True))
+    host.restarts = []  # type: ignore[attr-defined]
+    host.broken = set()  # type: ignore[attr-defined]
+
+    def restart(user: str, build: str) -> str:
+        current = str(module.link_target(directory / "current"))
+        host.restarts.append(current)  # type: ignore[attr-defined]
+        if current in host.broken:  # type: ignore[attr-defined]
+            raise module.HostError("coder failed")
+        return "coder"
+
+    monkeypatch.setattr(module, "restart_serving", restart)
+    return host
+
+
+def links(host: module.Host) -> tuple[str | None, str | None]:
+    return tuple(module.link_target(host.root / "up" / name) for name in ("current", "previous"))  # type: ignore[return-value]
+
+
+def test_a_release_that_is_to_be_compared_first_stands_beside_the_current_one(two: module.Host) -> None:
+    two.params = {**two.params, "activate": False}
+    two.activate(two.builds["up"])
+    assert links(two) == ("old", "older")
+    assert len(list((two.root / "up/releases").iterdir())) == 3
+
+
+def test_the_first_release_of_a_build_becomes_current_with_nothing_to_compare(host: module.Host) -> None:
+    make_release(host.root / "up" / "releases", "new")
+    host.params = {**host.params, "activate": False}
+    host.activate(host.builds["up"])
+    assert links(host) == ("new", None)
+
+
+def test_an_accepted_release_is_current_and_serves(two: module.Host) -> None:
+    (two.root / "up/rejected").mkdir()
+    (two.root / "up/rejected/new").write_text("before\n")
+    result = two.accept("up", "new")
+    assert links(two) == ("new", "old")
+    assert (result["restarted"], result["removed"], two.restarts) == ("coder", ["older"], ["new"])  # type: ignore[attr-defined]
+    assert module.rejection(two.root / "up", "new") is None
+
+
+def test_a_release_that_does_not_serve_is_taken_back(two: module.Host) -> None:
+    two.broken = {"new"}  # type: ignore[attr-defined]
+    with pytest.raises(module.HostError, match="new does not serve: coder failed; old is current again"):
+        two.accept("up", "new")
+    assert links(two) == ("old", "older")
+    assert two.restarts == ["new", "old"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("link", ["accept", "roll_back"])
+def test_a_damaged_release_is_not_gone_to(two: module.Host, link: str) -> None:
+    for name in ("new", "older"):
+        (two.root / "up/releases" / name / "bin/libggml.so.0").unlink()
+    with pytest.raises(module.HostError, match=r"is missing; fix: run site.yml"):
+        two.accept("up", "new") if link == "accept" else two.roll_back("up")
+    assert links(two) == ("old", "older")
+    assert not (two.root / "up/rejected").exists()
+
+
+def test_a_rejected_release_is_refused_by_name_until_it_is_compared_again(two: module.Host) -> None:
+    two.params = {**two.params, "reason": "coder: 30 % slower"}
+    two.reject("up", "new")
+    probe = two._probe_build
+    said = (
+        rf"commit {COMMIT} was rejected on this host \(....-..-..: coder: 30 % slower\); fix: put back old,"
+    )
+    with pytest.raises(module.HostError, match=said) as error:
+        probe(two.builds["up"], False)
+    assert "\n" not in str(error.value)
+    two.params = {**two.params, "activate": False}
+    assert probe(two.builds["up"], False)["action"] in ("none", "activate")
+
+
+def test_rolled_back_the_former_release_serves_and_the_other_one_does_not_come_back(two: module.Host) -> None:
+    two.accept("up", "new")
+    result = two.roll_back("up")
+    assert (result["release"], result["former"], result["restarted"]) == ("old", "new", "coder")
+    assert links(two) == ("old", "new")
+    with pytest.raises(module.HostError, match=r"was rejected on this host .*rolled back to old"):
+        two._probe_build(two.builds["up"], False)
+    with pytest.raises(module.HostError, match=r"new was rejected .* old stays; fix: another commit"):
+        two.roll_back("up")
+    assert links(two) == ("old", "new")
+
+
+@pytest.mark.parametrize("name", ["nothing", "../up", ""])
+def test_a_build_that_is_not_there_is_named_with_those_that_are(two: module.Host, name: str) -> None:
+    with pytest.raises(module.HostError, match=r"no such build below .*; fix: up"):
+        two.roll_back(name)
+
+
+def test_with_nothing_to_go_back_to_nothing_happens(host: module.Host) -> None:
+    make_release(host.root / "up" / "releases", "new")
+    module.point(host.root / "up" / "current", "new")
+    with pytest.raises(module.HostError, match="no release to go back to; current is new"):
+        host.roll_back("up")
+
+
+@pytest.mark.parametrize(
+    ("active", "build", "answers", "outcome"),
+    [
+        ("coder", "up", [{"ok": True}], "coder"),
+        ("coder", "other", [], None),
+        (None, None, [], None),
+        ("coder", "up", [{"message": "another switch is under way (x)"}, {"ok": True}], "coder"),
+        ("coder", "up", [{"message": "failed", "reason": ["why", "llmbox-wait-ready: x"]}], "failed why"),
+    ],
+)
+def test_only_what_serves_with_the_build_is_restarted(
+    monkeypatch: pytest.MonkeyPatch,
+    active: str | None,
+    build: str | None,
+    answers: list[dict[str, Any]],
+    outcome: str | None,
+) -> None:
+    told = [{"active": active, "build": build}, *answers]
+    monkeypatch.setattr(module, "run", lambda *_, **__: f"a line\n{json.dumps(told.pop(0))}\n")
+    monkeypatch.setattr(module, "LMSWITCH", __file__)
+    monkeypatch.setattr(module, "LOCK_PAUSE_S", 0.0)
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    if outcome and outcome.startswith("failed"):
+        with pytest.raises(module.HostError, match=outcome):
+            module.restart_serving(user, "up")
+    else:
+        assert module.restart_serving(user, "up") == outcome
+    assert told == []
+
+
+def test_a_host_without_lmswitch_has_nothing_to_restart() -> None:
+    assert module.restart_serving("no-such-user", "up") is None
 
 
 def test_a_release_that_a_process_runs_is_never_removed(

@@ -1,8 +1,9 @@
 #!/usr/bin/python
-"""One step of building llama.cpp on a host: probe, prepare, start, follow or activate.
+"""One step of building llama.cpp on a host: probe, prepare, start, follow or activate; or of an update.
 
 The action plugin of the same name calls it several times while a build runs and once on a host where nothing
 is to be done. The build itself is files/llama_build.py in a transient unit, so that it outlives the play.
+After a comparison an update accepts or rejects a release; a person may roll one back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import time
@@ -103,14 +105,29 @@ options:
     description: Seconds between two looks at a running build.
     type: int
     default: 3
+  activate:
+    description: Make the built release C(current); otherwise it only stands beside it.
+    type: bool
+    default: true
   phase:
-    description: The step; set by the action plugin.
+    description: The step; set by the action plugin, but for C(roll_back).
     type: str
-    choices: [probe, prepare, remove, start, follow, activate]
+    choices: [probe, prepare, remove, start, follow, activate, accept, reject, roll_back]
     default: probe
   build:
-    description: The build that start, follow and activate are about; set by the action plugin.
+    description: The build that every phase but probe, prepare and remove is about.
     type: str
+  release:
+    description: The release that accept and reject are about.
+    type: str
+  reason:
+    description: Why the release is rejected, in one line.
+    type: str
+    default: ""
+  serving_user:
+    description: The user whose lmswitch restarts a preset that serves with the build.
+    type: str
+    default: ""
   tool:
     description: Content of the build tool; set by the action plugin.
     type: str
@@ -121,6 +138,12 @@ STAMP = "release.json"
 RUN_DIR = Path("/run/llama-build")
 UNIT_PREFIX = "llama-build-"
 JOURNAL_TAIL = 25
+LMSWITCH = "/usr/local/bin/lmswitch"
+RESTART_TIMEOUT_S = 900
+LOCK_PATIENCE_S, LOCK_PAUSE_S = 120.0, 1.0
+WHOLE = ("probe", "prepare", "remove")
+OF_A_BUILD = ("start", "follow", "activate")
+OF_AN_UPDATE = ("accept", "reject", "roll_back")
 _PROGRESS = re.compile(r"^\[(?P<done>\d+)/(?P<total>\d+)\] ", re.MULTILINE)
 _PHASE = re.compile(r"^llama-build: phase (?P<phase>.+)$", re.MULTILINE)
 _ERROR = re.compile(r"^llama-build: error: (?P<error>.+)$", re.MULTILINE)
@@ -499,6 +522,57 @@ def point(link: Path, release: str) -> None:
     fresh.replace(link)
 
 
+def rejection(directory: Path, release: str) -> str | None:
+    """Why this release of the build in `directory` was rejected on this host; None when it was not."""
+    try:
+        return (directory / "rejected" / release).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def reject(directory: Path, release: str, reason: str) -> None:
+    """Keep on the host that this release is not wanted: no play makes it current by itself."""
+    _directory(directory / "rejected", 0, 0, 0o755)
+    path = directory / "rejected" / release
+    fresh = path.with_name(f".{release}")
+    fresh.write_text(f"{time.strftime('%Y-%m-%d', time.gmtime())}: {reason}\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def restart_serving(user: str, build: str) -> str | None:
+    """Restart the preset that serves with this build, if any. Returns its name. Raises HostError."""
+    try:
+        uid = pwd.getpwnam(user).pw_uid
+    except KeyError:
+        return None
+    lmswitch = ["runuser", "-u", user, "--", "env", f"XDG_RUNTIME_DIR=/run/user/{uid}", LMSWITCH, "--json"]
+    if not Path(LMSWITCH).exists():
+        return None
+    status = _answer(run([*lmswitch, "status"], check=False))
+    active = status.get("active")
+    if not active or status.get("build") != build:
+        return None
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        said = _answer(run([*lmswitch, "--restart", active], timeout_s=RESTART_TIMEOUT_S, check=False))
+        if said.get("ok"):
+            return str(active)
+        if "another switch is under way" not in str(said.get("message")) or time.monotonic() > deadline:
+            lines = [line for line in said.get("reason") or [] if "llmbox-wait-ready" not in line]
+            raise HostError(" ".join([str(said.get("message")), *lines[-1:]]))
+        time.sleep(LOCK_PAUSE_S)
+
+
+def _answer(text: str) -> dict[str, Any]:
+    """The object among the lines that lmswitch --json printed."""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                return found
+    return {"message": f"lmswitch gave no answer: {text.strip()[-200:]}"}
+
+
 def in_use(releases: Path) -> set[str]:
     """Releases of which some process runs a program."""
     used = set()
@@ -600,18 +674,34 @@ class Host:
             if not packages_missing:
                 raise
             return {**entry, "release": None, "action": "build", "reason": str(error)}
+        deferred = not self.params["activate"] and current is not None
+        if current != release and not deferred:
+            self._refuse_rejected(build, release, current)
         wrong = self._damage(build, release)
         entry["release"] = release
         if wrong:
             return {**entry, "action": "build", "reason": wrong}
-        stale = self._stale(build, release)
-        if current != release:
+        if current != release and not deferred:
             return {**entry, "action": "activate", "reason": f"current is {current or 'not set'}"}
         if (directory / "releases" / release).stat().st_uid != 0:
             return {**entry, "action": "activate", "reason": "still owned by the build user"}
+        if current != release:
+            return {**entry, "action": "none", "reason": f"built; current is {current}"}
+        stale = self._stale(directory, release)
         if stale:
             return {**entry, "action": "activate", "reason": f"to be removed: {', '.join(stale)}"}
         return {**entry, "action": "none", "reason": "built and current"}
+
+    def _refuse_rejected(self, build: Build, release: str, current: str | None) -> None:
+        """Raises HostError when this host has rejected the release that the data asks for."""
+        reason = rejection(self.directory(build), release)
+        if reason:
+            raise HostError(
+                f"llama_cpp_builds.{build.name}: commit {build.commit} was rejected on this host ({reason});"
+                f" fix: put back {(current or 'the commit before').partition('-')[0]}, compare again with"
+                " playbooks/update_llama_cpp.yml, or take it nevertheless: remove"
+                f" {self.directory(build)}/rejected/{release}"
+            )
 
     def prepare(self) -> dict[str, Any]:
         """The directories and the build tool."""
@@ -717,16 +807,95 @@ class Host:
                 raise HostError(f"{directory}/releases/{release}: {wrong}; run the play again")
             changed = _give_to_root(directory / "releases" / release)
             former = link_target(directory / "current")
-            if former != release:
-                if former and (directory / "releases" / former / STAMP).is_file():
-                    point(directory / "previous", former)
-                point(directory / "current", release)
-                changed = True
-            stale = self._stale(build, release)
-            for name in stale:
-                shutil.rmtree(directory / "releases" / name)
+            stale: list[str] = []
+            if self.params["activate"] or former in (None, release):
+                if former != release:
+                    if former and (directory / "releases" / former / STAMP).is_file():
+                        point(directory / "previous", former)
+                    point(directory / "current", release)
+                    changed = True
+                stale = self._prune(directory, release)
             self._sweep(build)
         return {"changed": changed or bool(stale), "removed": stale, "former": former}
+
+    # -- an update, by name: the data may ask for another release meanwhile
+
+    def accept(self, name: str, release: str) -> dict[str, Any]:
+        """Make a release current after a comparison, and restart what serves with its build."""
+        directory = self.root / name
+        with one_play():
+            self._refuse_damaged(directory, release)
+            _give_to_root(directory / "releases" / release)
+            (directory / "rejected" / release).unlink(missing_ok=True)
+            former = link_target(directory / "current")
+            restarted = self._change(directory, release, former)
+            removed = self._prune(directory, release)
+        return {"changed": True, "former": former, "restarted": restarted, "removed": removed}
+
+    def reject(self, name: str, release: str) -> dict[str, Any]:
+        """Keep that a release lost a comparison, and why."""
+        with one_play():
+            reject(self.root / name, release, self.params["reason"])
+        return {"changed": True}
+
+    def roll_back(self, name: str) -> dict[str, Any]:
+        """Make `previous` current again and restart what serves with the build; what is left is rejected."""
+        directory = self.root / name
+        if not _BUILD_NAME.fullmatch(name) or not (directory / "releases").is_dir():
+            there = sorted(path.parent.name for path in self.root.glob("*/releases"))
+            raise HostError(f"build = {name!r}: no such build below {self.root}; fix: {' or '.join(there)}")
+        with one_play():
+            current, previous = (link_target(directory / link) for link in ("current", "previous"))
+            if not current or not previous or current == previous:
+                raise HostError(
+                    f"{directory}/previous: there is no release to go back to; current is {current}"
+                )
+            reason = rejection(directory, previous)
+            if reason:
+                raise HostError(
+                    f"{directory}/previous: {previous} was rejected ({reason}), and nothing older stands"
+                    f" here; {current} stays; fix: another commit in llama_cpp_builds.{name}, then"
+                    " playbooks/update_llama_cpp.yml"
+                )
+            self._refuse_damaged(directory, previous)
+            reject(directory, current, f"rolled back to {previous}")
+            restarted = self._change(directory, previous, current)
+        return {"changed": True, "release": previous, "former": current, "restarted": restarted}
+
+    def _change(self, directory: Path, release: str, former: str | None) -> str | None:
+        """Swap the links and restart what serves; as before when it does not start. Returns the preset.
+
+        Raises HostError when it was put back.
+        """
+        before = link_target(directory / "previous")
+        if former == release:
+            return None
+        if former:
+            point(directory / "previous", former)
+        point(directory / "current", release)
+        try:
+            return restart_serving(self.params["serving_user"], directory.name)
+        except HostError as error:
+            if former:
+                point(directory / "current", former)
+                if before:
+                    point(directory / "previous", before)
+            with contextlib.suppress(HostError):
+                restart_serving(self.params["serving_user"], directory.name)
+            raise HostError(f"{release} does not serve: {error}; {former} is current again") from None
+
+    def _refuse_damaged(self, directory: Path, release: str) -> None:
+        """Raises HostError when the release cannot be made current."""
+        wrong = damage(directory / "releases" / release, self.params["user"])
+        if wrong:
+            raise HostError(f"{directory}/releases/{release}: {wrong}; fix: run site.yml")
+
+    def _prune(self, directory: Path, release: str) -> list[str]:
+        """Remove the releases that are too many now that `release` is current."""
+        stale = self._stale(directory, release)
+        for name in stale:
+            shutil.rmtree(directory / "releases" / name)
+        return stale
 
     # -- parts of phases
 
@@ -734,10 +903,10 @@ class Host:
         # What an unprivileged user built is not run by root.
         return damage(self.directory(build) / "releases" / release, self.params["user"])
 
-    def _stale(self, build: Build, release: str) -> list[str]:
+    def _stale(self, directory: Path, release: str) -> list[str]:
         """Releases that pruning would remove once `release` is current."""
-        releases = self.directory(build) / "releases"
-        current, previous = (link_target(self.directory(build) / name) for name in ("current", "previous"))
+        releases = directory / "releases"
+        current, previous = (link_target(directory / name) for name in ("current", "previous"))
         former = current if current != release else previous
         protected = {name for name in (release, former) if name}
         names = [path.name for path in releases.glob("*") if not path.name.startswith(".")]
@@ -903,12 +1072,16 @@ def main() -> None:
             "disk_min": {"type": "int", "default": 0},
             "memory_min": {"type": "int", "default": 0},
             "follow_interval": {"type": "int", "default": 3},
+            "activate": {"type": "bool", "default": True},
             "phase": {
                 "type": "str",
-                "choices": ["probe", "prepare", "remove", "start", "follow", "activate"],
+                "choices": [*WHOLE, *OF_A_BUILD, *OF_AN_UPDATE],
                 "default": "probe",
             },
             "build": {"type": "str"},
+            "release": {"type": "str"},
+            "reason": {"type": "str", "default": ""},
+            "serving_user": {"type": "str", "default": ""},
             "tool": {"type": "str"},
         },
         supports_check_mode=True,
@@ -918,8 +1091,14 @@ def main() -> None:
         module.fail_json(msg=f"phase {phase} changes the host: not in check mode")
     try:
         host = Host(module.params)
-        if phase in ("probe", "prepare", "remove"):
+        if phase in WHOLE:
             result = getattr(host, phase)()
+        elif phase in OF_AN_UPDATE:
+            # Whoever hangs up now must not leave the links changed and the old release serving.
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            names = ["build"] if phase == "roll_back" else ["build", "release"]
+            result = getattr(host, phase)(*(module.params[name] or "" for name in names))
         else:
             result = getattr(host, phase)(host.builds[module.params["build"]])
     except HostError as error:

@@ -1,0 +1,136 @@
+"""Keep, roll back or leave it open: the five worlds of an update, with injected timings, and the borders."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from scripts._verdict import LEAST, Behaviour, Comparison, Pairs, Verdict, judge, judge_preset, open_yet
+
+
+def pairs(ratio: float, *, noise: float = 0.005, count: int = 5, speed: float = 80.0, seed: int = 1) -> Pairs:
+    """Timings of both releases, tokens per second: the new one `ratio` times as fast, both a bit unsteady."""
+    rng = random.Random(seed)  # noqa: S311  (timings, not a secret)
+    return tuple((speed * rng.gauss(1, noise), speed * ratio * rng.gauss(1, noise)) for _ in range(count))
+
+
+def world(generation: float = 1.0, prefill: float = 1.0, noise: float = 0.005, **new: str) -> Comparison:
+    """A preset under both releases, the old one without fault."""
+    return Comparison(
+        "coder",
+        new=Behaviour(**new),
+        generation=pairs(generation, noise=noise),
+        prefill=pairs(prefill, noise=noise, speed=1800, seed=2),
+    )
+
+
+WORLDS = [
+    ("good", world(), "keep", "coder: generation 80.0 -> 80.0 tok/s: 100.1 % of it ("),
+    ("30 % slower", world(0.7), "roll back", "coder: generation 80.0 -> 56.0 tok/s: 70.0 % of it ("),
+    (
+        "not starting",
+        Comparison("coder", new=Behaviour(start="error: invalid argument: --x")),
+        "roll back",
+        "coder does not start: error: invalid argument: --x",
+    ),
+    (
+        "broken tool call",
+        world(tool_call="no tool_calls in its answer"),
+        "roll back",
+        "coder: the new release breaks tool calls: no tool_calls in its answer",
+    ),
+    (
+        "cache lost",
+        world(prompt_cache="0 of 1500 tokens came from it"),
+        "roll back",
+        "coder: the new release loses the prompt cache: 0 of 1500 tokens came from it",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("found", "word", "reason"), [case[1:] for case in WORLDS], ids=[c[0] for c in WORLDS]
+)
+def test_the_five_worlds_end_in_the_right_state_with_the_right_reason(
+    found: Comparison, word: str, reason: str
+) -> None:
+    verdict = judge([world(), found, world()])
+    assert verdict.word == word
+    assert verdict.reasons[0].startswith(reason), verdict.reasons
+
+
+@pytest.mark.parametrize(("figure", "found"), [("generation", world(0.8)), ("prefill", world(1.0, 0.8))])
+def test_either_figure_decides(figure: str, found: Comparison) -> None:
+    verdict = judge([found])
+    assert verdict.word == "roll back"
+    assert [line.split()[1] for line in verdict.reasons] == [figure]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noise", "word"),
+    [
+        (LEAST, 0.0, "keep"),  # exactly at the limit is kept
+        (LEAST - 1e-6, 0.0, "roll back"),
+        (LEAST + 0.02, 0.002, "keep"),
+        (LEAST - 0.02, 0.002, "roll back"),
+        (LEAST, 0.02, "undecided"),
+        (1.0, 0.15, "undecided"),
+        (1.5, 0.05, "keep"),
+        (0.5, 0.1, "roll back"),
+    ],
+)
+def test_the_ends_of_the_interval_decide_at_the_border(ratio: float, noise: float, word: str) -> None:
+    assert judge([world(ratio, ratio, noise)]).word == word
+
+
+def test_one_disturbed_run_changes_nothing() -> None:
+    outlier = (80.0, 20.0)
+    good = replace(world(), generation=(*pairs(1.0, count=8), outlier))
+    assert judge([good]).word == "keep"
+
+
+def test_what_the_current_release_cannot_do_either_is_not_held_against_the_new_one() -> None:
+    found = world(tool_call="no tool_calls")
+    verdict = judge([replace(found, old=Behaviour(tool_call="its template has no tools"))])
+    assert verdict.word == "keep"
+    assert (
+        verdict.reasons[-1] == "coder: the current release breaks tool calls too: its template has no tools"
+    )
+
+
+def test_without_something_to_compare_with_it_stays_open() -> None:
+    verdict = judge([replace(world(), old=Behaviour(start="it exited with status 1"))])
+    assert verdict == Verdict(
+        "undecided", ("coder: the current release does not start either: it exited with status 1",)
+    )
+
+
+def test_too_few_pairs_are_no_verdict() -> None:
+    few = replace(world(), generation=pairs(1.0, count=4), prefill=())
+    assert judge([few]).word == "undecided"
+    busy = replace(few, trouble="no run of 10 was undisturbed")
+    assert judge([busy]).reasons == ("coder could not be measured: no run of 10 was undisturbed",)
+
+
+def test_a_slower_figure_decides_even_when_the_rest_could_not_be_measured() -> None:
+    assert judge([replace(world(0.6), trouble="the box became busy")]).word == "roll back"
+
+
+def test_the_worst_preset_decides_and_only_its_reasons_are_told() -> None:
+    verdict = judge([world(), replace(world(1.0, noise=0.15), preset="b"), replace(world(0.5), preset="c")])
+    assert (verdict.word, len(verdict.reasons)) == ("roll back", 1)
+    assert verdict.reasons[0].startswith("c: generation")
+    assert judge([]) == Verdict("keep", ())
+
+
+def test_more_pairs_are_asked_for_only_while_they_can_decide() -> None:
+    assert open_yet(world(1.0, noise=0.15))
+    for settled in (world(), world(0.7), world(start="x"), replace(world(1.0, noise=0.15), trouble="busy")):
+        assert not open_yet(settled)
+
+
+def test_a_verdict_is_the_same_for_the_same_timings() -> None:
+    found = world(LEAST, noise=0.01)
+    assert judge_preset(found) == judge_preset(found)
