@@ -18,6 +18,7 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from llmbox.systemd import WAIT_PREFIX
@@ -38,6 +39,14 @@ class TrialFailed(Exception):
         super().__init__(message)
         self.reason = tuple(reason)
         self.out_of_memory = out_of_memory
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a preset runs: the program, links resolved ("" for none), and its crashes since the start."""
+
+    executable: str
+    restarts: int
 
 
 class Trial:
@@ -62,12 +71,12 @@ class Trial:
                 str(said["message"]), said.get("reason", ()), out_of_memory=bool(said.get("out_of_memory"))
             )
 
-    def executable(self) -> str:
-        """The program that serves now, links resolved; "" when none does. Raises TrialFailed, Unreachable."""
+    def serving(self) -> Serving:
+        """What serves now. Raises TrialFailed, Unreachable."""
         said = self._ask({})
         if not said["ok"]:
             raise TrialFailed(str(said["message"]))
-        return str(said["executable"])
+        return Serving(str(said["executable"]), int(said["restarts"]))
 
     def close(self) -> None:
         """End the trial and wait until the box serves what it served before. Raises Unreachable."""
@@ -129,7 +138,7 @@ def trial(host: Host, preset: str) -> Iterator[Trial]:
         raise Unreachable("this machine has no ssh client; install openssh-client") from None
     held = Trial(host, process)
     try:
-        held.executable()  # it is there, and nobody else's
+        held.serving()  # it is there, and nobody else's
         yield held
     finally:
         try:

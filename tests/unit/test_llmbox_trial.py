@@ -51,6 +51,9 @@ class Box:
     def reload(self) -> None:
         self.reloaded = True
 
+    def restarts(self, unit: str) -> int:
+        return 3
+
     def journal_since(self, unit: str, since_s: float, count: int) -> list[str]:
         return self.journal
 
@@ -101,7 +104,7 @@ def test_the_unit_runs_exactly_the_command_that_was_asked_for() -> None:
 def test_another_command_serves_and_then_the_own_one_again(box: Box) -> None:
     trial = box.trial()
     said = trial.answer({"command": OTHER})
-    assert said == {"ok": True, "message": "ready", "executable": OTHER[0]}
+    assert said == {"ok": True, "message": "ready", "executable": OTHER[0], "restarts": 3}
     assert trial.answer({})["executable"] == OTHER[0]
     assert trial.answer({"command": None})["ok"] and running(box) == OWN
     assert not box.folder("a").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts._ask_host import Unreachable
-from scripts._trial import TrialFailed, last_words, trial
+from scripts._trial import Serving, TrialFailed, last_words, trial
 
 PROGRAM = "/opt/llama.cpp/up/releases/new/bin/llama-server"
 
@@ -41,13 +41,13 @@ def box(tmp_path: Path) -> Any:
     return host
 
 
-FINE = {"ok": True, "message": "", "executable": PROGRAM}
+FINE = {"ok": True, "message": "", "executable": PROGRAM, "restarts": 2}
 
 
 def test_a_trial_is_asked_for_as_the_presets_user_and_ends_with_the_body(box: Any, tmp_path: Path) -> None:
     with trial(box(FINE, FINE, FINE), "coder") as held:
         held.run(["/x", "a b"])
-        assert held.executable() == PROGRAM
+        assert held.serving() == Serving(PROGRAM, 2)
         assert not (tmp_path / "ended").exists()
     assert (tmp_path / "ended").exists()
     argv = (tmp_path / "argv").read_text()

@@ -27,7 +27,7 @@ def world(generation: float = 1.0, prefill: float = 1.0, noise: float = 0.005, *
 
 
 WORLDS = [
-    ("good", world(), "keep", "coder: generation 80.0 -> 80.0 tok/s: 100.1 % of it ("),
+    ("good", world(), "keep", "coder: generation 80.0 -> 80.0 tok/s: 100.0 % of it ("),
     ("30 % slower", world(0.7), "roll back", "coder: generation 80.0 -> 56.0 tok/s: 70.0 % of it ("),
     (
         "not starting",

@@ -5,9 +5,9 @@
 reads objects from standard input, one a line, and answers each with one:
 
     {"command": [...]}  restart the preset with this command line (null: with its own)
-    {}                  say which program the preset runs
+    {}                  say which program the preset runs, and how often systemd restarted it for a crash
 
-    {"ok": true, "message": str, "executable": path of the program that serves now}
+    {"ok": true, "message": str, "executable": path of the program that serves now, "restarts": int}
     {"ok": false, "message": str, "out_of_memory": bool, "reason": [the server's last lines]}
 
 An empty line says that whoever asks is still there. The trial ends with its input, after SILENCE_S without a
@@ -54,6 +54,7 @@ class Manager(Protocol):
 
     def show(self, units: list[str]) -> Mapping[str, UnitState]: ...
     def reload(self) -> None: ...
+    def restarts(self, unit: str) -> int: ...
     def journal_since(self, unit: str, since_s: float, count: int) -> list[str]: ...
 
 
@@ -99,7 +100,7 @@ class Trial:
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Do what one line asks for."""
         if "command" not in asked:
-            return {"ok": True, "message": "", "executable": self.executable()}
+            return self._serving("")
         command = asked["command"]
         try:
             text = None if command is None else drop_in([str(word) for word in command])
@@ -115,7 +116,7 @@ class Trial:
         self._put(text)
         done = self._restart()
         if done["ok"]:
-            return {"ok": True, "message": done["message"], "executable": self.executable()}
+            return self._serving(done["message"])
         lines = self.manager.journal_since(self.preset.unit, began, JOURNAL_LINES)
         if text is not None:  # serve again before anything else
             self._put(None)
@@ -149,6 +150,10 @@ class Trial:
         with suppress(OSError):
             return str((self.proc / str(self._pid()) / "exe").readlink())
         return ""
+
+    def _serving(self, message: str) -> dict[str, Any]:
+        restarts = self.manager.restarts(self.preset.unit)
+        return {"ok": True, "message": message, "executable": self.executable(), "restarts": restarts}
 
     def _argv(self) -> list[str]:
         with suppress(OSError):
@@ -188,13 +193,18 @@ class Trial:
 
 
 class BoxManager(Systemd):
-    """The user's service manager, with the two things that only a trial needs."""
+    """The user's service manager, with what only a trial needs."""
 
     def reload(self) -> None:
         """Have systemd read unit files anew. Raises LlmboxError."""
         done = self._run(["systemctl", "--user", "daemon-reload"])
         if done.returncode != 0:
             raise LlmboxError(f"systemctl --user daemon-reload failed: {done.stderr.strip()}")
+
+    def restarts(self, unit: str) -> int:
+        """How often systemd has restarted the unit by itself since it was started."""
+        done = self._run(["systemctl", "--user", "show", "--property=NRestarts", "--value", unit])
+        return int(done.stdout.strip() or 0)
 
     def journal_since(self, unit: str, since_s: float, count: int) -> list[str]:
         """The last lines that a unit and systemd wrote about it since then (seconds since the epoch)."""

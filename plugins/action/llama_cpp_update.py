@@ -1,0 +1,121 @@
+"""Compare the releases that were built beside the current ones, keep or reject each, and say why.
+
+`builds` is what role llama_cpp registered, with `llama_cpp_activate: false`; `variables` those of
+scripts/_shown.yml. The comparison runs on this machine, against the box's gateway; what comes of it is one
+phase of the module llama_cpp_build on the box. The task fails when an old release stays.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ansible.plugins.action import ActionBase  # type: ignore[import-untyped]
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
+
+from llama_common.plain import plain
+from llama_common.problems import InventoryError
+
+from scripts._ask_host import Unreachable
+from scripts._compare import compare
+from scripts._inventory import Host
+from scripts._llm_box import LlmBox
+from scripts._verdict import Verdict, judge
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
+    """`llama_cpp_update: {builds: …, variables: …, root: …, user: …, keep_releases: …}`."""
+
+    TRANSFERS_FILES = False
+    _supports_check_mode = True
+    _VALID_ARGS = frozenset({"builds", "variables", "root", "user", "keep_releases"})
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The verdict on each build that has a new release; failed when one of them is not kept."""
+        super().run(tmp, task_vars)
+        self._vars = task_vars or {}
+        args = plain(self._task.args)
+        new = {
+            name: entry
+            for name, entry in args["builds"].items()
+            if entry["current"] and entry["current"] != entry["release"]
+        }
+        if not new:
+            self._say("nothing new: every build runs the release that the inventory asks for")
+            return {"changed": False, "verdicts": {}}
+        if self._task.check_mode:
+            for name, entry in new.items():
+                self._say(f"would compare {name} {entry['commit'][:12]} with {entry['current'][:12]}")
+            return {"changed": True, "verdicts": {}}
+        result: dict[str, Any] = {"changed": False, "verdicts": {}}
+        lines = []
+        for name, entry in new.items():
+            verdict, line = self._update(args, name, entry)
+            result["verdicts"][name] = {"verdict": verdict.word, "reasons": list(verdict.reasons)}
+            result["changed"] = True
+            if line:
+                lines.append(line)
+        if lines:
+            result.update(failed=True, msg="; ".join(lines))
+        return result
+
+    def _update(self, args: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> tuple[Verdict, str]:
+        """Compare one build, and keep or reject its new release. The line is that of a failure, or empty."""
+        old, new = str(entry["current"]), str(entry["release"])
+        self._say(f"{name}: comparing {new[:12]} with {old[:12]}")
+        try:
+            variables = args["variables"]
+            host = Host(self._vars["inventory_hostname"], variables=variables)
+            verdict = judge(compare(host, LlmBox.of(variables), name, (old, new), self._say))
+        except (Unreachable, InventoryError) as error:
+            return Verdict("undecided", (str(error),)), f"{name}: not compared, {old[:12]} stays: {error}"
+        self._tell(name, verdict)
+        if verdict.word == "keep":
+            done = self._module(args, "accept", name, new)
+            if not done.get("failed"):
+                served = done.get("restarted")
+                self._say(f"{name}: {new[:12]} is current{f' and serves {served}' if served else ''}")
+                return verdict, ""
+            verdict = Verdict("roll back", (str(done["msg"]),))
+        done = self._module(args, "reject", name, new, reason=verdict.reasons[0])
+        marked = f"; it could not be marked: {done['msg']}" if done.get("failed") else ""
+        return verdict, stays(name, old, new, verdict) + marked
+
+    def _tell(self, name: str, verdict: Verdict) -> None:
+        self._say(f"{name}: {verdict.word}")
+        for reason in verdict.reasons:
+            self._say(f"  {reason}")
+
+    def _module(self, args: Mapping[str, Any], phase: str, build: str, release: str, **more: str) -> Any:
+        """One phase of llama_cpp_build on the box."""
+        arguments = {
+            "builds": {},
+            "root": args["root"],
+            "user": args["user"],
+            "keep_releases": args["keep_releases"],
+            "serving_user": args["variables"]["llm_user_name"],
+            "phase": phase,
+            "build": build,
+            "release": release,
+            **more,
+        }
+        return self._execute_module(
+            module_name="llama_cpp_build", module_args=arguments, task_vars=self._vars
+        )
+
+    def _say(self, line: str) -> None:
+        self._display.display(f"  [{self._vars.get('inventory_hostname', '')}] {line}")
+
+
+def stays(build: str, old: str, new: str, verdict: Verdict) -> str:
+    """The line about a build whose old release stays: why, and what to do with the inventory."""
+    reasons: Sequence[str] = verdict.reasons[:1]
+    return (
+        f"{build}: {verdict.word}: {old[:12]} stays, {new[:12]} is rejected: {' '.join(reasons)}; fix: put"
+        f" commit {old.partition('-')[0]} of llama_cpp_builds.{build} back (site.yml refuses the new one),"
+        " or run this playbook again"
+    )
