@@ -145,6 +145,7 @@ class Bench:
                     return self._found(pairs)
                 except NotMeasured as error:
                     trouble = str(error)
+                    break
             if trouble or any(self._health):
                 break
             pairs.append((timed[0], timed[1]))

@@ -1,0 +1,201 @@
+"""Two releases of a build under one preset: who is measured when, and what is made of what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from scripts import _compare as module
+from scripts._compare import Bench, Refused, of_releases, prompt_cache_trouble, tool_call_trouble
+from scripts._measure import NotMeasured, Shape, Timed
+from scripts._trial import Serving, TrialFailed
+from scripts._verdict import judge_preset
+
+OLD, NEW = ["/r/old/llama-server", "-c", "1"], ["/r/new/llama-server", "-c", "1"]
+SHAPE = Shape("short", 1536, 400)
+
+
+class Box:
+    """A box on trial. `speed` is tokens per second by release; what is named `failing` does not start."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.now = ""
+        self.speed = {"old": 100.0, "new": 100.0}
+        self.failing: dict[str, list[str]] = {}
+        self.crashing: set[str] = set()
+        self.foreign = ""
+        self.busy: set[str] = set()
+        self.no_tools: set[str] = set()
+        self.no_cache: set[str] = set()
+        self.caches = 0
+
+    @property
+    def release(self) -> str:
+        return self.now.split("/")[2] if self.now else ""
+
+    def run(self, command: Sequence[str] | None) -> None:
+        assert command is not None
+        name = command[0].split("/")[2]
+        self.log.append(f"start {name}")
+        if name in self.failing:
+            raise TrialFailed("smol failed after 0.6 s", self.failing[name])
+        self.now, self.caches = command[0], 0
+
+    def serving(self) -> Serving:
+        return Serving(self.foreign or self.now, int(self.release in self.crashing))
+
+    def series(self, shape: Shape, count: int) -> Iterator[Timed]:
+        if self.release in self.busy:
+            raise NotMeasured("no run of 10 was undisturbed")
+        self.log.append(f"run {self.release}")
+        speed = self.speed[self.release] * (1 + 0.001 * (len(self.log) % 3))
+        yield Timed(shape.prompt, 10 * speed, shape.generate, speed, 0.0, 1.0)
+
+    def http(self, request: httpx.Request) -> httpx.Response:
+        assert "x-llmbox-alone" in request.headers
+        body = json.loads(request.content)
+        assert body["model"] == "smol"
+        if request.url.path == "/completion":
+            self.caches += 1
+            hit = self.caches > 1 and self.release not in self.no_cache
+            timings = {"cache_n": 990 if hit else 0, "prompt_n": 10 if hit else 1000}
+            return httpx.Response(200, json={"timings": timings})
+        if self.release in self.no_tools:
+            return httpx.Response(500, json={"error": {"message": "cannot parse"}})
+        return httpx.Response(200, json=answered())
+
+    def bench(self) -> Bench:
+        client = httpx.Client(transport=httpx.MockTransport(self.http), base_url="http://box")
+        both = (OLD, NEW)
+        return Bench(self, client, self, "smol", SHAPE, both, lambda _: None, lambda _: None)  # type: ignore[arg-type]
+
+
+def answered(**function: Any) -> dict[str, Any]:
+    """An answer of llama-server that calls the tool."""
+    call = {"name": module.TOOL, "arguments": '{"city": "Oslo", "unit": "celsius"}', **function}
+    return {"choices": [{"message": {"content": None, "tool_calls": [{"function": call}]}}]}
+
+
+@pytest.fixture
+def box() -> Box:
+    return Box()
+
+
+def test_pairs_are_interleaved_and_a_server_is_started_once_for_two_runs(box: Box) -> None:
+    found = box.bench().compare()
+    assert judge_preset(found).word == "keep"
+    assert len(found.generation) == len(found.prefill) == 5
+    a, b = ["start old", "run old"], ["start new", "run new"]
+    assert box.log == [*a, *b, b[1], *a, a[1], *b, b[1], *a, a[1], *b]
+
+
+@pytest.mark.parametrize(
+    ("change", "word", "reason"),
+    [
+        (lambda b: None, "keep", "smol: generation 100."),
+        (lambda b: b.speed.update(new=70.0), "roll back", "smol: generation 100."),
+        (lambda b: b.failing.update(new=["invalid argument: -x"]), "roll back", "smol does not start: inv"),
+        (lambda b: b.no_tools.add("new"), "roll back", "smol: the new release breaks tool calls: HTTP 500"),
+        (lambda b: b.no_cache.add("new"), "roll back", "smol: the new release loses the prompt cache: of"),
+        (lambda b: b.crashing.add("new"), "roll back", "smol: the new release is not healthy: its server"),
+        (lambda b: b.failing.update(old=["broken"]), "undecided", "smol: the current release does not st"),
+        (lambda b: b.busy.add("new"), "undecided", "smol could not be measured: no run of 10"),
+        (lambda b: b.busy.add("old"), "undecided", "smol could not be measured: no run of 10"),
+        (lambda b: b.no_tools.update({"old", "new"}), "keep", "smol: generation 100."),
+    ],
+)
+def test_what_happens_to_a_release_is_what_the_verdict_says(
+    box: Box, change: Callable[[Box], None], word: str, reason: str
+) -> None:
+    change(box)
+    verdict = judge_preset(box.bench().compare())
+    assert (verdict.word, verdict.reasons[0][: len(reason)]) == (word, reason)
+
+
+def test_figures_of_another_program_count_for_nothing(box: Box) -> None:
+    box.foreign = "/r/third/llama-server"
+    found = box.bench().compare()
+    assert found.generation == ()
+    assert found.trouble == "/r/third/llama-server served instead of /r/old/llama-server"
+
+
+def test_an_unsteady_box_is_measured_longer_but_not_for_ever(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = iter([100.0, 60, 160, 100, 90, 120, 70, 100, 130, 80] * 5)
+    monkeypatch.setattr(
+        box, "series", lambda shape, count: iter([Timed(1, 1000.0, 1, next(speeds), 0.0, 1.0)])
+    )
+    found = box.bench().compare()
+    assert len(found.generation) == module.MOST_PAIRS
+    assert judge_preset(found).word == "undecided"
+
+
+def test_a_busy_gateway_is_asked_again_and_no_fault_of_the_release(box: Box) -> None:
+    replies = [httpx.Response(503, json={}), httpx.Response(200, json={"a": 1})]
+    bench = box.bench()
+    bench.client = httpx.Client(
+        transport=httpx.MockTransport(lambda _: replies.pop(0) if replies else httpx.Response(503)),
+        base_url="http://box",
+    )
+    assert bench._ask("/x", {}) == {"a": 1}
+    with pytest.raises(NotMeasured, match="HTTP 503"):
+        bench._ask("/x", {})
+
+
+@pytest.mark.parametrize(
+    ("reply", "trouble"),
+    [
+        (answered(), ""),
+        (answered(name="other"), "it called other(city, unit)"),
+        (answered(arguments='{"city": "Oslo"}'), "it called get_weather(city)"),
+        (answered(arguments="{"), "its answer is no tool call"),
+        (
+            {"choices": [{"message": {"content": "<tool_call>"}}]},
+            "no tool_calls in its answer: '<tool_call>'",
+        ),
+        ({"choices": []}, "its answer is no tool call"),
+        ([], "its answer is no tool call"),
+    ],
+)
+def test_only_a_parsed_call_is_a_tool_call(reply: Any, trouble: str) -> None:
+    assert tool_call_trouble(lambda *_: reply) == trouble
+
+
+def test_the_cache_must_hold_the_prompt_when_it_is_sent_again() -> None:
+    def answers(*hits: tuple[int, int]) -> Callable[[str, Mapping[str, Any]], Any]:
+        left = list(hits)
+        return lambda *_: {"timings": dict(zip(("cache_n", "prompt_n"), left.pop(0), strict=True))}
+
+    assert prompt_cache_trouble(answers((0, 1000), (999, 1))) == ""
+    assert prompt_cache_trouble(answers((0, 1000), (0, 1000), (999, 1))) == ""  # a client was in between
+    lost = prompt_cache_trouble(answers((0, 1000), (1, 999), (100, 900)))
+    assert lost == "of 1000 tokens of the same prompt 100 came from it"
+    assert "no timings" in prompt_cache_trouble(lambda *_: {})
+
+    def refused(*_: Any) -> Any:
+        raise Refused("HTTP 400: no")
+
+    assert prompt_cache_trouble(refused) == tool_call_trouble(refused) == "HTTP 400: no"
+
+
+def test_both_sides_have_the_same_flags() -> None:
+    command = ["/opt/llama.cpp/up/current/bin/llama-server", "--ctx-size", "4096"]
+    told = {"presets": {"smol": {"command": command}}}
+    assert of_releases("smol", told, ("one", "two")) == (
+        ["/opt/llama.cpp/up/releases/one/bin/llama-server", "--ctx-size", "4096"],
+        ["/opt/llama.cpp/up/releases/two/bin/llama-server", "--ctx-size", "4096"],
+    )
+    assert of_releases("other", told, ("one", "two")) is None
+    assert of_releases("smol", None, ("one", "two")) is None
+
+
+def test_a_build_without_presets_needs_no_host() -> None:
+    box = SimpleNamespace(names=lambda _: [], config=None)
+    assert module.compare(None, box, "up", ("one", "two"), print) == []  # type: ignore[arg-type]

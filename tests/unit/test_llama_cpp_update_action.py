@@ -1,0 +1,128 @@
+"""The end of an update: which release is current, what is kept on the box, what the play says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from plugins.action import llama_cpp_update as action
+from scripts._ask_host import Unreachable
+from scripts._verdict import Behaviour, Comparison
+from tests.unit.test_verdict import WORLDS, world
+
+OLD, NEW = f"{'a' * 40}-1", f"{'b' * 40}-2"
+ENTRY = {"commit": "b" * 40, "current": OLD, "release": NEW}
+
+
+class Play:
+    """The plugin on a box of which only the phases that it is asked for are kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
+        self.phases: list[dict[str, Any]] = []
+        self.said: list[str] = []
+        self.answers: dict[str, dict[str, Any]] = {}
+        self.compared: list[str] = []
+        self._found = found
+        monkeypatch.setattr(action, "compare", self.compare)
+        monkeypatch.setattr(action.LlmBox, "of", lambda variables: variables)
+        monkeypatch.setattr(action.ActionBase, "run", lambda *_: {})
+
+    def compare(self, host: Any, box: Any, build: str, releases: tuple[str, str], tell: Any) -> Any:
+        self.compared.append(build)
+        assert releases == (OLD, NEW)
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
+
+    def execute(self, module_name: str, module_args: dict[str, Any], task_vars: Any) -> dict[str, Any]:
+        assert module_name == "llama_cpp_build"
+        self.phases.append(module_args)
+        return self.answers.get(module_args["phase"], {"changed": True, "restarted": "coder"})
+
+    def run(self, *, check: bool = False, **builds: dict[str, Any]) -> dict[str, Any]:
+        plugin = action.ActionModule.__new__(action.ActionModule)
+        plugin._task = SimpleNamespace(
+            args={
+                "builds": builds or {"up": ENTRY},
+                "variables": {"llm_user_name": "llm"},
+                "root": "/opt/llama.cpp",
+                "user": "llama-build",
+                "keep_releases": 2,
+            },
+            check_mode=check,
+        )
+        plugin._execute_module = self.execute
+        plugin._display = SimpleNamespace(display=self.said.append)
+        result: dict[str, Any] = plugin.run(None, {"inventory_hostname": "box"})
+        return result
+
+    @property
+    def did(self) -> list[tuple[str, str]]:
+        return [(one["phase"], one["release"]) for one in self.phases]
+
+
+@pytest.mark.parametrize(("found", "word", "reason"), [c[1:] for c in WORLDS], ids=[c[0] for c in WORLDS])
+def test_in_each_world_the_right_release_is_current_and_the_play_says_why(
+    monkeypatch: pytest.MonkeyPatch, found: Comparison, word: str, reason: str
+) -> None:
+    play = Play(monkeypatch, [world(), found])
+    result = play.run()
+    assert result["verdicts"]["up"]["verdict"] == word and result["changed"]
+    assert any(line.strip().removeprefix("[box]").strip().startswith(reason) for line in play.said)
+    if word == "keep":
+        assert play.did == [("accept", NEW)] and not result.get("failed")
+        assert play.phases[0]["serving_user"] == "llm"
+    else:
+        assert play.did == [("reject", NEW)] and result["failed"]
+        assert play.phases[0]["reason"].startswith(reason)
+        assert f"aaaaaaaaaaaa stays, bbbbbbbbbbbb is rejected: {reason}" in result["msg"]
+        assert f"fix: put commit {'a' * 40} of llama_cpp_builds.up back" in result["msg"]
+        assert "\n" not in result["msg"]
+
+
+def test_undecided_the_old_release_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(monkeypatch, [world(noise=0.15)])
+    result = play.run()
+    assert result["failed"] and play.did == [("reject", NEW)]
+    assert "up: undecided: aaaaaaaaaaaa stays" in result["msg"]
+
+
+def test_a_release_that_fails_when_it_takes_over_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(monkeypatch, [world()])
+    play.answers["accept"] = {"failed": True, "msg": "new does not serve: x; old is current again"}
+    result = play.run()
+    assert result["failed"] and play.did == [("accept", NEW), ("reject", NEW)]
+    assert "new does not serve: x" in result["msg"]
+
+
+def test_a_box_that_cannot_be_compared_on_rejects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(monkeypatch, Unreachable("no answer over ssh"))
+    result = play.run()
+    assert result["failed"] and play.did == []
+    assert result["msg"] == "up: not compared, aaaaaaaaaaaa stays: no answer over ssh"
+
+
+def test_nothing_new_is_said_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(monkeypatch, [])
+    first = {**ENTRY, "current": None}  # a build's first release became current when it was built
+    result = play.run(up={**ENTRY, "current": NEW}, other=first)
+    assert (result["changed"], play.did, play.compared) == (False, [], [])
+    assert "nothing new" in play.said[0]
+
+
+def test_a_dry_run_says_what_it_would_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(monkeypatch, [])
+    assert play.run(check=True) == {"changed": True, "verdicts": {}}
+    assert "would compare up bbbbbbbbbbbb with aaaaaaaaaaaa" in play.said[0]
+    assert play.compared == []
+
+
+def test_one_build_that_is_rejected_keeps_no_other_from_its_own_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    play = Play(monkeypatch, [Comparison("coder", new=Behaviour(start="x"))])
+    result = play.run(up=ENTRY, other=ENTRY)
+    assert play.compared == ["up", "other"]
+    assert "up: roll back" in result["msg"] and "other: roll back" in result["msg"]
