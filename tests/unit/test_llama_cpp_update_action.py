@@ -26,8 +26,8 @@ class Play:
         self.compared: list[str] = []
         self._found = found
         monkeypatch.setattr(action, "compare", self.compare)
-        monkeypatch.setattr(action.LlmBox, "of", lambda variables: variables)
-        monkeypatch.setattr(action.ActionBase, "run", lambda *_: {})
+        monkeypatch.setattr("scripts._llm_box.LlmBox.of", lambda variables: variables)
+        monkeypatch.setattr("ansible.plugins.action.ActionBase.run", lambda *_: {})
 
     def compare(self, host: Any, box: Any, build: str, releases: tuple[str, str], tell: Any) -> Any:
         self.compared.append(build)
