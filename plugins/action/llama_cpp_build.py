@@ -124,10 +124,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         """The outcome for all builds; `changed` when a package, the tool, a release or a link changed."""
         super().run(tmp, task_vars)
         self._vars = task_vars or {}
-        self._tool = self._read_tool()
+        self._tool = ""
         try:
             if "phase" in self._task.args:
                 return self._call(self._task.args["phase"])
+            self._tool = self._read_tool()
             return self._converge()
         except StepFailed as failed:
             return failed.result

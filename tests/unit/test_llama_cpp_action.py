@@ -194,3 +194,11 @@ def test_a_line_from_the_module_is_handed_on() -> None:
     host = Host([{"failed": True, "msg": "no room; fix: free some"}], [])
     with pytest.raises(action.StepFailed, match="no room"):
         host.plugin()._converge()
+
+
+def test_a_task_that_names_a_phase_has_only_that_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host([], [])
+    monkeypatch.setattr("ansible.plugins.action.ActionBase.run", lambda *_: {})
+    plugin = host.plugin(phase="roll_back", build="up")
+    assert plugin.run(None, {}) == {"changed": True}
+    assert host.asked == ["roll_back up"]
