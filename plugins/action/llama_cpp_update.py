@@ -7,8 +7,11 @@ phase of the module llama_cpp_build on the box. The task fails when an old relea
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from scripts._compare import compare
 from scripts._inventory import Host
 from scripts._llm_box import LlmBox
 from scripts._verdict import Verdict, judge
+
+WATCH_S = 1.0
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -53,12 +58,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return {"changed": True, "verdicts": {}}
         result: dict[str, Any] = {"changed": False, "verdicts": {}}
         lines = []
-        for name, entry in new.items():
-            verdict, line = self._update(args, name, entry)
-            result["verdicts"][name] = {"verdict": verdict.word, "reasons": list(verdict.reasons)}
-            result["changed"] = True
-            if line:
-                lines.append(line)
+        with dying_with_the_play():
+            for name, entry in new.items():
+                verdict, line = self._update(args, name, entry)
+                result["verdicts"][name] = {"verdict": verdict.word, "reasons": list(verdict.reasons)}
+                result["changed"] = True
+                if line:
+                    lines.append(line)
         if lines:
             result.update(failed=True, msg="; ".join(lines))
         return result
@@ -109,6 +115,28 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _say(self, line: str) -> None:
         self._display.display(f"  [{self._vars.get('inventory_hostname', '')}] {line}")
+
+
+@contextmanager
+def dying_with_the_play() -> Iterator[None]:
+    """End this process when its parent has ended: a killed ansible-playbook leaves its workers.
+
+    With it the connection ends that holds the trial, and with that the trial.
+    """
+    controller, over = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(WATCH_S):
+            if os.getppid() != controller:
+                os._exit(1)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def stays(build: str, old: str, new: str, verdict: Verdict) -> str:

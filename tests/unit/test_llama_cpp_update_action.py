@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,3 +127,12 @@ def test_one_build_that_is_rejected_keeps_no_other_from_its_own_verdict(
     result = play.run(up=ENTRY, other=ENTRY)
     assert play.compared == ["up", "other"]
     assert "up: roll back" in result["msg"] and "other: roll back" in result["msg"]
+
+
+def test_with_the_play_its_comparison_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, died = iter([1, 1, 2]), threading.Event()
+    monkeypatch.setattr(action, "WATCH_S", 0.001)
+    monkeypatch.setattr("os.getppid", lambda: next(parents, 2))
+    monkeypatch.setattr("os._exit", lambda _: died.set())
+    with action.dying_with_the_play():
+        assert died.wait(10)
