@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.support import (
@@ -32,6 +33,7 @@ from tests.support import (
     ansible_playbook,
     environment,
     expected,
+    expected_host,
     keep_figures,
     on_host,
     run,
@@ -61,13 +63,12 @@ def current() -> str:
     return host(f"readlink {DIRECTORY}/current").removeprefix("releases/")
 
 
-def completion() -> str:
-    """What the gateway answers to a request for the preset; raises AssertionError when it does not."""
-    body = json.dumps({"model": PRESET, "prompt": "One, two,", "n_predict": 4})
-    command = f"curl -sS --fail --max-time 120 -d {shlex.quote(body)} http://127.0.0.1:1234/completion"
-    answer = on_host(LLM, command, timeout=150).check().stdout
-    assert "content" in json.loads(answer), answer
-    return answer
+def completion() -> None:
+    """Ask the preset something through the gateway; fails when it does not answer."""
+    body = {"model": PRESET, "prompt": "One, two,", "n_predict": 4}
+    url = expected().url(expected_host().address)
+    answer = httpx.post(f"{url}/completion", json=body, timeout=150, trust_env=False)
+    assert answer.status_code == 200 and answer.json()["content"], answer.text
 
 
 def is_whole() -> str:
