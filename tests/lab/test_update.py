@@ -128,6 +128,8 @@ class Data:
 def old(lab: str) -> Iterator[str]:
     """The release of the inventory, which is current and serves; the box is as before afterwards."""
     release = current()
+    alone = f"cd {DIRECTORY}/releases && find . -maxdepth 1 -mindepth 1 ! -name {release} -exec rm -rf {{}} +"
+    host(f"{alone}; rm -rf ../rejected ../previous")
     lmswitch(PRESET).check()
     yield release
     host(
@@ -135,7 +137,7 @@ def old(lab: str) -> Iterator[str]:
         f" && ln -sfn releases/{release} .current && mv -T .current current"
     )
     lmswitch(f"--restart {PRESET}").check()
-    host(f"cd {DIRECTORY}/releases && find . -maxdepth 1 -mindepth 1 ! -name {release} -exec rm -rf {{}} +")
+    host(alone)
 
 
 @pytest.fixture
@@ -183,22 +185,23 @@ def killed_when(arguments: list[str], mark: str, after_s: float, command: str = 
         process.stdout.close()
 
 
+BUILDS = r"fetch|configure|\d+ % \("  # a phase may be over before the play looks
 KILL_BUILD = "systemctl kill --signal=KILL 'llama-build-*'"
 # Where the play or the build is killed: (the step, what the play says then, what is killed on the host, or
 # the play). Within a step the moment is drawn.
 POINTS = [
     ("comparison", "comparing", ""),
-    ("compile", r"\d+ % \(", KILL_BUILD),
-    ("fetch", "fetch", ""),
-    ("configure", "configure", ""),
-    ("compile", r"\d+ % \(", ""),
-    ("fetch", "fetch", KILL_BUILD),
+    ("build", BUILDS, KILL_BUILD),
+    ("build", "Build llama.cpp", ""),
+    ("build", "Build llama.cpp", ""),
+    ("build", BUILDS, ""),
+    ("build", BUILDS, KILL_BUILD),
     ("comparison", "comparing", ""),
     ("comparison", "comparing", ""),
     ("change", "Accept the release", ""),
     ("change", "Accept the release", ""),
 ]
-LENGTH_S = {"fetch": 3.0, "configure": 3.0, "compile": 10.0, "comparison": 25.0, "change": 6.0}
+LENGTH_S = {"build": 10.0, "comparison": 25.0, "change": 4.0}
 SAMPLE = 2
 
 
