@@ -237,7 +237,7 @@ def test_every_host_s_role_variables_are_checked_with_the_defaults_at_hand(
     validate(tmp_path, files, bait).check()
     clients.write_text("clients: {hosts: {laptop: {base_packages: acl}}}\n")
     (line,) = refusals(validate(tmp_path, files, bait))
-    assert f'{tmp_path} (laptop): base_packages = "acl": must be a list' in line
+    assert f'refused: {clients}:1: base_packages = "acl": must be a list' in line
     assert bait.touched() == []
 
 
