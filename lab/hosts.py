@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lab import root, source_server
 from lab.config import GIT_PORT, HTTP_PORT, REPO_ROOT, SUDO_USER, Host, Lab, typed
-from lab.shell import LabError, last_line, remove_tree, run, say
+from lab.shell import LabError, last_line, run, say
 from lab.state import Claims, write_atomically
 from lab.supervisor import Supervisor
 
@@ -211,7 +211,7 @@ def remove_host(lab: Lab, host: Host, supervisor: Supervisor) -> None:
         run(["umount", "--lazy", leftover], check=False)
         with contextlib.suppress(OSError):
             leftover.rmdir()
-    remove_tree(lab.host_dir(host))
+    root.unmake(lab, host)
 
 
 def _answers(address: str, port: int) -> bool:

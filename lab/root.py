@@ -169,6 +169,16 @@ def make(lab: Lab, host: Host) -> None:
     half.rename(place / layer)
 
 
+def unmake(lab: Lab, host: Host) -> None:
+    """Delete the host's own files; from the first moment on it is not made, however soon this is broken off."""
+    place = lab.host_dir(host)
+    for layer in ("upper", "root"):
+        if (place / layer).exists():
+            remove_tree(place / "partial")
+            (place / layer).rename(place / "partial")
+    remove_tree(place)
+
+
 def _overlays_work(place: Path) -> bool:
     """Whether this kernel and file system can stack one folder on another (not so inside most containers)."""
     for name in ("try", "work"):

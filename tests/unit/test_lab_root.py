@@ -129,3 +129,29 @@ def test_missing_packages_are_named_with_the_command(tmp_path: Path) -> None:
 
 def test_nothing_missing_asks_for_nothing(tmp_path: Path) -> None:
     packages.ensure(from_environment({"HOME": str(tmp_path)}), {"sh": "dash"}, environ={"LAB_INSTALL": "0"})
+
+
+@pytest.mark.parametrize("layer", ["upper", "root"])
+def test_a_removal_that_is_broken_off_leaves_no_host_that_counts_as_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: str
+) -> None:
+    lab = from_environment({"XDG_CACHE_HOME": str(tmp_path)})
+    host = lab.hosts[0]
+    place = lab.host_dir(host)
+    (place / layer / "etc").mkdir(parents=True)
+    (place / "partial").mkdir()
+    assert root.made(lab, host)
+    removed = root.remove_tree
+
+    def broken_off(folder: Path) -> None:
+        if folder == place:
+            raise KeyboardInterrupt
+        removed(folder)
+
+    monkeypatch.setattr(root, "remove_tree", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        root.unmake(lab, host)
+    assert not root.made(lab, host)
+    monkeypatch.undo()
+    root.unmake(lab, host)
+    assert not place.exists()
