@@ -170,7 +170,7 @@ def make(lab: Lab, host: Host) -> None:
 
 
 def unmake(lab: Lab, host: Host) -> None:
-    """Delete the host's own files; from the first moment on it is not made, however soon this is broken off."""
+    """Delete the host's own files; from the first moment on it is not made, though this be broken off."""
     place = lab.host_dir(host)
     for layer in ("upper", "root"):
         if (place / layer).exists():

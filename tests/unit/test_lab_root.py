@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import packages, root
+from lab import packages, root, shell
 from lab.config import from_environment
 from lab.shell import LabError
 
@@ -141,7 +141,7 @@ def test_a_removal_that_is_broken_off_leaves_no_host_that_counts_as_made(
     (place / layer / "etc").mkdir(parents=True)
     (place / "partial").mkdir()
     assert root.made(lab, host)
-    removed = root.remove_tree
+    removed = shell.remove_tree
 
     def broken_off(folder: Path) -> None:
         if folder == place:
