@@ -1,0 +1,132 @@
+"""Becoming claude: where the program is, what it is given, and the last step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from local_claude import environment
+from local_claude.errors import EXIT_NO_CLAUDE, LocalClaudeError
+
+CHAT_ONLY = ("--bare", "--tools", "", "--strict-mcp-config")
+# Keeps what differs between directories out of the head of the prompt: the cache holds it for all of them.
+SHARED_PROMPT = "--exclude-dynamic-system-prompt-sections"
+HELP_TIMEOUT_S = 20
+PLACES = (
+    "~/.local/bin/claude",
+    "~/.claude/local/claude",
+    "/opt/homebrew/bin/claude",
+    "/usr/local/bin/claude",
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A program to become: its words, and what is added to the environment."""
+
+    command: tuple[str, ...]
+    variables: Mapping[str, str]
+
+    def shell(self) -> str:
+        """The same as lines for a shell. A key is not shown."""
+        return "\n".join(
+            [
+                *(
+                    f"export {name}={shlex.quote(hidden(name, value))}"
+                    for name, value in self.variables.items()
+                ),
+                shlex.join(self.command),
+            ]
+        )
+
+    def go(self) -> NoReturn:
+        """Become it: from here on exit code and signals are claude's own."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(self.command[0], self.command, {**os.environ, **self.variables})  # noqa: S606 - no shell is wanted
+
+
+def hidden(name: str, value: str) -> str:
+    """A variable's value as it may be shown: a key is not."""
+    secret = name in {"ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"} and value not in {
+        "",
+        environment.PLACEHOLDER,
+    }
+    return "***" if secret else value
+
+
+def find_claude(path: str | None = None) -> Path:
+    """The program. Raises LocalClaudeError when it is not installed."""
+    found = shutil.which("claude", path=path)
+    places = (Path(place).expanduser() for place in PLACES)
+    program = Path(found) if found else next((place for place in places if os.access(place, os.X_OK)), None)
+    if program is None:
+        raise LocalClaudeError(
+            EXIT_NO_CLAUDE, "claude is not on PATH", "type: npm install -g @anthropic-ai/claude-code"
+        )
+    return program
+
+
+def compose(
+    program: Path, settings: Path | None, words: Sequence[str], *, chat_only: bool, shared_prompt: bool
+) -> tuple[str, ...]:
+    """The command line of claude: the wrapper's options first, so that the caller's come later and win."""
+    command = [str(program)]
+    if settings is not None:
+        command += ["--settings", str(settings)]
+    if chat_only:
+        command += CHAT_ONLY
+    elif shared_prompt:
+        command.append(SHARED_PROMPT)
+    return (*command, *words)
+
+
+def compose_plain(program: Path, words: Sequence[str]) -> tuple[str, ...]:
+    """The command line of a claude that asks no model."""
+    return (str(program), *words)
+
+
+def knows(program: Path, option: str, folder: Path) -> bool:
+    """Whether this claude has the option. It is asked once for each version of the program."""
+    try:
+        real = program.resolve()
+        status = real.stat()
+        key = f"{real} {status.st_size} {status.st_mtime_ns}"
+    except OSError:
+        return False
+    file = folder / "local-claude" / "claude-options.json"
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        kept = {}
+    if isinstance(kept, dict) and kept.get("program") == key and isinstance(kept.get("help"), str):
+        return option in kept["help"].split()
+    try:
+        asked = subprocess.run(
+            [str(program), "--help"],
+            capture_output=True,
+            text=True,
+            timeout=HELP_TIMEOUT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "CLAUDE_CONFIG_DIR": str(folder),
+                "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+            },
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    words = " ".join(sorted({word for word in asked.stdout.split() if word.startswith("--")}))
+    with contextlib.suppress(OSError):
+        environment.write(file, {"program": key, "help": words})
+    return option in words.split()

@@ -1,0 +1,216 @@
+"""The command line: which words are the wrapper's own, and which begin claude's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from local_claude.backends import BACKENDS, DEFAULT
+from local_claude.errors import CODES, EXIT_USAGE, LocalClaudeError, shown
+
+MAX_MODEL_NAME = 200
+CONTEXT_FLOOR = 32768
+# Commands and options of claude that ask no model: they only get the folder of settings.
+NEED_NO_SERVER = frozenset(
+    {"--version", "-v", "--help", "-h", "mcp", "plugin", "plugins", "config", "install", "update", "auth"}
+)
+
+DESCRIPTION = """Run Claude Code on a local model. Finds the server, checks that it can carry an agent, and
+becomes claude with the right environment and settings; your own ~/.claude is never touched."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the wrapper. Without a metavar it is a switch."""
+
+    flags: tuple[str, ...]
+    help: str
+    metavar: str = ""
+
+
+OPTIONS = (
+    Option(("--backend",), f"{', '.join(BACKENDS)} (default {DEFAULT})", "B"),
+    Option(("--host",), "the server's name, address or URL; for remote-llama where ssh goes", "H"),
+    Option(("--port",), "the server's port", "P"),
+    Option(("--model",), "model, preset or alias; for llama and remote-llama also a GGUF file", "M"),
+    Option(("--preset",), "llama, remote-llama: context, KV cache and flags from this preset", "NAME"),
+    Option(("--context",), "llama, remote-llama: tokens of context (default 65536)", "TOKENS"),
+    Option(("--draft",), "llama, remote-llama: auto, none, or a GGUF file (default auto)", "D"),
+    Option(("--chat-only",), "no tools: for a context below 32768 tokens, or a model that calls none"),
+    Option(("--skip-checks",), "start without looking at context, tool calls and prompt cache"),
+    Option(("--recheck",), "do not trust results of earlier checks"),
+    Option(("--print-env",), "print what would be set, as lines for a shell, and end"),
+    Option(("--dry-run",), "do all checks, print the command that would be run, and end"),
+    Option(("--quiet",), "say nothing when all is well"),
+    Option(("-h", "--help"), "this text (claude's own: local-claude -- --help)"),
+)
+_BY_FLAG = {flag: option for option in OPTIONS for flag in option.flags}
+
+
+@dataclass(frozen=True)
+class Options:
+    """A parsed command line; `claude` are the words that go to claude as they are."""
+
+    backend: str = DEFAULT
+    host: str | None = None
+    port: int | None = None
+    model: str | None = None
+    preset: str | None = None
+    context: int | None = None
+    draft: str = "auto"
+    chat_only: bool = False
+    skip_checks: bool = False
+    recheck: bool = False
+    print_env: bool = False
+    dry_run: bool = False
+    quiet: bool = False
+    help: bool = False
+    doctor: bool = False
+    claude: tuple[str, ...] = ()
+
+    @property
+    def needs_server(self) -> bool:
+        """Whether claude will talk to a model."""
+        return not (self.claude and self.claude[0] in NEED_NO_SERVER)
+
+    @property
+    def interactive(self) -> bool:
+        """Whether a person sits there who may be asked."""
+        printing = any(word in {"-p", "--print"} for word in self.claude)
+        return not printing and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LocalClaudeError(EXIT_USAGE, message, "see: local-claude --help")
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The wrapper's own words, and claude's: from the first that is not its own, or behind `--`."""
+    at = 0
+    while at < len(words):
+        word = words[at]
+        if word == "--":
+            return words[:at], words[at + 1 :]
+        if word == "doctor" and at == 0:
+            at += 1
+            continue
+        option = _BY_FLAG.get(word.partition("=")[0] if word.startswith("--") else word)
+        if option is None:
+            break
+        at += 2 if option.metavar and "=" not in word else 1
+    return words[:at], words[at:]
+
+
+def parse(words: list[str]) -> Options:
+    """The command line. Raises LocalClaudeError when it cannot be meant."""
+    own, rest = split(words)
+    doctor = own[:1] == ["doctor"]
+    if doctor and rest:
+        raise LocalClaudeError(EXIT_USAGE, f"doctor takes no {shown(rest[0])}", "see: local-claude --help")
+    found = vars(_parser().parse_args(own[1:] if doctor else own))
+    backend = found["backend"]
+    if backend not in BACKENDS:
+        raise LocalClaudeError(
+            EXIT_USAGE, f"--backend {shown(backend)} is none", f"one of {', '.join(BACKENDS)}"
+        )
+    options = Options(
+        **{**found, "port": _number(found, "port"), "context": _number(found, "context")},
+        doctor=doctor,
+        claude=tuple(rest),
+    )
+    if options.model is not None:
+        _check_name("--model", options.model)
+    _check_combination(options)
+    return options
+
+
+def usage() -> str:
+    """The text of --help."""
+    lines = [f"  {backend.name:<13} {backend.summary}" for backend in BACKENDS.values()]
+    codes = [f"  {code:>3}  {meaning}" for code, meaning in CODES.items()]
+    return "\n".join(
+        [
+            _parser().format_help(),
+            "backends:",
+            *lines,
+            "",
+            "`local-claude doctor [options]` looks at everything in turn and says what to mend.",
+            "The first word that is none of these options, or what follows `--`, begins claude's arguments.",
+            "",
+            "environment:",
+            "  LLMBOX_KEY                 the server's key",
+            "  LOCAL_CLAUDE_DIR           the folder of settings (~/.claude-local)",
+            "  LOCAL_CLAUDE_MODELS        the folder of GGUF files (~/models/gguf)",
+            "  LOCAL_CLAUDE_LLAMA_SERVER  the llama-server to start",
+            "",
+            "exit codes: those of claude, and",
+            *codes,
+        ]
+    )
+
+
+def config_dir(environment: Mapping[str, str] = os.environ) -> Path:
+    """The folder that takes the place of ~/.claude."""
+    return Path(environment.get("LOCAL_CLAUDE_DIR") or "~/.claude-local").expanduser()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "local-claude",
+        description=DESCRIPTION,
+        usage="local-claude [doctor] [options] [--] [CLAUDE ARGS]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    for option in OPTIONS:
+        if option.metavar:
+            parser.add_argument(*option.flags, metavar=option.metavar, help=option.help)
+        else:
+            parser.add_argument(*option.flags, action="store_true", help=option.help)
+    parser.set_defaults(backend=DEFAULT, draft="auto")
+    return parser
+
+
+def _number(found: Mapping[str, str | None], name: str) -> int | None:
+    text = found[name]
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
+        raise LocalClaudeError(EXIT_USAGE, f"--{name} {shown(text)} is no number", "write it in digits")
+    return int(text)
+
+
+def _check_name(flag: str, name: str) -> None:
+    if not name or len(name) > MAX_MODEL_NAME or not name.isprintable():
+        raise LocalClaudeError(
+            EXIT_USAGE, f"{flag} {shown(name)} cannot be a name", "see what there is: local-claude doctor"
+        )
+
+
+def _check_combination(options: Options) -> None:
+    starts = BACKENDS[options.backend].starts
+    if options.backend == "remote-llama" and not options.host:
+        raise LocalClaudeError(
+            EXIT_USAGE, "remote-llama needs to know where", "--host, as you would write it for ssh"
+        )
+    if starts in {"llama", "ssh"}:
+        if options.port is not None:
+            raise LocalClaudeError(
+                EXIT_USAGE, f"{options.backend} takes a free port by itself", "leave --port out"
+            )
+    elif options.preset or options.context:
+        flag = "--preset" if options.preset else "--context"
+        raise LocalClaudeError(
+            EXIT_USAGE,
+            f"{flag} goes with a llama-server that is started here",
+            "--backend llama or remote-llama; a running server says its own context",
+        )

@@ -1,0 +1,254 @@
+"""local-claude: the command line, what is recognised and checked, what claude is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_claude import cli, environment, launch, options
+from local_claude.errors import LocalClaudeError
+from local_claude.options import Options
+
+from tests.unit import scripted_llm
+from tests.unit.scripted_llm import ScriptedLlm
+
+KEPT_OUT = {"pydantic", "httpx", "llama_common", "asyncio", "ssl_", "requests", "yaml", "litellm", "logging"}
+
+
+class Became(BaseException):
+    """claude would run now."""
+
+    def __init__(self, launched: launch.Launch) -> None:
+        self.command = launched.command
+        self.variables = dict(launched.variables)
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own with a claude that is never run, and nothing of the machine's environment."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/claude"
+    program.write_text("#!/bin/sh\necho '  --exclude-dynamic-system-prompt-sections  x'\n")
+    program.chmod(0o755)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    for name in (
+        "LLMBOX_KEY",
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+        "no_proxy",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("LOCAL_CLAUDE_DIR", str(tmp_path / "claude-local"))
+
+    def go(self: launch.Launch) -> None:
+        raise Became(self)
+
+    monkeypatch.setattr(launch.Launch, "go", go)
+    return tmp_path
+
+
+def started(*words: str) -> Became:
+    """What claude would become with this command line."""
+    with pytest.raises(Became) as caught:
+        refused = cli.main(list(words))
+        pytest.fail(f"it ended with {refused}")
+    return caught.value
+
+
+# --- the command line ---
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "rest"),
+    [
+        ([], [], []),
+        (["-p", "hi"], [], ["-p", "hi"]),
+        (["--model", "coder", "-p", "--model", "x"], ["--model", "coder"], ["-p", "--model", "x"]),
+        (["--model=coder", "fix it"], ["--model=coder"], ["fix it"]),
+        (["--port", "1234", "--resume", "ID"], ["--port", "1234"], ["--resume", "ID"]),
+        (["--quiet", "--", "--help"], ["--quiet"], ["--help"]),
+        (["doctor", "--port", "1"], ["doctor", "--port", "1"], []),
+        (["--quiet", "doctor"], ["--quiet"], ["doctor"]),
+    ],
+)
+def test_the_first_word_that_is_not_its_own_begins_claude_s(
+    words: list[str], own: list[str], rest: list[str]
+) -> None:
+    assert options.split(words) == (own, rest)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--backend", "cloud"], '--backend "cloud" is none'),
+        (["--port", "12x4"], '--port "12x4" is no number'),
+        (["--port", "0"], "is no number"),
+        (["--port", "99999"], "is no port"),
+        (["--model"], "expected one argument"),
+        (["--model", "a\nb"], '--model "a\\nb" cannot be a name'),
+        (["--host", "a b"], '--host "a b" is no host name'),
+        (["--host", "http://h/chat"], "is no address"),
+        (["--host", "h:1", "--port", "2"], "names the port 1"),
+        (["--context", "65536"], "--context goes with a llama-server"),
+        (["--backend", "llama", "--port", "8080"], "takes a free port"),
+        (["--backend", "remote-llama"], "needs to know where"),
+        (["doctor", "-p"], 'doctor takes no "-p"'),
+    ],
+)
+def test_a_command_that_cannot_be_meant(
+    words: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert part in said and "; fix: " in said and said.count("\n") == 1
+
+
+def test_help_names_backends_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for word in ("--backend", "lmstudio", "apfel", " 75  ", "LLMBOX_KEY"):
+        assert word in said
+
+
+# --- a start that goes well ---
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[..., ScriptedLlm]]:
+    """`serving(answers) -> ScriptedLlm`, closed afterwards."""
+    with_it: list[ScriptedLlm] = []
+
+    def serve(answers: dict[str, Any]) -> ScriptedLlm:
+        with_it.append(ScriptedLlm(answers))
+        return with_it[-1]
+
+    yield serve
+    for one in with_it:
+        one.close()
+
+
+def test_claude_gets_the_environment_and_the_settings(
+    serving: Callable[..., ScriptedLlm], world: Path
+) -> None:
+    server = serving(scripted_llm.gateway())
+    became = started("--port", str(server.port), "-p", "hi")
+    variables = became.variables
+    assert variables["ANTHROPIC_BASE_URL"] == f"http://127.0.0.1:{server.port}"
+    assert variables["CLAUDE_CONFIG_DIR"] == str(world / "claude-local")
+    for name in ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL", "CLAUDE_CODE_SUBAGENT_MODEL"):
+        assert variables[name] == "coder"
+    assert variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "98304"
+    assert variables["ANTHROPIC_API_KEY"] == "" and variables["ANTHROPIC_AUTH_TOKEN"]
+    assert became.command[0] == str(world / "bin/claude")
+    assert became.command[1] == "--settings" and became.command[-2:] == ("-p", "hi")
+    assert launch.SHARED_PROMPT in became.command
+    settings = json.loads(Path(became.command[2]).read_text())
+    assert settings["env"]["ANTHROPIC_BASE_URL"] == variables["ANTHROPIC_BASE_URL"]
+    assert Path(became.command[2]).stat().st_mode & 0o777 == 0o600
+    assert not (world / ".claude").exists()
+
+
+def test_a_passed_check_is_not_repeated(serving: Callable[..., ScriptedLlm]) -> None:
+    server = serving(scripted_llm.gateway())
+    words = ("--port", str(server.port), "-p", "hi")
+    started(*words)
+    asked = sum(path == "/v1/messages" for _, path, _ in server.asked)
+    assert asked == 2
+    started(*words)
+    assert sum(path == "/v1/messages" for _, path, _ in server.asked) == asked
+    started("--recheck", *words)
+    assert sum(path == "/v1/messages" for _, path, _ in server.asked) == 2 * asked
+    server.answers["/props"] = scripted_llm.gateway(build="b11500-def")["/props"]
+    started(*words)
+    assert sum(path == "/v1/messages" for _, path, _ in server.asked) == 3 * asked
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(
+    serving: Callable[..., ScriptedLlm],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    world: Path,
+) -> None:
+    monkeypatch.setenv("LLMBOX_KEY", "hush-hush")
+    server = serving(scripted_llm.gateway())
+    became = started("--port", str(server.port), "-p", "hi")
+    assert became.variables["ANTHROPIC_AUTH_TOKEN"] == "hush-hush"
+    assert all(headers["authorization"] == "Bearer hush-hush" for headers in server.headers)
+    assert cli.main(["--port", str(server.port), "--print-env"]) == 0
+    seen = capsys.readouterr()
+    assert "hush-hush" not in seen.out + seen.err + " ".join(became.command)
+    written = [path for path in (world / "claude-local").rglob("*") if path.is_file()]
+    assert written and all("hush-hush" not in path.read_text() for path in written)
+
+
+@pytest.mark.parametrize("word", ["--version", "mcp", "--help"])
+def test_what_asks_no_model_needs_no_server(word: str, world: Path) -> None:
+    became = started("--port", "9", "--", word)
+    assert became.command == (str(world / "bin/claude"), word)
+    assert became.variables == {"CLAUDE_CONFIG_DIR": str(world / "claude-local")}
+
+
+def test_settings_of_the_caller_are_kept_and_ours_win(serving: Callable[..., ScriptedLlm]) -> None:
+    server = serving(scripted_llm.gateway())
+    given = {"permissions": {"deny": ["Bash"]}, "env": {"ANTHROPIC_BASE_URL": "http://x", "OTHER": "1"}}
+    became = started("--port", str(server.port), "-p", "hi", "--settings", json.dumps(given))
+    assert became.command.count("--settings") == 1
+    settings = json.loads(Path(became.command[2]).read_text())
+    assert settings["permissions"] == given["permissions"] and settings["env"]["OTHER"] == "1"
+    assert settings["env"]["ANTHROPIC_BASE_URL"].endswith(str(server.port))
+
+
+# --- what is imported before claude runs ---
+
+
+def test_a_start_imports_nothing_heavy() -> None:
+    """Start-up is what is imported: the list is held short, a clock on a busy machine proves nothing."""
+    code = "import sys, local_claude.cli, local_claude.session; print('\\n'.join(sys.modules))"
+    listed = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
+    assert not {name.partition(".")[0] for name in listed} & KEPT_OUT
+    own = [name for name in listed if name.startswith("local_claude")]
+    assert set(own) <= {
+        "local_claude",
+        *(
+            f"local_claude.{name}"
+            for name in ("backends", "checks", "cli", "environment", "errors", "launch")
+        ),
+        *(f"local_claude.{name}" for name in ("options", "servers", "session", "wire")),
+    }
+
+
+def test_options_default_to_what_help_says() -> None:
+    assert options.parse([]) == Options()
+    with pytest.raises(LocalClaudeError):
+        options.parse(["--backend", ""])
+
+
+@pytest.mark.parametrize(
+    ("context", "output", "window"),
+    [(32768, "4096", None), (98304, "12288", None), (262144, "16384", "262144")],
+)
+def test_limits_follow_from_the_real_context(context: int, output: str, window: str | None) -> None:
+    found = environment.variables("http://x", "", "m", context)
+    assert found["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == str(context)
+    assert found["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == output
+    assert found.get("CLAUDE_CODE_AUTO_COMPACT_WINDOW") == window
+
+
+def test_what_is_a_matter_of_taste_stays_the_user_s() -> None:
+    wanted = environment.variables("http://x", "", "m", 65536)
+    own = {"CLAUDE_CODE_DISABLE_BUNDLED_SKILLS": "0", "ANTHROPIC_BASE_URL": "http://elsewhere"}
+    found = environment.kept(wanted, own)
+    assert found["CLAUDE_CODE_DISABLE_BUNDLED_SKILLS"] == "0" and found["ANTHROPIC_BASE_URL"] == "http://x"
