@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Ansible module: /opt/llmbox holds exactly the wanted wheels, unchanged, or is replaced at once."""
+"""Ansible module: an environment holds exactly the wanted wheels, unchanged, or is replaced at once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import csv
 import hashlib
 import json
 import os
+import pwd
 import re
 import shutil
 import stat
 import subprocess
+import sys
 import tarfile
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
@@ -21,39 +23,44 @@ from ansible.module_utils.basic import AnsibleModule  # type: ignore[import-unty
 
 DOCUMENTATION = r"""
 ---
-module: llmbox_venv
-short_description: Keep a virtual environment equal to a wheelhouse
+module: app_environment
+short_description: Keep a virtual environment of one app of this repository, installed without a package index
 description:
-  - Compares what is installed, file by file, with the digest of a wheelhouse, and checks the commands' links.
+  - Runs through its action plugin, which builds the wheelhouse of O(app) for the host's Python, system and
+    machine once on the controller (scripts/build_wheelhouse.py). It needs the facts of the subset C(min).
+  - Compares what is installed, file by file, with the digest of the wheelhouse, and the commands' links.
   - Compares everything else of the environment (commands, compiled files, modes, links' targets, files that
     do not belong there) with the list that was written when it was made, and refuses a store that others than
     its owner could change.
-  - When they differ and O(archive) is given, makes a new environment beside, checks it, and moves the
+  - When they differ, ships the wheelhouse, makes a new environment beside, checks it, and moves the
     symbolic link O(path) to it in one step; a half-made environment is never active. The one before is kept.
+  - All of it belongs to the user that runs the module, root with C(become).
 options:
+  app: {description: A folder of apps/., type: str, required: true}
   path: {description: The symbolic link that names the active environment., type: path, required: true}
-  store: {description: The folder that holds the environments., type: path, required: true}
-  python: {description: Version of the interpreter, like 3.11., type: str, required: true}
-  interpreter: {description: The interpreter to make it with., type: path, default: /usr/bin/python3}
-  digest: {description: Digest that scripts/build_wheelhouse.py printed., type: str, required: true}
-  distributions: {description: Names and versions to expect., type: dict, required: true}
+  store: {description: The folder that holds the environments; theirs alone., type: path, required: true}
   links: {description: Commands of the environment to link, by the path of the link., type: dict, default: {}}
-  archive: {description: The wheelhouse on this host; without it nothing is installed., type: path}
+  state:
+    description: Whether it is there; V(absent) removes store, path and those of the links that lead into it.
+    type: str
+    choices: [present, absent]
+    default: present
+  wheelhouse: {description: From the action plugin; what the environment must hold., type: dict}
+  archive: {description: From the action plugin; without it the module only compares., type: path}
 author: [llmbox]
 """
 
 EXAMPLES = r"""
-- name: Compare the environment with the wheelhouse
-  llmbox_venv:
+- name: Install the environment, or leave the one that is as it should be
+  app_environment:
+    app: llmbox
     path: /opt/llmbox
     store: /opt/llmbox-venvs
-    python: "3.11"
-    digest: "{{ wheelhouse.digest }}"
-    distributions: "{{ wheelhouse.distributions }}"
+    links: {/usr/local/bin/lmswitch: bin/lmswitch}
 """
 
 RETURN = r"""
-reason: {description: Why it is not the wanted one; or empty., type: str, returned: always}
+reason: {description: Why it was not the wanted one; or empty., type: str, returned: always}
 """
 
 PIP_TIMEOUT_S = 300
@@ -64,9 +71,15 @@ class Refused(Exception):
     """The environment could not be made; the text is one line for the person."""
 
 
+def sha256(path: Path) -> bytes:
+    """The sha256 of a file. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
 def file_digest(path: Path) -> str:
-    """The sha256 of a file as RECORD writes it."""
-    return urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).decode().rstrip("=")
+    """The same, as RECORD writes it."""
+    return urlsafe_b64encode(sha256(path)).decode().rstrip("=")
 
 
 def decides(path: str) -> bool:
@@ -104,11 +117,11 @@ def walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def foreign(folder: Path) -> str:
-    """A path that others than root (who runs this) could change, or "". Raises OSError."""
+    """A path that others than who runs this could change, or "". Raises OSError."""
     for path, status in walk(folder):
         writable = not stat.S_ISLNK(status.st_mode) and status.st_mode & 0o022
         if status.st_uid != os.geteuid() or writable:
-            return f"{path} could be changed by others than root"
+            return f"{path} could be changed by others than its owner"
     return ""
 
 
@@ -120,7 +133,7 @@ def survey(venv: Path) -> dict[str, str]:
         if stat.S_ISLNK(status.st_mode):
             content = str(Path(path).readlink())
         elif stat.S_ISREG(status.st_mode):
-            content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            content = sha256(Path(path)).hex()
         found[os.path.relpath(path, venv)] = f"{status.st_mode:o} {content}"
     return found
 
@@ -169,8 +182,11 @@ def runs(venv: Path, python: str) -> bool:
     return done.stdout.strip() == python
 
 
-def difference(venv: Path, wanted: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """Why the environment is not the wanted one ("" when it is), and what is installed."""
+def difference(venv: Path, wheelhouse: dict[str, Any], links: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Why the environment is not the wanted one ("" when it is), and what is installed.
+
+    `links`: the path of each command's link, and where it must lead.
+    """
     if not venv.is_dir():
         return f"{venv} does not exist", {}
     try:
@@ -180,28 +196,28 @@ def difference(venv: Path, wanted: dict[str, Any]) -> tuple[str, dict[str, str]]
         return f"{error.filename} cannot be read", {}
     if changed:
         return changed, {}
-    if not runs(venv, wanted["python"]):
-        return f"{venv}/bin/python is not Python {wanted['python']}", {}
+    if not runs(venv, wheelhouse["python"]):
+        return f"{venv}/bin/python is not Python {wheelhouse['python']}", {}
     try:
-        digest, distributions = installed_digest(venv, wanted["python"])
+        digest, distributions = installed_digest(venv, wheelhouse["python"])
     except OSError as error:
         return f"{error.filename} is missing", {}
-    if distributions != wanted["distributions"]:
+    if distributions != wheelhouse["distributions"]:
         return "other versions are installed", distributions
-    if digest != wanted["digest"]:
+    if digest != wheelhouse["digest"]:
         return "installed files differ from the wheelhouse", distributions
-    for link, command in wanted["links"].items():
-        target = f"{wanted['path']}/{command}"
-        if (
-            not Path(link).is_symlink()
-            or str(Path(link).readlink()) != target
-            or not (venv / command).exists()
-        ):
+    for link, target in links.items():
+        if not leads(Path(link), target) or not Path(target).exists():
             return f"{link} does not lead to {target}", distributions
     return "", distributions
 
 
-def install(venv: Path, archive: Path, interpreter: str) -> None:
+def leads(link: Path, target: str) -> bool:
+    """Whether this is a link to exactly that."""
+    return link.is_symlink() and str(link.readlink()) == target
+
+
+def install(venv: Path, archive: Path) -> None:
     """Make the environment from the wheelhouse. Raises Refused with pip's error in one line."""
     shutil.rmtree(venv, ignore_errors=True)
     venv.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -221,7 +237,7 @@ def install(venv: Path, archive: Path, interpreter: str) -> None:
         if installer is None:
             raise Refused(f"{archive} holds no pip")
         # --without-pip: Debian's python3-venv would only be needed for its copy of pip.
-        command([interpreter, "-I", "-m", "venv", "--without-pip", str(venv)])
+        command([sys.executable, "-I", "-m", "venv", "--without-pip", str(venv)])
         command(
             [
                 str(venv / "bin/python"),
@@ -252,8 +268,9 @@ def write_manifest(venv: Path) -> None:
 
 
 def command(argv: list[str]) -> None:
-    """Run one command with a root's umask and a bare environment. Raises Refused when it fails."""
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/root"}
+    """Run one command with root's umask and a bare environment. Raises Refused when it fails."""
+    home = pwd.getpwuid(os.geteuid()).pw_dir
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": home}
     done = subprocess.run(
         argv, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False, env=environment, umask=0o022
     )
@@ -266,6 +283,7 @@ def point(link: Path, target: str) -> None:
     """Make `link` a symbolic link to `target` in one step, whatever is there now."""
     if link.is_dir() and not link.is_symlink():
         raise Refused(f"{link} is a folder, not a link; move it away")
+    link.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)
@@ -299,51 +317,85 @@ def whole(venv: Path) -> bool:
         return False
 
 
-def main() -> None:
-    """Module entry point."""
-    module = AnsibleModule(
-        argument_spec={
-            "path": {"type": "path", "required": True},
-            "store": {"type": "path", "required": True},
-            "python": {"type": "str", "required": True},
-            "interpreter": {"type": "path", "default": "/usr/bin/python3"},
-            "digest": {"type": "str", "required": True},
-            "distributions": {"type": "dict", "required": True},
-            "links": {"type": "dict", "default": {}},
-            "archive": {"type": "path"},
-        },
-        supports_check_mode=True,
-    )
-    wanted = module.params
-    link = Path(wanted["path"])
-    store = Path(wanted["store"]).resolve()
-    reason, installed = difference(link, wanted)
-    try:
-        reason = reason or misplaced(link, store)
-    except OSError as error:
-        reason = f"{error.filename} cannot be read"
-    changed = bool(reason) and wanted["archive"] is not None
-    shown = {"before": listing(installed), "after": listing(wanted["distributions"])}
-    if not changed or module.check_mode:
-        module.exit_json(changed=changed, reason=reason, **({"diff": shown} if changed else {}))
-    venv = store / f"{wanted['python']}-{wanted['digest'][:16]}"
+def remove(link: Path, store: Path, links: dict[str, str], *, dry: bool) -> list[str]:
+    """Remove the environments and what leads to them; what there was. Raises OSError."""
+    found = [Path(path) for path, target in links.items() if leads(Path(path), target)]
+    found += [link] if link.is_symlink() else []
+    for path in [] if dry else found:
+        path.unlink()
+    if store.is_dir():
+        found.append(store)
+        if not dry:
+            shutil.rmtree(store)
+    return [str(path) for path in found]
+
+
+def replace(
+    link: Path, store: Path, links: dict[str, str], wheelhouse: dict[str, Any], archive: Path
+) -> None:
+    """Make a new environment and what leads to it. Raises Refused, OSError and subprocess.TimeoutExpired."""
+    venv = store / f"{wheelhouse['python']}-{wheelhouse['digest'][:16]}"
     former = link.resolve() if link.is_symlink() else None
     if former == venv:
         # The active one was damaged: its replacement needs a name of its own.
         venv = venv.with_name(f"{venv.name}-{os.getpid()}")
     try:
         kept = {former} if former and whole(former) else set()
-        install(venv, Path(wanted["archive"]), wanted["interpreter"])
-        left = difference(venv, {**wanted, "links": {}})[0]
+        install(venv, archive)
+        left = difference(venv, wheelhouse, {})[0]
         if left:
             raise Refused(f"the new environment is not the wanted one: {left}")
         point(link, str(venv))
-        for name, target in wanted["links"].items():
-            point(Path(name), f"{wanted['path']}/{target}")
-        Path(wanted["archive"]).unlink()
+        for name, target in links.items():
+            point(Path(name), target)
         prune(store, {venv, *kept})
-    except (Refused, OSError, subprocess.TimeoutExpired) as error:
+    except (Refused, OSError, subprocess.TimeoutExpired):
         shutil.rmtree(venv, ignore_errors=not link.exists() or link.resolve() != venv)
+        raise
+
+
+def main() -> None:
+    """Module entry point."""
+    module = AnsibleModule(
+        argument_spec={
+            "app": {"type": "str", "required": True},
+            "path": {"type": "path", "required": True},
+            "store": {"type": "path", "required": True},
+            "links": {"type": "dict", "default": {}},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "wheelhouse": {"type": "dict"},
+            "archive": {"type": "path"},
+        },
+        required_if=[("state", "present", ["wheelhouse"])],
+        supports_check_mode=True,
+    )
+    wanted = module.params
+    link, store, wheelhouse = Path(wanted["path"]), Path(wanted["store"]), wanted["wheelhouse"]
+    links = {path: f"{link}/{command}" for path, command in wanted["links"].items()}
+    relative = [str(path) for path in (link, store, *links) if not str(path).startswith("/")]
+    if relative:
+        module.fail_json(
+            msg=f"{relative[0]} is no absolute path; a template as a key of links is left as it is"
+        )
+    if wanted["state"] == "absent":
+        try:
+            removed = remove(link, store, links, dry=module.check_mode)
+        except OSError as error:
+            module.fail_json(msg=f"{error.filename} could not be removed: {error.strerror}")
+        before = "".join(f"{path}\n" for path in removed)
+        module.exit_json(changed=bool(removed), reason="", diff={"before": before, "after": ""})
+    store = store.resolve()
+    reason, installed = difference(link, wheelhouse, links)
+    try:
+        reason = reason or misplaced(link, store)
+    except OSError as error:
+        reason = f"{error.filename} cannot be read"
+    shown = {"before": listing(installed), "after": listing(wheelhouse["distributions"])}
+    if not reason or wanted["archive"] is None or module.check_mode:
+        module.exit_json(changed=False, reason=reason, **({"diff": shown} if reason else {}))
+    try:
+        replace(link, store, links, wheelhouse, Path(wanted["archive"]))
+    except (Refused, OSError, subprocess.TimeoutExpired) as error:
         module.fail_json(msg=f"{link} could not be made: {error}")
     module.exit_json(changed=True, reason=reason, diff=shown)
 
