@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from local_claude import checks, environment, launch, options, servers
 from local_claude.backends import BACKENDS, LOCAL, Backend
-from local_claude.errors import EXIT_NO_MODEL, EXIT_WRONG_SERVER, LocalClaudeError, shown
+from local_claude.errors import EXIT_NO_MODEL, EXIT_UNREACHABLE, EXIT_WRONG_SERVER, LocalClaudeError, shown
 from local_claude.options import Options
 from local_claude.servers import Found, Model
-from local_claude.wire import Trouble, parse_server, unreachable
+from local_claude.wire import Server, Trouble, parse_server, unreachable
+
+if TYPE_CHECKING:
+    from local_claude.keeping import Kept
 
 LISTED = 12
 
@@ -25,70 +32,124 @@ def run(wanted: Options) -> int:
     if not wanted.needs_server:
         launch.Launch(launch.compose_plain(launch.find_claude(), wanted.claude), own).go()
     program = Path("claude") if wanted.print_env else launch.find_claude()
+    if wanted.dry_run and BACKENDS[wanted.backend].starts in {"llama", "ssh"}:
+        from local_claude import started
+
+        print("\n".join(started.planned(wanted)), flush=True)
+        return 0
     given, words = environment.take_settings(wanted.claude)
 
-    found = find(wanted)
-    model = choose_model(found, wanted)
-    chat_only = wanted.chat_only or found.kind.name == "apfel"
-    context = look(found, model, wanted, folder, chat_only=chat_only)
+    with stopped_unless_claude_runs() as kept:
+        found = find(wanted, folder, kept)
+        model = choose_model(found, wanted)
+        chat_only = wanted.chat_only or found.kind.name == "apfel"
+        found = in_front(found, model, wanted, folder, kept)
+        context = look(found, model, wanted, folder, chat_only=chat_only)
 
-    key = found.server.key
-    variables = environment.variables(found.server.url, key, model.name, context, chat_only=chat_only)
-    variables = environment.kept(variables, os.environ)
-    for line in environment.overriding(folder, Path.cwd(), variables, key):
-        say(line, wanted)
-    around = environment.past_proxies(found.server.host, os.environ)
-    if around:
-        say(f"a proxy is set in the environment: {found.server.host} goes past it", wanted)
-    settings = environment.settings_file(folder, variables, given)
-    shared = not chat_only and not wanted.print_env and launch.knows(program, launch.SHARED_PROMPT, folder)
-    command = launch.compose(program, settings, words, chat_only=chat_only, shared_prompt=shared)
-    start = launch.Launch(command, {**own, **variables, **around})
-    if not (wanted.print_env or wanted.dry_run):
-        start.go()
-    print(start.shell(), flush=True)
+        server = found.server
+        variables = environment.kept(
+            environment.variables(server.url, server.key, model.name, context, chat_only=chat_only),
+            os.environ,
+        )
+        for line in environment.overriding(folder, Path.cwd(), variables, server.key):
+            say(line, wanted)
+        around = environment.past_proxies(server.host, os.environ)
+        if around:
+            say(f"a proxy is set in the environment: {server.host} goes past it", wanted)
+        settings = environment.settings_file(folder, variables, given)
+        shared = (
+            not chat_only and not wanted.print_env and launch.knows(program, launch.SHARED_PROMPT, folder)
+        )
+        command = launch.compose(program, settings, words, chat_only=chat_only, shared_prompt=shared)
+        start = launch.Launch(command, {**own, **variables, **around})
+        if not (wanted.print_env or wanted.dry_run):
+            start.go()
+        print(start.shell(), flush=True)
     return 0
 
 
-def find(wanted: Options) -> Found:
-    """The server that a backend means, recognised. Raises LocalClaudeError."""
+@contextmanager
+def stopped_unless_claude_runs() -> Iterator[list[Kept]]:
+    """A list of servers that are stopped, the last first, when claude does not take this process's place."""
+    kept: list[Kept] = []
+    try:
+        yield kept
+    finally:
+        for one in reversed(kept):
+            one.stop()
+
+
+def find(wanted: Options, folder: Path, kept: list[Kept]) -> Found:
+    """The server that a backend means, started where it is to be. Raises LocalClaudeError."""
     backend = BACKENDS[wanted.backend]
-    server = parse_server(wanted.host or LOCAL, wanted.port, backend.port, os.environ.get("LLMBOX_KEY", ""))
+    if backend.starts in {"llama", "ssh"}:
+        from local_claude import started
+
+        start = started.here if backend.starts == "llama" else started.there
+        one, server = start(wanted, folder, lambda text: say(text, wanted))
+        kept.append(one)
+        return recognise(server, backend)
+    try:
+        return identified(wanted)
+    except LocalClaudeError as error:
+        if backend.starts != "apfel" or error.code != EXIT_UNREACHABLE or wanted.host:
+            raise
+        from local_claude import started
+
+        one, server = started.apple(folder, lambda text: say(text, wanted))
+        kept.append(one)
+        return recognise(server, backend)
+
+
+def identified(wanted: Options) -> Found:
+    """The server that runs already. Raises LocalClaudeError."""
+    backend = BACKENDS[wanted.backend]
+    key = os.environ.get("LLMBOX_KEY", "")
+    return recognise(parse_server(wanted.host or LOCAL, wanted.port, backend.port, key), backend)
+
+
+def recognise(server: Server, backend: Backend) -> Found:
+    """What answers there, which must be of a kind that the backend means. Raises LocalClaudeError."""
     try:
         found = servers.identify(server)
-        direct = servers.speaks_messages(found)
     except Trouble as trouble:
         raise unreachable(server, trouble, backend.to_start) from None
-    check_kind(backend, found)
-    if not direct:
-        raise LocalClaudeError(
-            EXIT_WRONG_SERVER, f"{found.title} does not speak Anthropic's API", "update the server"
-        )
-    return found
-
-
-def check_kind(backend: Backend, found: Found) -> None:
-    """Refuse a server of another kind than the backend says."""
     if backend.kinds and found.kind.name not in backend.kinds:
-        names = [each.name for each in BACKENDS.values() if found.kind.name in each.kinds and not each.starts]
+        names = [each.name for each in BACKENDS.values() if found.kind.name in each.kinds]
+        names = [name for name in names if BACKENDS[name].port]
         raise LocalClaudeError(
             EXIT_WRONG_SERVER,
             f"{found.server.url} is {found.kind.title}, not what --backend {backend.name} means",
             f"--backend {' or '.join([*names, 'remote'])}, or another --port",
         )
+    return found
+
+
+def in_front(found: Found, model: Model, wanted: Options, folder: Path, kept: list[Kept]) -> Found:
+    """The server itself, or LiteLLM in front of one that does not speak Anthropic's API."""
+    try:
+        direct = servers.speaks_messages(found)
+    except Trouble as trouble:
+        raise unreachable(found.server, trouble, BACKENDS[wanted.backend].to_start) from None
+    if direct:
+        return found
+    from local_claude import translator
+
+    one, proxy = translator.start(found.server, model.name, folder, lambda text: say(text, wanted))
+    kept.append(one)
+    return replace(found, server=proxy, version="")
 
 
 def choose_model(found: Found, wanted: Options) -> Model:
     """The model to use: the one that is named, the only one, or the one that a person picks."""
-    names = ", ".join(shown(model.name) for model in found.models[:LISTED])
-    names += f" and {len(found.models) - LISTED} more" if len(found.models) > LISTED else ""
-    if wanted.model is not None:
+    started = BACKENDS[wanted.backend].starts in {"llama", "ssh"}
+    if wanted.model is not None and not started:
         model = checks.find_model(found, wanted.model)
         if model is None:
             raise LocalClaudeError(
                 EXIT_NO_MODEL,
                 f"{found.server.url} has no model {shown(wanted.model)}",
-                f"one of {names or 'none'}",
+                f"one of {_listed(found) or 'none'}",
             )
         return model
     if not found.models:
@@ -100,7 +161,14 @@ def choose_model(found: Found, wanted: Options) -> Model:
         return _ask_which(found, ready)
     if len(ready) == 1:
         return ready[0]
-    raise LocalClaudeError(EXIT_NO_MODEL, f"{found.title} has several models", f"--model with one of {names}")
+    raise LocalClaudeError(
+        EXIT_NO_MODEL, f"{found.title} has several models", f"--model with one of {_listed(found)}"
+    )
+
+
+def _listed(found: Found) -> str:
+    names = ", ".join(shown(model.name) for model in found.models[:LISTED])
+    return f"{names} and {len(found.models) - LISTED} more" if len(found.models) > LISTED else names
 
 
 def _ask_which(found: Found, ready: list[Model]) -> Model:
@@ -129,8 +197,7 @@ def look(found: Found, model: Model, wanted: Options, folder: Path, *, chat_only
     if wanted.skip_checks:
         return context
     say(f"{model.name} on {found.title}", wanted)
-    results = [checks.context(found, context, chat_only=chat_only)]
-    judge(results, wanted)
+    judge([checks.context(found, context, chat_only=chat_only)], wanted)
     if chat_only:
         return context
     kept = checks.Kept(folder)
@@ -141,7 +208,19 @@ def look(found: Found, model: Model, wanted: Options, folder: Path, *, chat_only
         earlier = checks.round_trip(found, model.name)
         kept.keep(key, earlier)
     judge(earlier, wanted)
-    return context if context is not None else servers.context_of(found, model)
+    return context if context is not None else learned(found, model, wanted)
+
+
+def learned(found: Found, model: Model, wanted: Options) -> int | None:
+    """The context that a server tells once the model is loaded. Raises LocalClaudeError below the floor."""
+    try:
+        again = checks.find_model(servers.identify(found.server), model.name)
+    except (Trouble, LocalClaudeError):
+        return None
+    if again is None or again.context is None:
+        return None
+    judge([checks.context(found, again.context, chat_only=wanted.chat_only)], wanted)
+    return again.context
 
 
 def judge(results: list[checks.Result], wanted: Options) -> None:

@@ -138,10 +138,10 @@ def _trouble(error: Exception, timeout_s: float) -> Trouble:
     if name.startswith("SSL"):  # ssl is not imported for the sake of a name
         reason = getattr(error, "verify_message", "") or getattr(error, "reason", "") or str(error)
         return Trouble("tls", f"TLS: {shown(str(reason))}")
-    if isinstance(error, http.client.HTTPException | ValueError):
-        return Trouble("broken", "what it says is no HTTP")
     if isinstance(error, ConnectionError):
         return Trouble("broken", "it closes the connection without an answer")
+    if isinstance(error, http.client.HTTPException | ValueError):
+        return Trouble("broken", "what it says is no HTTP")
     if isinstance(error, OSError):
         return Trouble("route", error.strerror or name)
     return Trouble("broken", name)

@@ -1,0 +1,213 @@
+"""local-claude: which llama-server is started, with which model, draft and flags; here and over SSH."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_claude import cli, llama, options, started, survey
+from local_claude.errors import LocalClaudeError
+from local_claude.llama import GgufFile
+
+from tests.unit.test_local_claude import world as world  # the fixture
+
+GIB = 2**30
+QWEN = {"model": "gpt2", "pre": "qwen2", "eos_token_id": 151645}
+
+
+def file(name: str, gib: float, tokens: int = 151936, **tokenizer: Any) -> dict[str, Any]:
+    """A model as the survey tells of it."""
+    values = {f"tokenizer.ggml.{key}": value for key, value in {**QWEN, **tokenizer}.items()}
+    values |= {"general.architecture": "qwen3moe", "qwen3moe.context_length": 262144}
+    lengths = {"tokenizer.ggml.tokens": [tokens, ""]}
+    return {"path": f"/m/{name}.gguf", "size": int(gib * GIB), "values": values, "lengths": lengths}
+
+
+CODER = file("coder-30b", 17)
+FILES = [
+    CODER,
+    file("anything-0.6b", 0.4),  # its name says nothing, its header does
+    file("coder-1.7b", 1.2),
+    file("coder-tiny", 0.1, model="llama"),  # of the same family by its name, with other tokens
+    file("coder-odd", 0.05, tokens=32000),
+]
+
+
+def plan(*words: str, files: list[dict[str, Any]] = FILES) -> llama.Plan:
+    """What would be started with these options."""
+    found = {"program": "/bin/llama-server", "help": "", "files": files}
+    return llama.plan(found, options.parse(["--backend", "llama", *words]), lambda _: None)
+
+
+def test_the_draft_is_the_smallest_with_the_same_tokens() -> None:
+    made = plan("--model", "coder-30b")
+    assert made.draft == "/m/anything-0.6b.gguf"
+    command = made.command("127.0.0.1:1234")
+    assert command[command.index("--spec-draft-model") + 1] == made.draft
+    assert plan("--model", "coder-30b", "--draft", "none").draft is None
+    assert plan("--model", "coder-30b", "--draft", "coder-1.7b").draft == "/m/coder-1.7b.gguf"
+    assert plan("--model", "coder-tiny").draft is None
+
+
+@pytest.mark.parametrize(
+    ("draft", "reason"),
+    [
+        (file("x", 1, model="llama"), "its model is llama beside gpt2"),
+        (file("x", 1, eos_token_id=2), "its eos_token_id is 2"),
+        (file("x", 1, tokens=151936 - 129), "151807 tokens beside 151936"),
+        (file("x", 1, tokens=151936 - 128), ""),
+        (file("x", 1, tokens=0), "a file without a tokenizer"),
+    ],
+)
+def test_two_tokenizers(draft: dict[str, Any], reason: str) -> None:
+    found = GgufFile.of(CODER).unlike(GgufFile.of(draft))
+    assert (reason in found) if reason else not found
+
+
+def test_without_a_preset_the_context_is_an_agent_s() -> None:
+    command = plan("--model", "coder-30b").command("127.0.0.1:1234")
+    assert command[command.index("--ctx-size") + 1] == "65536"
+    assert "--jinja" in command and command[command.index("--parallel") + 1] == "1"
+    command = plan("--model", "coder-30b", "--context", "40000").command("127.0.0.1:1234")
+    assert command[command.index("--ctx-size") + 1] == "39936"
+
+
+@pytest.mark.parametrize("words", [("--preset", "coder"), ("--model", "coder"), ("--model", "coder-30b")])
+def test_a_preset_that_matches_gives_the_flags(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"context": 98304, "kv_cache_type": "q4_0", "n_cpu_moe": 16, "threads": 12}
+    written = {"version": 1, "presets": {"coder": {"file": "coder-30b.gguf", **keys}}}
+    (tmp_path / "presets.json").write_text(json.dumps(written))
+    monkeypatch.setenv("LOCAL_CLAUDE_PRESETS", str(tmp_path / "presets.json"))
+    made = plan(*words)
+    command = made.command("127.0.0.1:1234")
+    assert made.alias == "coder" and made.model == "/m/coder-30b.gguf"
+    for flag, value in (("--ctx-size", "98304"), ("--n-cpu-moe", "16"), ("--cache-type-v", "q4_0")):
+        assert command[command.index(flag) + 1] == value
+
+
+@pytest.mark.parametrize(
+    ("words", "files", "code", "part"),
+    [
+        ((), FILES, 74, "several models"),
+        ((), [], 74, "no GGUF file"),
+        (("--model", "qwen"), FILES, 74, 'no GGUF file "qwen"'),
+        (("--preset", "coder"), FILES, 74, '--preset "coder" is not in'),
+        (("--model", "coder-30b", "--draft", "x"), FILES, 74, '--draft "x" is not there'),
+        (("--model", "coder-30b", "--draft", "coder-odd"), FILES, 74, "cannot be a draft"),
+    ],
+)
+def test_what_cannot_be_started(
+    words: tuple[str, ...], files: list[dict[str, Any]], code: int, part: str
+) -> None:
+    with pytest.raises(LocalClaudeError) as caught:
+        plan(*words, files=files)
+    assert caught.value.code == code and part in caught.value.problem
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"presets": []}', '{"presets": {"coder": {"context": "many"}}}'])
+def test_a_broken_file_of_presets(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "presets.json").write_text(text)
+    monkeypatch.setenv("LOCAL_CLAUDE_PRESETS", str(tmp_path / "presets.json"))
+    with pytest.raises(LocalClaudeError) as caught:
+        plan("--preset", "coder", "--model", "coder-30b")
+    assert caught.value.code == 79
+
+
+# --- the survey ---
+
+
+def gguf(path: Path, **values: str | int) -> None:
+    """A GGUF file of nothing but a header."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    pairs = b"".join(
+        text(key.replace("__", "."))
+        + (struct.pack("<I", 8) + text(value) if isinstance(value, str) else struct.pack("<II", 4, value))
+        for key, value in values.items()
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(values)) + pairs + bytes(64))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder of models, and what is none."""
+    gguf(tmp_path / "m/a/one.gguf", general__architecture="llama", llama__context_length=4096)
+    gguf(tmp_path / "m/two-00001-of-00002.gguf", general__architecture="qwen3")
+    gguf(tmp_path / "m/two-00002-of-00002.gguf", general__architecture="qwen3")
+    gguf(tmp_path / "m/eyes.gguf", general__architecture="clip")
+    (tmp_path / "m/broken.gguf").write_bytes(b"GGUF")
+    (tmp_path / "m/notes.txt").touch()
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\necho '--jinja   use jinja'\n")
+    program.chmod(0o755)
+    return tmp_path
+
+
+def test_the_survey_reads_headers(models: Path) -> None:
+    found = survey.survey(str(models / "llama-server"), str(models / "m"))
+    assert found["program"] == str(models / "llama-server") and "--jinja" in found["help"]
+    assert [Path(entry["path"]).name for entry in found["files"]] == ["one.gguf", "two-00001-of-00002.gguf"]
+    assert GgufFile.of(found["files"][0]).context == 4096
+
+
+def test_the_survey_is_the_same_on_the_other_side(
+    models: Path, monkeypatch: pytest.MonkeyPatch, world: Path
+) -> None:
+    """ssh is played by a program that leaves its own words away and runs the command in a shell."""
+    ssh = world / "bin/ssh"
+    ssh.write_text('#!/bin/sh\nfor command; do :; done\nexec /bin/sh -c "$command"\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("LOCAL_CLAUDE_REMOTE_LLAMA_SERVER", str(models / "llama-server"))
+    monkeypatch.setenv("LOCAL_CLAUDE_REMOTE_MODELS", str(models / "m"))
+    here = survey.survey(str(models / "llama-server"), str(models / "m"))
+    assert started.far_survey("box") == json.loads(json.dumps(here))
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        ("llm@box: Permission denied (publickey).", "ssh-copy-id box"),
+        ("Host key verification failed.", "accept its key"),
+        ("ssh: Could not resolve hostname box", "~/.ssh/config"),
+        ("bash: line 1: exec: python3: not found", "install python3"),
+        ("", "ssh box true"),
+    ],
+)
+def test_what_ssh_says(said: str, fix: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ssh = world / "bin/ssh"
+    ssh.write_text(f"#!/bin/sh\nprintf '%s' '{said}' >&2; exit 255\n")
+    ssh.chmod(0o755)
+    assert cli.main(["--backend", "remote-llama", "--host", "box", "-p", "hi"]) == 78
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert fix in line.partition("; fix: ")[2], line
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=id", "a b", "box;id"])
+def test_nothing_else_gets_to_ssh(host: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--backend", "remote-llama", f"--host={host}", "-p", "hi"]) == 2
+    assert "is nothing for ssh" in capsys.readouterr().err
+
+
+def test_the_connection_is_its_own_and_asks_nothing() -> None:
+    words = " ".join(started.ssh())
+    for option in ("BatchMode=yes", "ControlPath=none", "ServerAliveInterval=5", "ForwardAgent=no"):
+        assert option in words
+    assert subprocess.run(["sh", "-nc", started.far_command()], check=False).returncode == 0
+
+
+def test_a_dry_run_starts_nothing(
+    models: Path, monkeypatch: pytest.MonkeyPatch, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_CLAUDE_LLAMA_SERVER", str(models / "llama-server"))
+    monkeypatch.setenv("LOCAL_CLAUDE_MODELS", str(models / "m"))
+    assert cli.main(["--backend", "llama", "--model", "one", "--dry-run"]) == 0
+    assert f"--model {models}/m/a/one.gguf" in capsys.readouterr().out

@@ -1,0 +1,384 @@
+"""local-claude: the kinds of servers, what the doctor says of each, and what is recommended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_claude import choose, cli, environment, launch, lmstudio, machine, servers, translator
+from local_claude.checks import Result
+from local_claude.errors import LocalClaudeError
+from local_claude.keeping import Kept, Order
+from local_claude.wire import Server
+
+from tests.unit import scripted_llm
+from tests.unit.scripted_llm import Answer, ScriptedLlm
+from tests.unit.test_local_claude import started
+from tests.unit.test_local_claude import world as world  # the fixture
+
+LMSTUDIO_MODELS = [
+    {
+        "type": "llm",
+        "key": "qwen/qwen3-coder-30b",
+        "loaded_instances": [{"id": "qwen/qwen3-coder-30b", "config": {"context_length": 65536}}],
+        "max_context_length": 262144,
+    },
+    {"type": "llm", "key": "openai/gpt-oss-20b", "loaded_instances": [], "max_context_length": 131072},
+    {"type": "embedding", "key": "nomic", "loaded_instances": [], "max_context_length": 2048},
+]
+TITLES = ["openai/gpt-oss-20b", "qwen/qwen3-coder-30b"]
+NO_PATH: Answer = (200, {"error": "Unexpected endpoint or method. (POST /v1/messages)"})
+KINDS: dict[str, tuple[dict[str, Answer], str, str, dict[str, int | None], bool]] = {
+    "gateway": (scripted_llm.gateway(), "gateway", "b11434-abc", {"coder": 98304, "gemma4": 98304}, True),
+    "llama-server": (
+        {
+            "/v1/models": scripted_llm.models({"id": "gemma", "owned_by": "llamacpp"}),
+            "/props": (200, {"default_generation_settings": {"n_ctx": 32768}, "build_info": "b11434-x"}),
+        },
+        "llama",
+        "b11434-x",
+        {"gemma": 32768},
+        True,
+    ),
+    "LM Studio": (
+        {
+            "/v1/models": scripted_llm.models(
+                *({"id": name, "owned_by": "organization_owner"} for name in TITLES)
+            ),
+            "/api/v1/models": (200, {"models": LMSTUDIO_MODELS}),
+            "/v1/messages": (400, {"error": {"message": "model is required"}}),
+        },
+        "lmstudio",
+        "",
+        {"qwen/qwen3-coder-30b": 65536, "openai/gpt-oss-20b": None},
+        True,
+    ),
+    "LM Studio before 0.4": (
+        {
+            "/v1/models": scripted_llm.models({"id": "a", "owned_by": "organization_owner"}),
+            "/api/v1/models": NO_PATH,
+            "/api/v0/models": (
+                200,
+                {
+                    "data": [
+                        {"id": "a", "type": "llm", "state": "loaded", "loaded_context_length": 8192}
+                        | {"max_context_length": 131072}
+                    ]
+                },
+            ),
+            "/v1/messages": NO_PATH,
+        },
+        "lmstudio",
+        "",
+        {"a": 8192},
+        False,
+    ),
+    "Ollama": (
+        {
+            "/v1/models": scripted_llm.models(
+                {"id": "gpt-oss:20b", "owned_by": "library"}, {"id": "qwen:7b"}
+            ),
+            "/api/version": (200, {"version": "0.14.2"}),
+            "/api/tags": (200, {"models": [{"name": "gpt-oss:20b"}, {"name": "qwen:7b"}]}),
+            "/api/ps": (200, {"models": [{"name": "gpt-oss:20b", "context_length": 4096}]}),
+            "/api/show": (200, {"parameters": 'num_ctx                        65536\nstop    "x"'}),
+            "/v1/messages": (400, {"error": {"message": "model is required"}}),
+        },
+        "ollama",
+        "0.14.2",
+        {"gpt-oss:20b": 4096, "qwen:7b": 65536},
+        True,
+    ),
+    "vLLM": (
+        {
+            "/v1/models": scripted_llm.models({"id": "my", "owned_by": "vllm", "max_model_len": 131072}),
+            "/version": (200, {"version": "0.19.0"}),
+            "/v1/messages": (400, {"error": {"message": "field required"}}),
+        },
+        "vllm",
+        "0.19.0",
+        {"my": 131072},
+        True,
+    ),
+    "apfel": (
+        {
+            "/v1/models": scripted_llm.models({"id": "apple-foundationmodel", "owned_by": "apple"}),
+            "/health": (200, {"status": "ok", "context_window": 4096, "version": "0.6.25"}),
+        },
+        "apfel",
+        "0.6.25",
+        {"apple-foundationmodel": 4096},
+        False,
+    ),
+    "anything else": ({"/v1/models": scripted_llm.models({"id": "m"})}, "openai", "", {"m": None}, False),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_kind_is_recognised(name: str) -> None:
+    answers, kind, version, models, direct = KINDS[name]
+    with ScriptedLlm(answers) as server:
+        found = servers.identify(Server("http", "127.0.0.1", server.port))
+        assert (found.kind.name, found.version) == (kind, version)
+        assert {model.name: servers.context_of(found, model) for model in found.models} == models
+        assert servers.speaks_messages(found) == direct
+
+
+def test_each_backend_takes_only_its_kind(world: Path) -> None:
+    for name, backend in (("Ollama", "ollama"), ("vLLM", "vllm"), ("LM Studio", "lmstudio")):
+        with ScriptedLlm(KINDS[name][0]) as server:
+            code = cli.main(["--backend", backend, "--port", str(server.port), "--model", "none"])
+            assert code == 74
+            others = {"ollama", "vllm", "lmstudio", "apfel"} - {backend}
+            assert {cli.main(["--backend", other, "--port", str(server.port)]) for other in others} == {72}
+
+
+def test_what_a_kind_cannot_do_is_a_warning_there(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = {**KINDS["Ollama"][0], "/v1/messages": scripted_llm.says("Ready.")}
+    with ScriptedLlm(answers) as server:
+        became = started("--backend", "ollama", "--port", str(server.port), "--model", "qwen:7b", "-p", "x")
+    told = capsys.readouterr().err
+    assert "warn tool calls: none came" in told and "warn prompt cache: Ollama does not say" in told
+    assert became.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "65536"
+
+
+def test_the_default_context_of_ollama_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ScriptedLlm(KINDS["Ollama"][0]) as server:
+        assert cli.main(["--port", str(server.port), "--model", "gpt-oss:20b"]) == 75
+    assert "OLLAMA_CONTEXT_LENGTH" in capsys.readouterr().err
+
+
+# --- LiteLLM in front ---
+
+
+def test_a_server_without_anthropic_s_api_gets_litellm(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+    orders: list[Order] = []
+    with (
+        ScriptedLlm(KINDS["apfel"][0]) as server,
+        ScriptedLlm({"/v1/messages": scripted_llm.called()}) as proxy,
+    ):
+
+        class Pretended(Kept):
+            def __init__(self, order: Order) -> None:
+                orders.append(order)
+
+            def wait_ready(self, *_: object) -> None:
+                pass
+
+            def stop(self) -> None:
+                stopped.append("LiteLLM")
+
+        monkeypatch.setattr(translator, "Kept", Pretended)
+        monkeypatch.setattr(translator, "free_port", lambda: proxy.port)
+        monkeypatch.setenv("LOCAL_CLAUDE_LITELLM", "/bin/true")
+        became = started("--backend", "apfel", "--port", str(server.port), "-p", "hi")
+    (order,) = orders
+    assert order.argv[0] == "/bin/true" and str(proxy.port) in order.argv
+    assert became.variables["ANTHROPIC_BASE_URL"] == f"http://127.0.0.1:{proxy.port}"
+    key = became.variables["ANTHROPIC_AUTH_TOKEN"]
+    assert key == order.environment["LOCAL_CLAUDE_PROXY_KEY"] and key not in " ".join(order.argv)
+    written = json.loads(order.remove[0].read_text())
+    (model,) = written["model_list"]
+    assert model["litellm_params"]["api_base"] == f"http://127.0.0.1:{server.port}/v1"
+    assert "cache_control" in model["litellm_params"]["additional_drop_params"]
+    assert key not in order.remove[0].read_text()
+    assert set(launch.CHAT_ONLY) <= set(became.command), "4096 tokens are for a chat"
+
+
+# --- choosing with the arrow keys ---
+
+
+@pytest.mark.parametrize(
+    ("keys", "picked"),
+    [
+        ([b"\r"], 1),
+        ([b"\x1b[B", b"\r"], 2),
+        ([b"\x1b[B", b"\x1b[B", b"\r"], 0),
+        ([b"\x1bOA", b"x", b"\n"], 0),
+        ([b"q"], None),
+        ([b"\x1b"], None),
+        ([b""], None),
+    ],
+)
+def test_arrow_keys(keys: list[bytes], picked: int | None) -> None:
+    seen: list[str] = []
+    pressed = iter(keys)
+    assert choose.pick("Models", ["a", "b", "c"], 1, lambda: next(pressed), seen.append) == picked
+    assert "Models" in seen[0] and any("> b" in text for text in seen)
+
+
+# --- LM Studio's own files ---
+
+
+def configuration(folder: Path, **values: Any) -> None:
+    """A file as LM Studio keeps it for a model."""
+    keys = {"k": lmstudio.K, "v": lmstudio.V, "context": lmstudio.CONTEXT}
+    fields = [{"key": keys[name], "value": value} for name, value in values.items()]
+    place = folder / "qwen"
+    place.mkdir(exist_ok=True)
+    (place / "coder.json").write_text(json.dumps({"load": {"fields": fields}}))
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"k": "q8_0", "v": "q8_0"}, ["silently ignored", '{"checked": true, "value": "q8_0"}']),
+        ({"k": {"checked": False, "value": "q8_0"}}, ["not checked"]),
+        (
+            {"k": {"checked": True, "value": "q8_0"}, "v": {"checked": True, "value": "q4_0"}},
+            ["K is q8_0, V is q4_0"],
+        ),
+        ({"context": 8192}, ["= 8192, below 32768"]),
+        (
+            {
+                "k": {"checked": True, "value": "q8_0"},
+                "v": {"checked": True, "value": "q8_0"},
+                "context": 65536,
+            },
+            [],
+        ),
+    ],
+)
+def test_the_traps_of_lm_studio(values: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
+    configuration(tmp_path, **values)
+    lines = [result.line for result in lmstudio.traps(tmp_path)]
+    assert bool(lines) == bool(parts) and all(any(part in line for line in lines) for part in parts), lines
+
+
+def test_other_files_of_lm_studio_are_no_trap(tmp_path: Path) -> None:
+    for number, text in enumerate(["", "[]", "{}", '{"load": {"fields": [1]}}', '{"load": {"fields": {}}}']):
+        (tmp_path / f"{number}.json").write_text(text)
+    assert lmstudio.traps(tmp_path) == [] == lmstudio.traps(tmp_path / "nowhere")
+
+
+# --- this machine ---
+
+MACHINES = {
+    "MacBook Air M5, 16 GB": ({"hw.memsize": str(16 * 2**30), "machdep.cpu.brand_string": "Apple M5"}, "E4B"),
+    "MacBook Air M5, 32 GB": ({"hw.memsize": str(32 * 2**30), "machdep.cpu.brand_string": "Apple M5"}, "26B"),
+    "MacBook Pro M5 Max, 128 GB": ({"hw.memsize": str(128 * 2**30)}, "31B"),
+    "RTX 4070 Ti SUPER": ({"nvidia-smi": "16376, NVIDIA GeForce RTX 4070 Ti SUPER"}, "Qwen3-Coder"),
+    "two cards": ({"nvidia-smi": "8192, small\n24576, big"}, "Qwen3-Coder"),
+    "a driver that hangs": ({"nvidia-smi": ""}, ""),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_machine_gets_its_row(name: str) -> None:
+    said, model = MACHINES[name]
+
+    def ask(*argv: str) -> str:
+        return said.get(argv[-1] if argv[0] == "sysctl" else argv[0], "")
+
+    system = "Darwin" if "hw.memsize" in said else "Linux"
+    found = machine.this_machine(system, ask)
+    assert model in machine.recommend(found)["model"]
+    assert found.memory_gib > 0
+
+
+def test_the_table_has_a_row_for_everything() -> None:
+    for system in ("apple", "nvidia", "cpu"):
+        for memory in (0.0, 11.9, 16.0, 23.5, 36.0, 59.9, 1000.0):
+            row = machine.recommend(machine.Machine(system, memory, "x"))
+            assert row["system"] == system and row["from"] <= memory < row["to"]
+    assert machine.of_context(8192) != machine.of_context(65536)
+    assert "avoid" in machine.of_model("Meta-Llama-3.1-8B-Instruct") and machine.of_model("x") == ""
+
+
+# --- the doctor ---
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str]]:
+    """Its exit code and lines."""
+    code = cli.main(["doctor", *words])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def working(body: Any) -> Answer:
+    """A model that does everything right."""
+    tools = {tool["name"] for tool in body.get("tools", [])}
+    if "report" in tools:
+        answer = scripted_llm.called()
+        assert callable(answer)
+        found: Answer = answer(body)
+        return found
+    numbers = "\n".join(str(number) for number in range(1, 41))
+    call = {"name": "Read", "input": {"file_path": "notes.txt"}}
+    if "Write" in tools:
+        call = {"name": "Write", "input": {"file_path": "numbers.txt", "content": numbers}}
+    return 200, {"content": [{"type": "tool_use", "id": "1", **call}], "stop_reason": "tool_use", "usage": {}}
+
+
+def careless(body: Any) -> Answer:
+    """A model that edits what it has not read, and never comes to an end."""
+    if "report" in {tool["name"] for tool in body.get("tools", [])}:
+        return working(body)
+    call = {"type": "tool_use", "id": "1", "name": "Edit", "input": {}}
+    return 200, {"content": [call], "stop_reason": "max_tokens", "usage": {}}
+
+
+def test_the_doctor_of_a_sound_world(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ScriptedLlm(scripted_llm.gateway() | {"/v1/messages": working}) as server:
+        code, lines = doctor(capsys, "--port", str(server.port))
+    assert code == 0
+    names = [line[5:].partition(":")[0] for line in lines]
+    order = ["server", "context", "tool calls", "prompt cache", "stops in mid-edit", "invents files"]
+    assert [name for name in dict.fromkeys(names) if name in order] == order
+    assert all(line.startswith(("ok  ", "    ")) for line in lines), lines
+    assert any("recommended:" in line for line in lines)
+
+
+def test_the_doctor_of_a_careless_model(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ScriptedLlm(scripted_llm.gateway(context=32768) | {"/v1/messages": careless}) as server:
+        code, lines = doctor(capsys, "--port", str(server.port))
+    told = "\n".join(line for line in lines if line.startswith("warn"))
+    assert code == 0 and "was cut after" in told and "has not read" in told and "CLAUDE.md" in told
+    assert "tokens are left" in told
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "part"),
+    [
+        ({}, 72, "FAIL server"),
+        (scripted_llm.gateway(context=8192), 75, "FAIL context"),
+        (scripted_llm.gateway() | {"/v1/messages": scripted_llm.says("no")}, 76, "FAIL tool calls"),
+    ],
+)
+def test_the_doctor_of_a_broken_world(
+    answers: dict[str, Answer], code: int, part: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ScriptedLlm(answers) as server:
+        found, lines = doctor(capsys, "--port", str(server.port))
+    assert found == code and any(line.startswith(part) and "; fix: " in line for line in lines), lines
+
+
+def test_the_doctor_touches_nothing(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(world.rglob("*"))
+    with ScriptedLlm(scripted_llm.gateway() | {"/v1/messages": working}) as server:
+        doctor(capsys, "--port", str(server.port))
+    assert sorted(world.rglob("*")) == before
+
+
+# --- macOS, by recorded facts ---
+
+
+def test_claude_is_found_where_homebrew_and_its_own_installer_put_it(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (world / "bin/claude").unlink()
+    own = world / ".local/bin/claude"
+    own.parent.mkdir(parents=True)
+    own.write_text("")
+    own.chmod(0o755)
+    assert launch.find_claude() == own
+    assert "/opt/homebrew/bin/claude" in launch.PLACES
+    assert any(place.startswith("/Library/Application Support/ClaudeCode/") for place in environment.MANAGED)
+
+
+def test_a_result_is_one_line() -> None:
+    result = Result("context", "fail", "8192 tokens", "more", 75)
+    assert result.line == "FAIL context: 8192 tokens; fix: more"
+    assert isinstance(result.error, LocalClaudeError) and result.error.code == 75

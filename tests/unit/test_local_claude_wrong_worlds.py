@@ -1,0 +1,365 @@
+"""local-claude in worlds that are broken: one line with cause and fix, a documented code, no traceback."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_claude import cli, environment, errors, wire
+
+from tests.support import ROOT
+from tests.unit import scripted_llm
+from tests.unit.scripted_llm import Answer, ScriptedLlm
+from tests.unit.test_local_claude import started
+from tests.unit.test_local_claude import world as world  # the fixture
+
+TIMEOUT_S = 0.3
+Raw = Callable[[socket.socket], None]
+Good = scripted_llm.gateway
+MESSAGES = "/v1/messages"
+
+
+def only(*entries: dict[str, Any]) -> dict[str, Answer]:
+    """A server that has nothing but a list of models."""
+    return {"/v1/models": scripted_llm.models(*entries)}
+
+
+def cacheless() -> dict[str, Answer]:
+    """A second turn never finds the first."""
+    return Good() | {MESSAGES: scripted_llm.called(cached=0)}
+
+
+def answering(answer: Answer) -> dict[str, Answer]:
+    """A gateway whose model answers like this."""
+    return Good() | {MESSAGES: answer}
+
+
+# Each world: what the server answers, further words, the exit code, a part of the cause, a part of the fix.
+WORLDS: dict[str, tuple[dict[str, Answer], tuple[str, ...], int, str, str]] = {
+    "HTTP but no LLM": ({"/v1/models": (200, b"<html>hello</html>")}, (), 72, "is no LLM server", "--port"),
+    "another shape": ({"/v1/models": (200, {"models": 5})}, (), 72, "is no LLM server", "--port"),
+    "nothing but 404": ({}, (), 72, "404", "--port"),
+    "a list of numbers": ({"/v1/models": (200, {"data": [1, None, "x"]})}, (), 74, "has no model", "load"),
+    "nested without end": ({"/v1/models": (200, b"[" * 100_000)}, (), 72, "is no LLM server", "--port"),
+    "500": ({"/v1/models": (500, {"error": "out of memory"})}, (), 72, "out of memory", "log"),
+    "sends elsewhere": (
+        {"/v1/models": (302, b"", {"Location": "https://login.example/"})},
+        (),
+        72,
+        "https://login.example/",
+        "--host",
+    ),
+    "wants a key": ({"/v1/models": (401, {"error": {"message": "no key"}})}, (), 73, "no key", "LLMBOX_KEY"),
+    "a key for others": (
+        answering((403, {"error": {"message": "not for laptop"}})),
+        (),
+        73,
+        "not for laptop",
+        "another model",
+    ),
+    "context 8K": (Good(context=8192), (), 75, "8192 tokens", "--chat-only"),
+    "context 32767": (Good(context=32767), (), 75, "32767 tokens", "agent: true"),
+    "prose for a call": (answering(scripted_llm.says("I would edit it")), (), 76, "I would edit it", "jinja"),
+    "leaked template": (answering(scripted_llm.says("<unused24>{}")), (), 76, "leaks", "template"),
+    "empty answer": (answering((200, {"content": []})), (), 76, "an empty answer", "jinja"),
+    "damaged call": (answering(scripted_llm.called(name="\u202eoops\n")), (), 76, "damaged", "jinja"),
+    "no message at all": (answering((200, {"choices": []})), (), 72, "no message", "--backend"),
+    "422": (
+        answering((422, {"detail": "thinking: Extra inputs are not permitted"})),
+        (),
+        72,
+        "Extra inputs",
+        "update",
+    ),
+    "does not load": (answering((503, {"error": {"message": "exit 1"}})), (), 76, "exit 1", "jinja"),
+    "no prompt cache": (cacheless(), (), 77, "found nothing of the first", "--skip-checks"),
+    "model missing": (Good(), ("--model", "qwen"), 74, 'has no model "qwen"', '"coder", "gemma4"'),
+    "model with quotes": (Good(), ("--model", "a'\"`$(id)"), 74, r"a'\"`$(id)", "coder"),
+    "model of two lines": (Good(), ("--model", "a\nrm -rf"), 2, r"a\nrm -rf", "doctor"),
+    "two models": (only({"id": "a"}, {"id": "b"}), (), 74, "has several models", '"a", "b"'),
+    "another kind": (Good(), ("--backend", "ollama"), 72, "an llmbox gateway", "--backend remote"),
+    "OpenAI's API only": (only({"id": "a"}), (), 78, "LiteLLM", "pipx install"),
+    "settings that are none": (Good(), ("--", "--settings", "{"), 2, "no JSON", "JSON"),
+    "settings that are a list": (Good(), ("--", "--settings=/dev/null"), 2, "no JSON", "JSON"),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's own managed settings do not count."""
+    monkeypatch.setattr(environment, "MANAGED", ())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """The exit code and the last line, which names a fix."""
+    code = cli.main(list(words))
+    seen = capsys.readouterr()
+    assert seen.out == "" and "Traceback" not in seen.err
+    line = seen.err.splitlines()[-1]
+    assert re.fullmatch(r"local-claude: .+; fix: .+", line) and line.isprintable(), line
+    return code, line
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_broken_world(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    answers, words, code, cause, fix = WORLDS[name]
+    with ScriptedLlm(answers) as server:
+        found, line = refused(capsys, "--port", str(server.port), *words)
+    problem, _, remedy = line.partition("; fix: ")
+    assert (found, cause in problem, fix in remedy) == (code, True, True), line
+    assert code in errors.CODES
+
+
+# --- servers that are not even HTTP ---
+
+
+@pytest.fixture
+def raw() -> Iterator[Callable[[Raw], int]]:
+    """`raw(talk) -> port`: each connection is handed to `talk`."""
+    opened: list[socket.socket] = []
+
+    def serve(talk: Raw) -> int:
+        listening = socket.create_server(("127.0.0.1", 0))
+        opened.append(listening)
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                opened.append(connection)
+                threading.Thread(target=talk, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        port: int = listening.getsockname()[1]
+        return port
+
+    yield serve
+    for one in opened:
+        one.close()
+
+
+def drip(connection: socket.socket) -> None:
+    """A head, then a byte now and then for ever."""
+    with connection:
+        try:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            while True:
+                connection.sendall(b" ")
+                threading.Event().wait(TIMEOUT_S / 4)
+        except OSError:
+            pass
+
+
+def flood(connection: socket.socket) -> None:
+    """More than anybody wants to read."""
+    with connection:
+        try:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+            for _ in range(100):
+                connection.sendall(b" " * 1_000_000)
+        except OSError:
+            pass
+
+
+@pytest.mark.parametrize(
+    ("talk", "cause"),
+    [
+        (lambda connection: None, "no answer within"),
+        (drip, "no answer within"),
+        (flood, "larger than 8 MiB"),
+        (lambda connection: connection.close(), "closes the connection"),
+        (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH\r\n\r\n") or connection.close(), "no HTTP"),
+    ],
+    ids=["hangs", "drips", "floods", "hangs up", "no HTTP"],
+)
+def test_a_port_with_something_else_behind_it(
+    talk: Raw,
+    cause: str,
+    raw: Callable[[Raw], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if cause == "no answer within":
+        monkeypatch.setattr(wire, "LOOK_TIMEOUT_S", TIMEOUT_S)
+        monkeypatch.setattr(wire.Server.get, "__defaults__", (TIMEOUT_S,))
+    code, line = refused(capsys, "--port", str(raw(talk)))
+    assert code == 71 and cause in line, line
+
+
+def test_a_closed_port(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    code, line = refused(capsys, "--port", str(port))
+    assert code == 71 and "nothing listens there" in line and "lmswitch" in line
+    assert "lms server start" in refused(capsys, "--backend", "lmstudio", "--port", str(port))[1]
+
+
+def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    code, line = refused(capsys, "--host", "ancalagonn")
+    assert code == 71 and "the name is not known" in line and "--host" in line
+
+
+def test_https_where_http_is_spoken(capsys: pytest.CaptureFixture[str]) -> None:
+    with ScriptedLlm(Good()) as server:
+        code, line = refused(capsys, "--host", f"https://127.0.0.1:{server.port}")
+    assert code == 71 and "TLS" in line and "http://" in line
+
+
+def test_a_certificate_that_nobody_signed(
+    raw: Callable[[Raw], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(self_signed(tmp_path))
+
+    def talk(connection: socket.socket) -> None:
+        try:
+            context.wrap_socket(connection, server_side=True)
+        except OSError:
+            connection.close()
+
+    code, line = refused(capsys, "--host", f"https://127.0.0.1:{raw(talk)}")
+    assert code == 71 and "TLS" in line and "SSL_CERT_FILE" in line
+
+
+def self_signed(folder: Path) -> Path:
+    """A key and a certificate that it signed itself, in one file."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    file = folder / "self-signed.pem"
+    file.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    return file
+
+
+# --- this machine ---
+
+
+def test_a_key_that_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LLMBOX_KEY", "wrong-key")
+    with ScriptedLlm({"/v1/models": (401, {"error": {"message": "unknown key"}})}) as server:
+        code, line = refused(capsys, "--port", str(server.port))
+    assert code == 73 and "refuses the key in LLMBOX_KEY" in line and "wrong-key" not in line
+
+
+def test_claude_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], world: Path
+) -> None:
+    (world / "bin/claude").unlink()
+    monkeypatch.setattr("local_claude.launch.PLACES", ())
+    code, line = refused(capsys, "-p", "hi")
+    assert code == 127 and "npm install -g @anthropic-ai/claude-code" in line
+
+
+@pytest.mark.parametrize("way", ["itself", "a link", "inside"])
+def test_the_user_s_own_folder_is_refused(
+    way: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = world / ".claude"
+    own.mkdir()
+    (world / "link").symlink_to(own)
+    monkeypatch.setenv(
+        "LOCAL_CLAUDE_DIR", str({"itself": own, "a link": world / "link", "inside": own / "x"}[way])
+    )
+    code, line = refused(capsys, "-p", "hi")
+    assert code == 79 and "your own folder of settings" in line and not any(own.iterdir())
+
+
+def test_a_file_where_the_folder_should_be(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "claude-local").write_text("")
+    code, line = refused(capsys, "-p", "hi")
+    assert code == 79 and "LOCAL_CLAUDE_DIR" in line
+
+
+def test_settings_of_a_project_are_overridden_and_told(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world / "project/.claude").mkdir()
+    settings = {"env": {"ANTHROPIC_BASE_URL": "https://elsewhere", "MINE": "1"}}
+    (world / "project/.claude/settings.json").write_text(json.dumps(settings))
+    with ScriptedLlm(Good()) as server:
+        became = started("--port", str(server.port), "-p", "hi")
+    told = capsys.readouterr().err
+    assert "settings.json sets ANTHROPIC_BASE_URL: overridden" in told
+    written = json.loads(Path(became.command[2]).read_text())
+    assert written["env"]["ANTHROPIC_BASE_URL"] == f"http://127.0.0.1:{server.port}"
+
+
+def test_settings_that_would_send_another_key(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLMBOX_KEY", "mine")
+    (world / "claude-local").mkdir()
+    settings = {"env": {"ANTHROPIC_AUTH_TOKEN": "theirs"}}
+    (world / "claude-local/settings.json").write_text(json.dumps(settings))
+    with ScriptedLlm(Good()) as server:
+        code, line = refused(capsys, "--port", str(server.port))
+    assert code == 79 and "ANTHROPIC_AUTH_TOKEN" in line and "theirs" not in line
+
+
+def test_managed_settings_that_nothing_overrides(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    managed = world / "managed.json"
+    managed.write_text(json.dumps({"env": {"ANTHROPIC_BASE_URL": "https://company"}}))
+    monkeypatch.setattr(environment, "MANAGED", (str(managed),))
+    with ScriptedLlm(Good()) as server:
+        code, line = refused(capsys, "--port", str(server.port))
+    assert code == 79 and str(managed) in line
+
+
+def test_a_proxy_is_gone_past(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "internal.example")
+    with ScriptedLlm(Good()) as server:
+        became = started("--port", str(server.port), "-p", "hi")
+    assert became.variables["NO_PROXY"] == became.variables["no_proxy"] == "internal.example,127.0.0.1"
+    assert "a proxy is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--skip-checks", "--chat-only"])
+def test_a_small_context_can_be_insisted_on(flag: str) -> None:
+    with ScriptedLlm(Good(context=8192)) as server:
+        became = started("--port", str(server.port), flag, "-p", "hi")
+    assert ("--bare" in became.command) == (flag == "--chat-only")
+    assert became.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "8192"
+
+
+def test_every_code_is_documented() -> None:
+    page = (ROOT / "docs/local-claude.md").read_text()
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert documented == set(errors.CODES)
