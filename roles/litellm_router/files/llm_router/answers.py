@@ -1,0 +1,203 @@
+"""Whether a model's answer to a request with tools can be used: a tool call that failed silently is a 200.
+
+Pure, standard library only: the router's hook and scripts/verify_agent.py both judge by it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Marks of chat templates that a server should have taken out. Not <s> or <b>: that is HTML.
+_LEAK = re.compile(
+    r"<unused\d+>|<\|[a-z][a-z0-9_]{1,30}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>"
+    r"|</?(?:start_of_turn|end_of_turn|tool_call|tool_response|bos|eos)>"
+    r"|<function=[\w.-]+>|</function>|<parameter=[\w.-]+>"
+    r"|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
+)
+_CALL_MARK = re.compile(
+    r"<tool_call>|<function=[\w.-]+>|\[TOOL_CALLS\]|<\|python_tag\|>|<\uff5ctool\u2581call\w*\u2581begin\uff5c>"
+)
+_FENCE = re.compile(r"```[\w-]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_CALL_HEAD = re.compile(
+    r'\s*\[?\s*\{\s*"(?:name|tool|function|tool_name)"\s*:\s*"[\w.-]{1,64}"\s*,'
+    r'\s*"(?:arguments|parameters|input|args)"\s*:'
+)
+_EXCERPT = 80
+_LOOKED_AT = 200_000  # characters of a text: what leaks, leaks at once
+
+
+@dataclass
+class Called:
+    """A tool call as the server parsed it; `arguments` is the JSON text of its arguments."""
+
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass
+class Answer:
+    """What a model answered, put together from a whole answer or from the events of a stream."""
+
+    text: str = ""
+    thought: str = ""
+    calls: dict[int, Called] = field(default_factory=dict)
+    stop: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+    @property
+    def said(self) -> bool:
+        """Whether a call or a visible character has come."""
+        return bool(self.calls) or bool(self.text.strip())
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Add a whole answer, a chunk or an event of either protocol."""
+        if "choices" in event:
+            self._take_openai(event)
+        elif event.get("type") == "message":
+            self._take_message(event)
+        else:
+            self._take_event(event)
+
+    def _take_openai(self, event: Mapping[str, Any]) -> None:
+        self._take_usage(event.get("usage"), "prompt_tokens", "completion_tokens")
+        for choice in (event.get("choices") or [])[:1]:
+            part = choice.get("message") or choice.get("delta") or {}
+            self.text += _text(part.get("content"))
+            self.thought += _text(part.get("reasoning_content"))
+            self.stop = str(choice.get("finish_reason") or self.stop)
+            for place, call in enumerate(part.get("tool_calls") or []):
+                index = call.get("index")
+                called = self.calls.setdefault(place if index is None else int(index), Called())
+                function = call.get("function") or {}
+                called.name += str(function.get("name") or "")
+                called.arguments += str(function.get("arguments") or "")
+
+    def _take_message(self, event: Mapping[str, Any]) -> None:
+        self._take_usage(event.get("usage"), "input_tokens", "output_tokens")
+        self.stop = str(event.get("stop_reason") or self.stop)
+        for place, block in enumerate(event.get("content") or []):
+            self._begin(place, block)
+
+    def _take_event(self, event: Mapping[str, Any]) -> None:
+        kind = event.get("type")
+        if kind == "message_start":
+            self._take_usage((event.get("message") or {}).get("usage"), "input_tokens", "output_tokens")
+        elif kind == "content_block_start":
+            self._begin(int(event.get("index") or 0), event.get("content_block") or {})
+        elif kind == "content_block_delta":
+            delta = event.get("delta") or {}
+            self.text += _text(delta.get("text"))
+            self.thought += _text(delta.get("thinking"))
+            if (called := self.calls.get(int(event.get("index") or 0))) is not None:
+                called.arguments += _text(delta.get("partial_json"))
+        elif kind == "message_delta":
+            self._take_usage(event.get("usage"), "input_tokens", "output_tokens")
+            self.stop = str((event.get("delta") or {}).get("stop_reason") or self.stop)
+
+    def _begin(self, place: int, block: Mapping[str, Any]) -> None:
+        if block.get("type") == "tool_use":
+            given = block.get("input")
+            self.calls[place] = Called(str(block.get("name") or ""), json.dumps(given) if given else "")
+        elif block.get("type") == "text":
+            self.text += _text(block.get("text"))
+        elif block.get("type") == "thinking":
+            self.thought += _text(block.get("thinking"))
+
+    def _take_usage(self, usage: Any, prompt: str, output: str) -> None:
+        if isinstance(usage, Mapping):
+            cached = int(usage.get("cache_read_input_tokens") or 0)
+            cached += int(usage.get("cache_creation_input_tokens") or 0)
+            self.prompt_tokens = max(self.prompt_tokens, int(usage.get(prompt) or 0) + cached)
+            self.output_tokens = max(self.output_tokens, int(usage.get(output) or 0))
+
+
+def fault(answer: Answer, request: Mapping[str, Any]) -> str:
+    """Why a whole answer is of no use to the request, in a few words; or nothing.
+
+    Marks that the request itself contains are talked about, not leaked.
+    """
+    if not answer.said:
+        return "empty answer"
+    if found := early_fault(answer, request):
+        return found
+    known = tool_names(request)
+    for called in answer.calls.values():
+        if known and called.name not in known:
+            return f"call of an unknown tool: {_excerpt(called.name)}"
+        if not _is_object(called.arguments):
+            cut = answer.stop in ("length", "max_tokens")
+            return f"{'cut off' if cut else 'malformed'} arguments of {called.name}"
+    return ""
+
+
+def early_fault(answer: Answer, request: Mapping[str, Any]) -> str:
+    """The faults that can be told before an answer is whole."""
+    text = answer.text[:_LOOKED_AT]
+    if (unparsed := unparsed_call(text, tool_names(request))) and unparsed not in _content(request):
+        return f"a tool call that was not parsed: {unparsed}"
+    leaks = leaked_tokens(text) + leaked_tokens(
+        " ".join(called.name + called.arguments for called in answer.calls.values())[:_LOOKED_AT]
+    )
+    if leaks:
+        asked = _content(request)
+        if fresh := [token for token in leaks if token not in asked]:
+            return f"template tokens leaked: {', '.join(fresh[:3])}"
+    return ""
+
+
+def leaked_tokens(text: str) -> list[str]:
+    """The marks of chat templates in a text, each once."""
+    return list(dict.fromkeys(_LEAK.findall(text)))
+
+
+def unparsed_call(text: str, tools: frozenset[str] = frozenset()) -> str:
+    """The beginning of a tool call that stands in a text instead of beside it; or nothing.
+
+    With `tools` a JSON object is a call only when it names one of them.
+    """
+    if mark := _CALL_MARK.search(text):
+        return _excerpt(text[mark.start() :])
+    for part in _parts(text):
+        if _CALL_HEAD.match(part) and (not tools or any(f'"{name}"' in part[:200] for name in tools)):
+            return _excerpt(part)
+    return ""
+
+
+def tool_names(request: Mapping[str, Any]) -> frozenset[str]:
+    """The tools that a request of either protocol offers; a server's own tools have only a type."""
+    names = set()
+    for tool in request.get("tools") or []:
+        if isinstance(tool, Mapping):
+            inner = tool.get("function")
+            names.add(str((inner if isinstance(inner, Mapping) else tool).get("name") or ""))
+    return frozenset(names - {""})
+
+
+def _parts(text: str) -> Iterator[str]:
+    yield text
+    yield from _FENCE.findall(text)
+
+
+def _content(request: Mapping[str, Any]) -> str:
+    """All text of a request's messages, for looking a mark up; made only when there is one."""
+    return json.dumps([request.get("system"), request.get("messages")], ensure_ascii=False, default=str)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return not text.strip() or isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _excerpt(text: str) -> str:
+    return " ".join(text.split())[:_EXCERPT]

@@ -1,0 +1,167 @@
+"""The judge of the agent's smoke test, on streams of the real Claude Code with a scripted model behind it.
+
+recorded_agent_runs.jsonl holds one run of each script in tests/scripted_anthropic.py, and what lay on disk
+afterwards; tests/lab/test_verify_agent.py plays them anew.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts._agent_judge import RESULTS, Result, judge, read
+from scripts._agent_run import Limits, Meter, Recorded, TestRun, settings
+from tests.scripted_anthropic import SCRIPTS
+
+RECORDED = Path(__file__).with_name("recorded_agent_runs.jsonl")
+# What falls short with each bad model, and what the first fault is called.
+EXPECTED: dict[str, tuple[set[str], str]] = {
+    "good": (set(), ""),
+    "prose": ({"files", "pytest", "failure_patched"}, "turn 1: prose instead of a tool call"),
+    "malformed": ({"files", "pytest", "failure_patched"}, "turn 1: malformed arguments in Write"),
+    "leaked": (set(RESULTS), "turn 2: template tokens in the arguments of Write(main.py): <|im_end|>"),
+    "truncated": (
+        {"failure_patched", "not_truncated"},
+        "turn 5: cut off in a call of Edit (stop_reason max_tokens)",
+    ),
+    "wrong_path": (
+        {"files", "pytest", "failure_patched"},
+        "turn 1: Write to a wrong path, outside the directory: /home/user/project/main.py",
+    ),
+    "empty": ({"files", "pytest", "failure_patched", "not_truncated"}, "turn 1: an empty answer"),
+    "loop": (
+        {"files", "pytest", "failure_patched", "not_truncated"},
+        "turn 4: a loop: the same call 4 times and more: Read(test_contract.py)",
+    ),
+    "refusing": (set(RESULTS), "API Error: 422"),
+}
+
+
+@cache
+def recordings() -> dict[str, Recorded]:
+    """Every recorded run, by the name of its script."""
+    found = {}
+    for line in RECORDED.read_text().splitlines():
+        data = json.loads(line)
+        name, final = data.pop("name"), data.pop("final")
+        found[name] = Recorded(
+            **{
+                **data,
+                "events": tuple(data["events"]),
+                "runs": tuple(TestRun(**run) for run in data["runs"]),
+                "final": TestRun(**final) if final else None,
+            }
+        )
+    return found
+
+
+def results(recorded: Recorded) -> dict[str, Result]:
+    return {result.name: result for result in judge(recorded)}
+
+
+def test_every_script_is_recorded() -> None:
+    assert recordings().keys() == SCRIPTS.keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_falls_short_and_where(name: str) -> None:
+    short, first = EXPECTED[name]
+    found = results(recordings()[name])
+    assert tuple(found) == RESULTS
+    assert {one.name for one in found.values() if not one.ok} == short
+    assert all(first in one.detail for one in found.values() if not one.ok), found
+    assert all("\n" not in one.detail for one in found.values())
+
+
+def test_a_claim_is_not_a_run() -> None:
+    assert "though the model says that tests pass" in results(recordings()["prose"])["pytest"].detail
+
+
+def test_a_run_counts_only_when_its_output_came_back() -> None:
+    """The same calls with another output: what the stream says is not believed."""
+    good = recordings()["good"]
+    invented = tuple(replace(run, run="00000000") for run in good.runs)
+    found = results(replace(good, runs=invented))
+    assert not found["pytest"].ok and "its output did not come back" in found["pytest"].detail
+    assert not found["failure_patched"].ok
+
+
+def test_our_own_run_has_the_last_word() -> None:
+    """A model that changes the test instead of the app passes in its own run only."""
+    good = recordings()["good"]
+    found = results(replace(good, final=TestRun("x", 1, failed=1)))
+    assert [name for name, one in found.items() if not one.ok] == ["failure_patched"]
+    assert "when run again with the first test as it was" in found["failure_patched"].detail
+
+
+def test_a_failure_must_come_before_its_patch() -> None:
+    good = recordings()["good"]
+    passed = tuple(replace(run, exit=0, failed=0) for run in good.runs)
+    assert "no failing run" in results(replace(good, runs=passed))["failure_patched"].detail
+
+
+def test_a_file_that_is_not_there_or_not_whole() -> None:
+    good = recordings()["good"]
+    lost = {name: text for name, text in good.files.items() if name != "main.py"}
+    assert "not on disk though written: main.py" in results(replace(good, files=lost))["files"].detail
+    half = {**good.files, "main.py": good.files["main.py"][:-12]}
+    found = results(replace(good, files=half))["not_truncated"]
+    assert not found.ok and "main.py is no whole Python" in found.detail
+
+
+def test_a_client_that_says_nothing_falls_short_everywhere() -> None:
+    found = results(Recorded("/w", stderr="Segmentation fault", exit_code=139))
+    assert not any(one.ok for one in found.values())
+    assert all("without an answer: Segmentation fault" in one.detail for one in found.values())
+
+
+def test_strange_lines_are_no_trouble() -> None:
+    events: tuple[dict[str, Any], ...] = (
+        {},
+        {"type": "assistant"},
+        {"type": "assistant", "message": {"id": "m", "content": None}},
+        {"type": "user", "message": {"content": [1, {"type": "tool_result"}]}},
+        {"type": "stream_event", "event": {"type": "message_start", "message": {"id": "m"}}},
+        {"type": "assistant", "message": {"id": "m", "content": [{"type": "tool_use", "input": "no"}]}},
+    )
+    assert [len(turn.calls) for turn in read(events)] == [1]
+    assert len(judge(Recorded("/w", events))) == len(RESULTS)
+
+
+def start(number: int, tokens: int = 100) -> dict[str, Any]:
+    message = {"id": f"m{number}", "usage": {"input_tokens": tokens}}
+    return {"type": "stream_event", "event": {"type": "message_start", "message": message}}
+
+
+def test_turns_time_and_tokens_are_bounded() -> None:
+    limits = Limits(seconds=10, turns=3, tokens=1000)
+    meter = Meter()
+    for number in range(3):
+        meter.take(start(number))
+        assert meter.breach(limits, 1) == ""
+    assert meter.breach(limits, 11) == "10 s"
+    meter.take(start(3))
+    assert meter.breach(limits, 1) == "3 turns"
+    meter = Meter()
+    meter.take(start(0, 900))
+    for written in (40, 90, 90):
+        delta = {"type": "message_delta", "usage": {"output_tokens": written}}
+        meter.take({"type": "stream_event", "event": delta})
+    assert (meter.tokens, meter.breach(limits, 1)) == (990, "")
+    meter.take(start(1, 20))
+    assert meter.breach(limits, 1) == "1000 tokens"
+
+
+def test_the_settings_name_one_model_everywhere_and_hold_no_key() -> None:
+    made = settings("http://h:1", "coder", 32768)
+    models = {name: value for name, value in made["env"].items() if "MODEL" in name}
+    assert len(models) == 5 and set(models.values()) == {"coder"}
+    assert made["env"]["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "32768"
+    assert int(made["env"]["CLAUDE_CODE_MAX_OUTPUT_TOKENS"]) == 4096
+    assert not any("KEY" in name or name.endswith("AUTH_TOKEN") for name in made["env"])
+    assert not any(rule in ("Bash", "Bash(*)") for rule in made["permissions"]["allow"])
