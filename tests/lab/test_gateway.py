@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ CLIENTS = 8
 SEED = 20261122
 REASON = "error: this preset cannot load"
 PATIENCE_S = 240
+STOP_BAR_S = 1.0
+PARTS = {"prefetch", "drain", "stop", "load", "ready"}
 
 
 class Box:
@@ -55,6 +58,14 @@ class Box:
         """The preset that serves."""
         active: str | None = json.loads(self.lmswitch("status", "--json"))["active"]
         return active
+
+    def last_switch(self) -> tuple[str, str, dict[str, float]]:
+        """From where to where it went, and the seconds of its parts, as a person is shown it."""
+        shown = self.lmswitch("status")
+        found = re.search(r"^  switched +(\S+) to (\S+): (.+)$", shown, re.MULTILINE)
+        assert found, shown
+        parts = re.findall(r"(\w+) ([0-9.]+) s", found[3])
+        return found[1], found[2], {name: float(seconds) for name, seconds in parts}
 
     def kill_server(self) -> None:
         """SIGKILL for llama-server, and nothing else."""
@@ -184,6 +195,9 @@ def test_a_request_asks_for_its_preset_by_name_and_by_alias(box: Box) -> None:
     assert box.active() == box.second
     assert box.chat(alias, stream=True).ok
     assert box.active() == box.first
+    former, now, parts = box.last_switch()
+    assert (former, now) == (box.second, box.first) and set(parts) == PARTS
+    assert parts["stop"] < STOP_BAR_S, "nobody is connected to a server that is stopped"
 
 
 def test_lmswitch_waits_for_what_runs_and_holds_what_comes(box: Box) -> None:
@@ -193,7 +207,10 @@ def test_lmswitch_waits_for_what_runs_and_holds_what_comes(box: Box) -> None:
         clients.wait_for(len(clients.traffic.sent) + 20)
     assert not clients.traffic.failed, lost(clients.traffic)
     assert all(one.ok for one in clients.traffic.sent)
-    assert "switched" in box.lmswitch("status") or box.active() == box.second
+    assert box.active() == box.second
+    former, now, parts = box.last_switch()
+    assert (former, now) == (box.first, box.second) and set(parts) == PARTS
+    assert parts["stop"] < STOP_BAR_S
 
 
 def test_lmswitch_reaches_the_gateway_after_its_restart(box: Box) -> None:
@@ -203,6 +220,15 @@ def test_lmswitch_reaches_the_gateway_after_its_restart(box: Box) -> None:
     python = f"sudo -u {box.wanted.user} /opt/llmbox/bin/python -I -c 'import pathlib, sys; {ask}'"
     told = box.run(f"{python} /run/user/$(id -u {box.wanted.user})").stdout
     assert "'queued': 0" in told
+
+
+def test_llama_server_s_own_figures_are_relayed(box: Box) -> None:
+    assert box.chat(box.first).ok
+    page = httpx.get(f"{box.url}/metrics", timeout=60, trust_env=False).text
+    figures = dict(line.rsplit(" ", 1) for line in page.splitlines() if line and not line.startswith("#"))
+    assert figures["llmbox_llama_server_up"] == "1.0"
+    assert float(figures["llamacpp:tokens_predicted_total"]) > 0
+    assert figures[f'llmbox_active_preset_info{{preset="{box.first}"}}'] == "1.0"
 
 
 def test_nothing_runs_and_the_client_is_told_how_to_start_one(box: Box) -> None:

@@ -25,9 +25,18 @@ JOB = "/org/freedesktop/systemd1/job/"
 
 
 class FakeManager:
-    """Units are exclusive: `active` is the one that is up. Everything it was asked is in `calls`."""
+    """Units are exclusive: `active` is the one that is up. Everything it was asked is in `calls`.
 
-    def __init__(self, runtime: Path, *, up: Callable[[str], object] = lambda _unit: None) -> None:
+    `begin` and `up` are called with a unit when its job begins and when it has ended well; a stop has none.
+    """
+
+    def __init__(
+        self,
+        runtime: Path,
+        *,
+        begin: Callable[[str], object] = lambda _unit: None,
+        up: Callable[[str], object] = lambda _unit: None,
+    ) -> None:
         self.active = ""
         self.missing: set[str] = set()
         self.results: dict[str, str] = {}  # how a unit's job ends when it is not `done`
@@ -37,7 +46,7 @@ class FakeManager:
         self.calls: list[tuple[Any, ...]] = []
         self.hangs = False
         self.greeting = b""
-        self._up = up
+        self._begin, self._up = begin, up
         self._jobs = 0
         (runtime / "systemd").mkdir(exist_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -118,6 +127,7 @@ class FakeManager:
         return ("loaded", "active", "running") if unit == self.active else ("loaded", "inactive", "dead")
 
     def _job(self, connection: socket.socket, member: str, unit: str, job: str) -> None:
+        self._begin("" if member == "StopUnit" else unit)
         time.sleep(self.slow.get(unit, 0.0))
         result = self.results.get(unit, "done")
         if result == "done":

@@ -20,7 +20,7 @@ from typing import Any
 from tests.support import ROOT
 from tests.unit.fake_box import FakeBox
 
-DEADLINE_S = 5.0
+DEADLINE_S = 20.0
 Keys = list[dict[str, Any]] | None
 SETTINGS: dict[str, Any] = {
     "hold_timeout": 5.0,

@@ -86,14 +86,15 @@ class FakeSystemd:
         *,
         timeout_s: float,
         restart: bool = False,
-        on_tick: Callable[[], None] = lambda: None,
+        on_tick: Callable[[], bool] = lambda: False,
     ) -> str:
         """Start as told: succeed, fail, be interrupted. One that was not forgiven has reached its limit."""
         self.calls.append(f"{'restart' if restart else 'start'} {unit}")
         if unit not in self.forgiven:
             return "start request repeated too quickly"
         self.forgiven.discard(unit)
-        on_tick()
+        if on_tick():
+            self.calls.append(f"not waited for {unit}")
         if unit in self.raises:
             raise self.raises.pop(unit)
         self.up(unit)
@@ -170,6 +171,26 @@ def test_switch_starts_the_unit_after_clearing_its_start_limit(systemd: FakeSyst
     assert systemd.calls.index("reset-failed llama-coder.service") < systemd.calls.index(
         "start llama-coder.service"
     )
+
+
+def test_a_switch_tells_what_it_took(systemd: FakeSystemd) -> None:
+    ticks = iter([1.0, 1.1, 4.0])  # its begin, a look at the progress, its end; the process began at 1.5
+    switcher = Switcher(presets(), systemd, lambda _: "ok", Notes(systemd.calls), lambda: next(ticks))
+    assert switcher.switch("coder").parts == {"stop": 0.5, "load": 2.5, "ready": 3.0}
+
+
+def test_with_a_watch_a_switch_is_over_when_the_new_server_answers(systemd: FakeSystemd) -> None:
+    systemd.up("llama-gemma.service")
+    watched: list[str] = []
+
+    def watch(listen: str) -> Callable[[], bool]:
+        watched.append(f"{listen} before {systemd.active()[0]} is stopped")
+        return lambda: True
+
+    switcher = Switcher(presets(), systemd, lambda _: "ok", Notes(systemd.calls), watch=watch)
+    assert switcher.switch("coder").ok
+    assert watched == ["127.0.0.1:1234 before llama-gemma.service is stopped"]
+    assert "not waited for llama-coder.service" in systemd.calls
 
 
 def test_the_ready_preset_is_not_restarted(systemd: FakeSystemd) -> None:
@@ -264,6 +285,7 @@ def test_off_stops_the_active_preset_and_a_restarting_one(systemd: FakeSystemd) 
     )
     outcome = make(systemd)[0].off()
     assert outcome.ok and outcome.preset == "gemma" and outcome.serving is None
+    assert outcome.parts == {"stop": outcome.seconds}
     assert {"stop llama-gemma.service", "stop llama-coder.service"} <= set(systemd.calls)
 
 

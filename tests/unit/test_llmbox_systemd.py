@@ -87,7 +87,7 @@ def test_the_ending_is_told_in_words(result: str, code: str, said: str) -> None:
     assert said in ending and bool(said) == bool(ending)
 
 
-@pytest.mark.parametrize(("code", "status"), [("1", "0"), ("2", "15"), ("2", "9")])
+@pytest.mark.parametrize(("code", "status"), [("1", "0"), ("2", "1"), ("2", "15"), ("2", "9")])
 def test_a_server_that_was_stopped_for_not_being_ready_is_no_failure_of_its_own(
     code: str, status: str
 ) -> None:
@@ -141,8 +141,13 @@ def test_show_says_why_systemd_does_not_answer(stand_in: Path) -> None:
 def test_start_waits_for_its_own_job_and_ticks(manager: FakeManager, tmp_path: Path) -> None:
     manager.slow["a"] = 0.35
     ticks: list[float] = []
+
+    def tick() -> bool:
+        ticks.append(time.monotonic())
+        return False
+
     systemd = Systemd(tmp_path)
-    assert systemd.start("a", timeout_s=10, on_tick=lambda: ticks.append(time.monotonic())) == ""
+    assert systemd.start("a", timeout_s=10, on_tick=tick) == ""
     assert len(ticks) >= 2 and manager.active == "a"
     assert systemd.start("a", timeout_s=10, restart=True) == "" and systemd.stop("a", timeout_s=10) == ""
     assert [call[0] for call in manager.calls] == ["StartUnit", "RestartUnit", "StopUnit"]
@@ -176,12 +181,19 @@ def test_start_has_a_deadline(manager: FakeManager, tmp_path: Path) -> None:
 def test_an_interrupted_start_goes_on_inside_systemd(manager: FakeManager, tmp_path: Path) -> None:
     manager.slow["a"] = 0.3
 
-    def interrupt() -> None:
+    def interrupt() -> bool:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         Systemd(tmp_path).start("a", timeout_s=30, on_tick=interrupt)
     assert manager.calls == [("StartUnit", "a", "replace")]
+
+
+def test_who_knows_that_it_is_ready_need_not_wait_for_the_job(manager: FakeManager, tmp_path: Path) -> None:
+    manager.slow["a"] = 0.5
+    asked = iter([False, True])
+    assert Systemd(tmp_path).start("a", timeout_s=30, on_tick=lambda: next(asked)) == ""
+    assert manager.active == "" and next(asked, None) is None
 
 
 def test_a_manager_that_is_gone_or_hangs_is_one_line(

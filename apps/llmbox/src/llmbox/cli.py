@@ -217,11 +217,13 @@ def change(
             if preset is not None and switcher.serves(preset.name) and not options.restart:
                 outcome = switcher.switch(preset.name)
             else:
-                with requests_held(runtime, preset.name if preset else None, tell):
+                with requests_held(runtime, preset.name if preset else None, tell) as switched:
                     if preset is not None:
                         outcome = switcher.switch(preset.name, restart=options.restart)
                     else:
                         outcome = switcher.off() if verb == "off" else switcher.sleep()
+                    if outcome.changed:
+                        switched(outcome.ok, outcome.parts)
         except Interrupted:
             outcome = Outcome(False, "interrupted; look with: lmswitch status")
     reporter.close()

@@ -112,12 +112,12 @@ def collect(
 
 
 def switch_text(switch: Mapping[str, Any]) -> str:
-    """The gateway's last switch in one line: from where to where, how it ended, seconds of its parts."""
+    """The last switch in one line: from where to where, how it ended, seconds of its parts."""
     if not switch:
         return ""
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in switch["parts"].items())
     ended = "" if switch["ok"] else " failed"
-    return f"{switch['from'] or 'nothing'} to {switch['to']}{ended}: {parts}"
+    return f"{switch['from'] or 'nothing'} to {switch['to'] or 'nothing'}{ended}: {parts}"
 
 
 def release_commit(running: str, installed: str) -> str:

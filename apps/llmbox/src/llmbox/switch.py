@@ -32,7 +32,7 @@ class Manager(Protocol):
     def process(self, unit: str) -> Process: ...
     def reset_failed(self, unit: str) -> None: ...
     def start(
-        self, unit: str, *, timeout_s: float, restart: bool = False, on_tick: Callable[[], None] = ...
+        self, unit: str, *, timeout_s: float, restart: bool = False, on_tick: Callable[[], bool] = ...
     ) -> str: ...
     def start_soon(self, unit: str) -> None: ...
     def stop(self, unit: str, *, timeout_s: float) -> str: ...
@@ -61,6 +61,7 @@ class Outcome:
     seconds: float = 0.0
     reason: list[str] = field(default_factory=list)
     process: Process | None = None  # of the preset that has just become ready
+    parts: Mapping[str, float] = field(default_factory=dict)  # seconds: stop and load, both within ready
 
     def as_json(self) -> dict[str, object]:
         """The object that --json prints."""
@@ -76,7 +77,11 @@ class Outcome:
 
 
 class Switcher:
-    """The verbs that change what serves."""
+    """The verbs that change what serves.
+
+    `watch` gives, before a start at a listen address, the question whether the new server answers there.
+    With it a switch is over when that is so; without it when systemd's own wait has found it, a moment later.
+    """
 
     def __init__(
         self,
@@ -85,12 +90,14 @@ class Switcher:
         health: Callable[[str], str],
         reporter: Reporter,
         clock: Callable[[], float] = time.monotonic,
+        watch: Callable[[str], Callable[[], bool]] = lambda _listen: lambda: False,
     ) -> None:
         self.presets = presets
         self.manager = manager
         self.health = health
         self.reporter = reporter
         self.clock = clock
+        self.watch = watch
 
     def serves(self, name: str) -> bool:
         """Whether this preset is up and answers."""
@@ -135,8 +142,10 @@ class Switcher:
                 self.manager.reset_failed(back_to)
             process = self.manager.process(wanted.unit)
             seconds = self.clock() - began
+            stop = min(max(0.0, process.started_s - began), seconds)
+            parts = {"stop": stop, "load": seconds - stop, "ready": seconds}
             message = f"{name} is ready ({seconds:.1f} s)"
-            return Outcome(True, message, name, name, True, seconds, process=process)
+            return Outcome(True, message, name, name, True, seconds, process=process, parts=parts)
         return self._failed(wanted, back_to, began, said)
 
     def off(self) -> Outcome:
@@ -164,9 +173,8 @@ class Switcher:
                 )
                 return Outcome(True, left, serving=foreign, seconds=seconds)
             return Outcome(True, "off: nothing was running", seconds=seconds)
-        return Outcome(
-            True, f"off: stopped {', '.join(stopped)} ({seconds:.1f} s)", stopped[0], None, True, seconds
-        )
+        said = f"off: stopped {', '.join(stopped)} ({seconds:.1f} s)"
+        return Outcome(True, said, stopped[0], None, True, seconds, parts={"stop": seconds})
 
     def sleep(self) -> Outcome:
         """Stop the active preset, then suspend the machine; when it refuses, go back to what was serving."""
@@ -184,6 +192,7 @@ class Switcher:
                 None,
                 stopped.changed,
                 self.clock() - began,
+                parts=stopped.parts,
             )
         self.reporter.note(f"the machine was not suspended: {said}")
         serving = self._return_to(former)
@@ -200,16 +209,15 @@ class Switcher:
         former_preset = self._preset(former) if former and self._is_preset(former) else None
         limit = wanted.start_timeout + (former_preset.stop_timeout if former_preset else 0) + MARGIN_S
         last = -PROGRESS_INTERVAL_S
+        answers = self.watch(wanted.listen)
 
-        def tick() -> None:
+        def tick() -> bool:
             nonlocal last
-            if not self.reporter.live:
-                return
             elapsed = self.clock() - began
-            if elapsed - last < PROGRESS_INTERVAL_S:
-                return
-            last = elapsed
-            self.reporter.progress(wanted.name, elapsed, self._doing(wanted, former))
+            if self.reporter.live and elapsed - last >= PROGRESS_INTERVAL_S:
+                last = elapsed
+                self.reporter.progress(wanted.name, elapsed, self._doing(wanted, former))
+            return answers()
 
         return self.manager.start(wanted.unit, timeout_s=limit, restart=restart, on_tick=tick)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llmbox.bus import PROPERTIES_INTERFACE, Bus, Refused
 from llmbox.errors import LlmboxError, UsageError
+from llmbox.wait_ready import pause
 
 COMMAND_TIMEOUT_S = 30
 TICK_S = 0.1
@@ -24,7 +25,7 @@ PROPERTIES = (
     "ExecMainCode,ExecMainStatus,ExecMainPID,ExecMainStartTimestamp"
 )
 _SIGNALED = {"2", "3"}  # CLD_KILLED, CLD_DUMPED
-_STOPPED = {"15", "9"}  # SIGTERM, SIGKILL
+_STOPPED = {"1", "15", "9"}  # SIGHUP, which is the units' KillSignal=, SIGTERM of a drop-in, SIGKILL
 _DONE = {"done", "skipped"}  # skipped: by a condition that somebody gave the unit
 SERVICE = "org.freedesktop.systemd1.Service"
 
@@ -137,11 +138,12 @@ class Systemd:
         *,
         timeout_s: float,
         restart: bool = False,
-        on_tick: Callable[[], None] = lambda: None,
+        on_tick: Callable[[], bool] = lambda: False,
     ) -> str:
         """Start (or restart) the unit and wait until it is ready. Returns "", or why it is not.
 
-        Raises whatever `on_tick` or a signal handler raises; the job itself then goes on inside systemd.
+        `on_tick` says True when it knows already that it is; the job then goes on inside systemd. Raises
+        whatever `on_tick` or a signal handler raises; the job goes on then, too.
         """
         return self._job("restart" if restart else "start", unit, timeout_s, on_tick)
 
@@ -154,17 +156,20 @@ class Systemd:
         """Stop the unit, and with it a pending automatic restart. Returns "", or why it is not stopped."""
         return self._job("stop", unit, timeout_s)
 
-    def _job(self, verb: str, unit: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None) -> str:
-        deadline = time.monotonic() + timeout_s
+    def _job(
+        self, verb: str, unit: str, timeout_s: float, on_tick: Callable[[], bool] = lambda: False
+    ) -> str:
+        began = time.monotonic()
         with Bus(self.runtime) as bus:
             try:
                 (job,) = bus.call(f"{verb.capitalize()}Unit", "ss", unit, "replace")
             except Refused as refusal:
                 return str(refusal)
-            while (end := bus.job_end(job, TICK_S)) is None:
-                if time.monotonic() > deadline:
+            while (end := bus.job_end(job, pause(time.monotonic() - began))) is None:
+                if time.monotonic() > began + timeout_s:
                     return f"the {verb} of {unit} did not end in {timeout_s:.0f} s"
-                on_tick()
+                if on_tick():
+                    return ""
         return "" if end in _DONE else f"the {verb} of {unit} ended as '{end}'"
 
     def last_lines(self, state: UnitState, count: int) -> list[str]:

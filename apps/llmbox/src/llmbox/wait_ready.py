@@ -21,6 +21,11 @@ ANSWER_TIMEOUT_S = 2.0
 USAGE = "usage: llmbox-wait-ready --pid PID --listen HOST:PORT|/path.sock --timeout SECONDS"
 
 
+def pause(elapsed_s: float) -> float:
+    """Seconds until the next question to a server that has been starting for so many."""
+    return min(INTERVAL_S + INTERVAL_SHARE * elapsed_s, LONGEST_INTERVAL_S)
+
+
 def health_status(listen: str, timeout_s: float = ANSWER_TIMEOUT_S) -> int | None:
     """HTTP status of GET /health at `listen` (`host:port` or a socket's path); None: no answer yet."""
     try:
@@ -72,8 +77,7 @@ def wait(pid: int, listen: str, timeout_s: float) -> str | None:
         while time.monotonic() - started < timeout_s:
             status = health_status(listen)
             elapsed = time.monotonic() - started
-            interval = min(INTERVAL_S + INTERVAL_SHARE * elapsed, LONGEST_INTERVAL_S)
-            if poll.poll(0 if status == 200 else interval * 1000):
+            if poll.poll(0 if status == 200 else pause(elapsed) * 1000):
                 return (
                     f"llama-server (pid {pid}) ended after {time.monotonic() - started:.1f} s, before it was "
                     "ready; its own last lines say why"

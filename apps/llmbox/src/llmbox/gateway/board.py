@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -132,6 +132,7 @@ class Board:
         self._last_used = self.clock()
         self._unloaded: str | None = None
         self._holds: dict[object, str | None] = {}
+        self._cleared: tuple[str | None, dict[str, float]] = (None, {})  # for a hold: what served, and parts
         self._drained = asyncio.Event()
         self._wake = asyncio.Event()
         self._suspect = False
@@ -250,18 +251,24 @@ class Board:
         return len(self.leases)
 
     @asynccontextmanager
-    async def hold(self, preset: str | None) -> AsyncIterator[None]:
+    async def hold(self, preset: str | None) -> AsyncIterator[Callable[[bool, Mapping[str, float]], None]]:
         """Keep every request here while somebody else switches; the body starts when the server is drained.
 
-        `preset` is where that switch goes, None when it stops the server.
+        `preset` is where that switch goes, None when it stops the server. The body may tell how it went:
+        whether it is done, and the seconds of its parts.
         """
         me = object()
+
+        def switched(ok: bool, parts: Mapping[str, float]) -> None:
+            former, cleared = self._cleared
+            self._record(former, preset, ok, {**cleared, **parts})
+
         self._drained.clear()
         self._holds[me] = preset
         self._wake.set()
         try:
             await self._drained.wait()
-            yield
+            yield switched
         finally:
             del self._holds[me]
             self._wake.set()
@@ -307,8 +314,10 @@ class Board:
             while not gone.done() and not self._suspect:
                 self._pump()
                 if self._holds:
-                    await self._prepare(next(iter(self._holds.values())), gone)
-                    await self._drain("the box is being switched by hand")
+                    target = next(iter(self._holds.values()))
+                    parts = {"prefetch": await self._timed(self._prepare(target, gone))}
+                    parts["drain"] = await self._timed(self._drain("the box is being switched by hand"))
+                    self._cleared = (seen.preset, parts)
                     return
                 target = self._target()
                 if target:
@@ -336,6 +345,7 @@ class Board:
         while self._holds:
             self._wake.clear()
             await self._wake.wait()
+        self._cleared = (None, {})
         for ticket in self.waiting:
             ticket.switch = ticket.switch or "waited"
 
@@ -365,14 +375,10 @@ class Board:
     async def _go_to(self, target: str, gone: asyncio.Future[None]) -> None:
         assert self.serving is not None
         former = self.serving.preset
-        began = self.clock()
-        await self._prepare(target, gone)
-        parts = {"prefetch": self.clock() - began}
+        parts = {"prefetch": await self._timed(self._prepare(target, gone))}
         if not any(ticket.preset == target for ticket in self.waiting):
             return  # whoever wanted it has left meanwhile
-        began = self.clock()
-        await self._drain(f"the box goes over to the preset {target}")
-        parts["drain"] = self.clock() - began
+        parts["drain"] = await self._timed(self._drain(f"the box goes over to the preset {target}"))
         await self._move(former, target, parts)
 
     async def _prepare(self, target: str | None, gone: asyncio.Future[None]) -> None:
@@ -419,21 +425,32 @@ class Board:
             cause.switch = "caused"
         for ticket in self.waiting:
             ticket.switch = ticket.switch or ("waited" if ticket.preset in (target, None) else "")
-        parts = {**parts, **moved.parts, "ready": self.clock() - began}
-        self.last_switch = {"from": former, "to": target, "ok": moved.ok, "parts": parts}
-        outcome = (target, "ok" if moved.ok else "failed")
-        self.switches[outcome] = self.switches.get(outcome, 0) + 1
-        for part, seconds in parts.items():
-            count, total = self.switch_parts.get((target, part), (0, 0.0))
-            self.switch_parts[target, part] = (count + 1, total + seconds)
+        self._record(former, target, moved.ok, {**parts, **moved.parts, "ready": self.clock() - began})
         if moved.ok:
-            self.load_s[target] = parts["ready"]
             self._known = moved.seen
             return
         self.failed[target] = (self.clock(), moved.reason)
         for ticket in list(self.waiting):
             if ticket.preset == target or (former is None and ticket.preset is None):
                 self._refuse(ticket, 503, moved.reason)
+
+    def _record(self, former: str | None, target: str | None, ok: bool, parts: dict[str, float]) -> None:
+        """Keep what a switch took; `target` is None when it stopped the server."""
+        self.last_switch = {"from": former, "to": target, "ok": ok, "parts": parts}
+        if target is None:
+            return
+        outcome = (target, "ok" if ok else "failed")
+        self.switches[outcome] = self.switches.get(outcome, 0) + 1
+        for part, seconds in parts.items():
+            count, total = self.switch_parts.get((target, part), (0, 0.0))
+            self.switch_parts[target, part] = (count + 1, total + seconds)
+        if ok:
+            self.load_s[target] = parts.get("ready", 0.0)
+
+    async def _timed(self, work: Awaitable[None]) -> float:
+        began = self.clock()
+        await work
+        return self.clock() - began
 
     async def _unload(self, preset: str) -> None:
         log.info("%s: idle for %g s, unloading it", preset, self.clock() - self._last_used)

@@ -6,8 +6,7 @@ import asyncio
 import logging
 import os
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from llmbox.presets import BoxPreset, PresetsFile
 from llmbox.server import LlamaServer
 from llmbox.switch import Switcher
 from llmbox.systemd import Systemd, UnitState
+from llmbox.wait_ready import health_status
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,28 @@ def health(listen: str) -> str:
         return server.health()
 
 
+def newcomer(listen: str) -> Callable[[], bool]:
+    """The question, for every few milliseconds, whether a server answers that has bound the path since.
+
+    The one before it is not asked: with each connection it takes longer to end.
+    """
+    before = _identity(listen)
+
+    def answers() -> bool:
+        bound = _identity(listen)
+        return bound not in (None, before) and health_status(listen) == 200
+
+    return answers
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
 class SystemdBox:
     """The box behind llmbox.systemd. Everything that takes time runs in a thread."""
 
@@ -50,7 +72,7 @@ class SystemdBox:
         self.systemd = systemd
         self.runtime = runtime
         self._active: str | None = None
-        self.switcher = Switcher(presets, systemd, health, LogReporter())
+        self.switcher = Switcher(presets, systemd, health, LogReporter(), watch=newcomer)
 
     async def look(self) -> Seen:
         """What runs, and whether it answers."""
@@ -87,7 +109,6 @@ class SystemdBox:
         return await asyncio.shield(asyncio.to_thread(self._switch, preset))
 
     def _switch(self, preset: str) -> Moved:
-        began = time.monotonic()
         try:
             with held(self.runtime, f"{preset} (gateway)"):
                 outcome = self.switcher.switch(preset)
@@ -101,9 +122,7 @@ class SystemdBox:
         if process is None or not process.pid:  # it was ready already, or has ended since
             return Moved(True)
         self._active = preset
-        stopped = max(0.0, process.started_s - began)
-        parts = {"stop": stopped, "load": time.monotonic() - began - stopped}
-        return Moved(True, parts=parts, seen=Seen("ready", preset, process.pid))
+        return Moved(True, parts=outcome.parts, seen=Seen("ready", preset, process.pid))
 
     async def stop(self) -> None:
         """Stop whatever preset runs. Raises Busy when lmswitch has the lock."""

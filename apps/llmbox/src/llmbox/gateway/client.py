@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,22 @@ def ask_status(runtime: Path) -> dict[str, Any] | None:
 @contextmanager
 def requests_held(
     runtime: Path, preset: str | None, on_tick: Callable[[Mapping[str, Any]], None]
-) -> Iterator[None]:
+) -> Iterator[Callable[[bool, Mapping[str, float]], None]]:
     """Have the gateway hold all requests during the body, once what runs has been drained.
 
-    `on_tick` gets its figures meanwhile. Without a gateway there is nothing to hold. Raises LlmboxError
-    when one is there and does not answer.
+    `on_tick` gets its figures meanwhile. The body tells it how the switch went: whether it is done, and the
+    seconds of its parts. Without a gateway there is nothing to hold. Raises LlmboxError when one is there
+    and does not answer.
     """
     connection = _connect(runtime)
     if connection is None:
-        yield
+        yield lambda _ok, _parts: None
         return
+
+    def switched(ok: bool, parts: Mapping[str, float]) -> None:
+        with suppress(OSError):  # it was stopped meanwhile
+            connection.sendall(line({"ok": ok, "parts": dict(parts)}))
+
     with connection:
         try:
             connection.sendall(line({"do": "hold", "preset": preset}))
@@ -57,7 +63,7 @@ def requests_held(
             ) from None
         except (OSError, ValueError):
             pass  # it was stopped meanwhile: nothing stands in front any longer
-        yield
+        yield switched
 
 
 def _connect(runtime: Path) -> socket.socket | None:

@@ -3,6 +3,7 @@
 JSON, one object a line. `{"do": "status"}` is answered with the figures of the queue. `{"do": "hold",
 "preset": NAME}` is answered with the figures once a second while the present server is drained, and with
 `{"held": true}` when it is; from then on requests wait until the connection closes, however that happens.
+Before that lmswitch may say how it went: `{"ok": BOOL, "parts": {NAME: SECONDS}}`.
 """
 
 from __future__ import annotations
@@ -46,25 +47,27 @@ async def serve(board: Board, listener: socket.socket) -> asyncio.Server:
 async def _hold(
     board: Board, preset: str | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    closed = asyncio.ensure_future(reader.read())
+    said = asyncio.ensure_future(reader.readline())  # nothing when the connection is closed
     held = asyncio.Event()
 
     async def hold() -> None:
-        async with board.hold(preset):
+        async with board.hold(preset) as switched:
             held.set()
             writer.write(line({"held": True}))
-            await closed
+            if ended := json.loads(await said or b"{}"):
+                switched(bool(ended["ok"]), {part: float(taken) for part, taken in ended["parts"].items()})
 
     holding = asyncio.ensure_future(hold())
     try:
-        while not closed.done() and not holding.done():
+        while not holding.done() and (held.is_set() or not said.done()):
             if not held.is_set():
                 writer.write(line(status(board)))
-            await asyncio.wait({closed, holding}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {holding} if held.is_set() else {said, holding}
+            await asyncio.wait(waiting, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        closed.cancel()
+        said.cancel()
         holding.cancel()
-        await asyncio.gather(closed, holding, return_exceptions=True)
+        await asyncio.gather(said, holding, return_exceptions=True)
 
 
 def status(board: Board) -> dict[str, Any]:

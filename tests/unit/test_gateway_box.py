@@ -1,0 +1,128 @@
+"""The gateway's box over a service manager and servers that a test plays behind real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmbox.gateway.board import Busy, Seen
+from llmbox.gateway.box import SystemdBox, choose, newcomer
+from llmbox.lock import held
+from llmbox.presets import PresetsFile
+from llmbox.systemd import Systemd, UnitState
+
+from tests.unit.fake_manager import FakeManager
+from tests.unit.gateway_process import preset
+from tests.unit.test_llmbox_wait_ready import Server
+
+A, B = "llama-a.service", "llama-b.service"
+NEVER_S = 60.0
+
+
+class Place:
+    """A runtime directory with a service manager, and the socket of whatever server runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.listen = folder / "server.sock"
+        self.listeners: list[socket.socket] = []
+        self.manager = FakeManager(folder, begin=lambda unit: self.serve(503, 503, 200) if unit else None)
+        presets = {name: preset(self.listen, unit=f"llama-{name}.service") for name in "ab"}
+        file = PresetsFile.model_validate({"version": 1, "user": "llm", "presets": presets})
+        self.box = SystemdBox(file, Systemd(folder), folder)
+
+    def serve(self, *statuses: int) -> Server:
+        """Another server on the path, in the former one's place."""
+        self.listen.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.listen))
+        listener.listen()
+        self.listeners.append(listener)
+        return Server(listener, list(statuses))
+
+    def close(self) -> None:
+        """End it all."""
+        self.manager.close()
+        for listener in self.listeners:
+            listener.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A place where nothing runs."""
+    made = Place(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_switch_is_over_when_the_new_server_answers_and_the_old_one_is_not_asked(place: Place) -> None:
+    place.manager.active = A
+    place.manager.slow[B] = 1.0  # systemd's own wait takes its time
+    old = place.serve(200)
+    began = time.monotonic()
+    moved = asyncio.run(place.box.switch("b"))
+    assert time.monotonic() - began < 0.9, "it waited for the job"
+    assert moved.ok and moved.seen == Seen("ready", "b", place.manager.pid)
+    assert set(moved.parts) == {"stop", "load", "ready"}
+    assert old.asked == 0, "a connection delays the end of the old server"
+
+
+def test_a_server_that_was_there_before_is_no_newcomer(place: Place) -> None:
+    nothing = newcomer(str(place.listen))
+    assert not nothing()
+    old = place.serve(200)
+    answers = newcomer(str(place.listen))
+    assert not answers() and old.asked == 0
+    place.serve(503, 200)
+    assert [answers(), answers()] == [False, True]
+    assert nothing()
+
+
+def test_whoever_else_switches_is_waited_for(place: Place) -> None:
+    with held(place.folder, "coder"), pytest.raises(Busy):
+        asyncio.run(place.box.switch("b"))
+    assert not place.manager.calls
+
+
+def test_a_preset_that_is_ready_already_is_left_alone(place: Place) -> None:
+    place.manager.active = A
+    place.serve(200)
+    moved = asyncio.run(place.box.switch("a"))
+    assert moved.ok and moved.seen is None
+    assert {call[0] for call in place.manager.calls} == {"ListUnitsByNames"}
+
+
+def test_what_runs_is_stopped(place: Place) -> None:
+    place.manager.active = A
+    asyncio.run(place.box.stop())
+    assert ("StopUnit", A, "replace") in place.manager.calls and place.manager.active == ""
+
+
+UP = {"active": "active", "sub": "running", "main_pid": 7}
+STARTS = {"active": "activating", "sub": "start-post"}
+AGAIN = {"active": "activating", "sub": "auto-restart", "result": "signal"}
+FAILED = {"active": "failed", "sub": "failed", "ending": "it exited with status 1"}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "seen"),
+    [
+        (UP, {}, Seen("ready", "a", 7)),
+        (STARTS, UP, Seen("ready", "b", 7)),
+        ({}, STARTS, Seen("coming", "b")),
+        (AGAIN, {}, Seen("coming", "a")),
+        (FAILED, STARTS, Seen("coming", "b")),
+        ({**FAILED, "since_s": 2.0}, {**FAILED, "since_s": 1.0}, Seen("down", "a", 0, FAILED["ending"])),
+        ({}, {}, Seen("down")),
+    ],
+)
+def test_what_systemd_s_states_mean_for_requests(
+    place: Place, a: dict[str, Any], b: dict[str, Any], seen: Seen
+) -> None:
+    states = {A: UnitState(A, **a), B: UnitState(B, **b)}
+    assert choose(place.box.presets, states)[0] == seen
