@@ -46,6 +46,7 @@ class FakeManager:
         self.calls: list[tuple[Any, ...]] = []
         self.hangs = False
         self.greeting = b""
+        self.news = b""  # what it says in one breath with its greeting
         self._begin, self._up = begin, up
         self._jobs = 0
         (runtime / "systemd").mkdir(exist_ok=True)
@@ -78,7 +79,7 @@ class FakeManager:
                 begun += data
                 if b"AUTH EXTERNAL" in data:
                     self.greeting = data
-                    connection.sendall(b"OK 0123456789abcdef0123456789abcdef\r\n")
+                    connection.sendall(b"OK 0123456789abcdef0123456789abcdef\r\n" + self.news)
             parser = Parser()
             parser.add_data(begun.partition(b"BEGIN\r\n")[2])
             while True:

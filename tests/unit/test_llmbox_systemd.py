@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jeepney import new_signal  # type: ignore[import-untyped]
 from llmbox import bus
 from llmbox.errors import LlmboxError, UsageError
 from llmbox.systemd import (
@@ -21,7 +22,7 @@ from llmbox.systemd import (
     runtime_dir,
 )
 
-from tests.unit.fake_manager import FakeManager
+from tests.unit.fake_manager import JOB, MANAGER, FakeManager
 
 FAILED = """Id=llama-coder.service
 LoadState=loaded
@@ -116,6 +117,13 @@ def test_begin_comes_before_systemd_answers(manager: FakeManager, tmp_path: Path
     """Otherwise it may come in one read with the first call, and systemd 252 never looks at that one."""
     Systemd(tmp_path).look([])
     assert manager.greeting.startswith(b"\0AUTH EXTERNAL ") and manager.greeting.endswith(b"\r\nBEGIN\r\n")
+
+
+def test_what_goes_on_meanwhile_may_come_with_the_greeting(manager: FakeManager, tmp_path: Path) -> None:
+    body = (999, f"{JOB}999", "other.service", "done")
+    manager.news = new_signal(MANAGER, "JobRemoved", "uoss", body).serialise(serial=3)
+    manager.active = "a.service"
+    assert Systemd(tmp_path).look(["a.service"])["a.service"].active == "active"
 
 
 def test_the_process_of_a_unit_and_when_it_began(manager: FakeManager, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from jeepney.auth import BEGIN, AuthenticationError, Authenticator  # type: igno
 from llmbox.errors import LlmboxError
 
 CALL_TIMEOUT_S = 30.0
+GREETING_LIMIT = 4096  # bytes
 SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = ("/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
 PROPERTIES_INTERFACE = "org.freedesktop.DBus.Properties"
@@ -93,8 +94,14 @@ class Bus:
         # by systemd before the second (measured with 252).
         dialogue = Authenticator()
         self._socket.sendall((dialogue.data_to_send() or b"") + BEGIN)
-        while not dialogue.authenticated:
-            dialogue.feed(self._some())
+        said = b""
+        while b"\r\n" not in said and len(said) < GREETING_LIMIT:
+            said += self._some()
+        answer, end, news = said.partition(b"\r\n")
+        dialogue.feed(answer + end)
+        if not dialogue.authenticated:
+            raise AuthenticationError(answer)
+        self._parser.add_data(news)  # signals: from BEGIN on it tells of everything that goes on
 
     def _receive(self, deadline: float) -> None:
         left = deadline - time.monotonic()
