@@ -86,7 +86,10 @@ def prompt(words: int, nonce: str) -> str:
 
 
 class Meter:
-    """Times runs of one preset. The first run of every server process is warm-up, and is thrown away."""
+    """Times runs of one preset. The first run of every server process is warm-up, and is thrown away.
+
+    `disturbed` is told why a run counts for nothing, before it is repeated; it raises to have no more.
+    """
 
     def __init__(
         self,
@@ -94,10 +97,12 @@ class Meter:
         preset: str,
         tell: Callable[[str], None] = lambda _: None,
         sleep: Callable[[float], None] = time.sleep,
+        disturbed: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.client = client
         self.preset = preset
         self.tell = tell
+        self.disturbed = disturbed
         self._sleep = sleep
         self._warm = ""  # the process that has answered already
         self._tokens_per_word = 0.0
@@ -132,6 +137,7 @@ class Meter:
                 return self._run(shape)
             except Disturbed as error:
                 disturbed = str(error)
+                self.disturbed(disturbed)
                 self.tell(f"{self.preset}: {disturbed}; once more")
         raise NotMeasured(f"no run of {ATTEMPTS} was undisturbed; the last: {disturbed}")
 

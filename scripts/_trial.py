@@ -47,6 +47,7 @@ class Serving:
 
     executable: str
     restarts: int
+    out_of_memory: bool = False  # why it crashed
 
 
 class Trial:
@@ -76,7 +77,9 @@ class Trial:
         said = self._ask({})
         if not said["ok"]:
             raise TrialFailed(str(said["message"]))
-        return Serving(str(said["executable"]), int(said["restarts"]))
+        return Serving(
+            str(said["executable"]), int(said["restarts"]), out_of_memory=bool(said.get("out_of_memory"))
+        )
 
     def close(self) -> None:
         """End the trial and wait until the box serves what it served before. Raises Unreachable."""

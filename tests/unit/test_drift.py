@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from llmbox import trial
 from llmbox.drift import cli, compare, host, models
 
 from scripts import _ask_host, verify_health
@@ -355,6 +356,15 @@ def test_a_drop_in_that_was_recorded_is_an_override_until_it_changes(box: Box) -
     assert box.found() == [("units/llama-coder.service.d/50-own.conf", "line 2 'Nice=3'", "line 2 'Nice=5'")]
     path.unlink()
     assert box.found() == [("units/llama-coder.service.d/50-own.conf", "a file", "nothing")]
+
+
+def test_a_trial_is_no_drift_while_it_is_held(box: Box) -> None:
+    assert (host.TRIAL_UNIT, host.TRIAL_DROP_IN) == (trial.UNIT, trial.DROP_IN)
+    write(box.unit.parent / f"llama-coder.service.d/{trial.DROP_IN}", trial.drop_in(["/x"]))
+    box.states["llm"][trial.UNIT] = {"ActiveState": "active"}
+    assert box.found() == []
+    box.states["llm"][trial.UNIT] = {"ActiveState": "inactive"}
+    assert box.found() == [(f"units/llama-coder.service.d/{trial.DROP_IN}", "nothing", "a file")]
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ def test_the_unit_runs_exactly_the_command_that_was_asked_for() -> None:
 def test_another_command_serves_and_then_the_own_one_again(box: Box) -> None:
     trial = box.trial()
     said = trial.answer({"command": OTHER})
-    assert said == {"ok": True, "message": "ready", "executable": OTHER[0], "restarts": 3}
+    serves = {"executable": OTHER[0], "restarts": 3, "out_of_memory": False}
+    assert said == {"ok": True, "message": "ready", **serves}
     assert trial.answer({})["executable"] == OTHER[0]
     assert trial.answer({"command": None})["ok"] and running(box) == OWN
     assert not box.folder("a").exists()
@@ -163,6 +164,14 @@ def test_afterwards_what_served_before_serves_unless_somebody_asked_for_another(
     assert (box.up, box.did) == (serves, did)
     trial.end()
     assert box.did == did  # the second time there is nothing to do
+
+
+def test_a_server_that_died_of_memory_while_it_answered_is_told_apart(box: Box) -> None:
+    trial = box.trial()
+    assert trial.answer({"command": OTHER})["out_of_memory"] is False
+    for line, memory in (("CUDA error: out of memory", True), ("Segmentation fault", False)):
+        box.journal = [line]
+        assert trial.answer({})["out_of_memory"] is memory
 
 
 def test_what_a_killed_trial_left_is_found_and_removed(box: Box) -> None:

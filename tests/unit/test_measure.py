@@ -113,6 +113,16 @@ def test_a_box_that_is_never_free_is_given_up_with_the_reason(
     assert len(gateway.asked) == _measure.ATTEMPTS and len(slept) == _measure.ATTEMPTS - 1
 
 
+def test_whoever_measures_may_have_no_more_of_it(slept: list[float]) -> None:
+    def ended(why: str) -> None:
+        raise RuntimeError(why)
+
+    client = httpx.Client(base_url="http://box", transport=httpx.MockTransport(FakeGateway(503)))
+    with pytest.raises(RuntimeError, match="HTTP 503: no turn"):
+        list(Meter(client, "smol", sleep=slept.append, disturbed=ended).series(SHAPE, 1))
+    assert slept == []
+
+
 def test_a_server_that_restarts_between_warm_up_and_run_is_a_disturbance(
     meter: Callable[[FakeGateway], Meter],
 ) -> None:

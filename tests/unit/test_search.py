@@ -74,6 +74,41 @@ def test_the_recorded_sweeps(points: dict[int, float], start: int) -> None:
     assert len(bench.seen) <= FEW * len(LAYERS.values), bench.seen
 
 
+# What a point's median of three runs varies by, as a share, on a quiet box and on one that others use.
+@pytest.mark.parametrize("noise", [0.005, 0.01])
+@pytest.mark.parametrize("points", [BENCH, SERVED], ids=["bench", "served"])
+def test_the_recorded_sweeps_with_noise(points: dict[int, float], noise: float) -> None:
+    """Within 3 % of the exhaustive best in a third of its runs, from any start, whatever chance does."""
+    true = between(points)
+    for number in range(100):
+        rng = random.Random(number)  # noqa: S311
+
+        def noisy(setting: Setting, rng: random.Random = rng) -> float | None:
+            speed = true(setting)
+            return None if speed is None else speed * rng.gauss(1, noise)
+
+        bench = Bench(noisy)
+        found = search((LAYERS,), {"n_cpu_moe": rng.randint(0, 48)}, bench)
+        assert (true(found.setting) or 0) >= NEAR * exhaustive((LAYERS,), true), (number, found)
+        assert len(bench.seen) <= FEW * len(LAYERS.values), (number, bench.seen)
+
+
+def test_what_fits_and_crawls_is_slow_and_not_out_of_memory() -> None:
+    """As at 128K tokens: 9 tokens/s where the card is full, which is no reason not to look beyond."""
+
+    def surface(setting: Setting) -> float | None:
+        value = setting["n_cpu_moe"]
+        if value < 17:
+            return None
+        return 9.0 if value < 22 else between(SERVED)(setting)
+
+    for start in (17, 20, 30, 48):
+        bench = Bench(surface)
+        found = search((LAYERS,), {"n_cpu_moe": start}, bench)
+        assert found.speed >= NEAR * exhaustive((LAYERS,), surface), (start, found)
+        assert len(bench.seen) <= FEW * len(LAYERS.values)
+
+
 def box(rng: random.Random) -> tuple[tuple[Axis, ...], Surface]:
     """A made-up box: a token takes its layers' time, threads help up to the cores, batches take memory."""
     layers, cores = rng.randint(20, 64), rng.choice([4, 6, 8, 12, 16])

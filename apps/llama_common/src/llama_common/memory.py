@@ -29,7 +29,7 @@ RPC: Final = Device("GPU", alignment=64)
 _EXPERTS: Final = re.compile(r"^blk\.(\d+)\.ffn_(up|down|gate|gate_up)_(ch|)exps")
 _EMBEDDING_TWICE: Final = ("gemma4",)
 """Their output layer is made before the embedding that it shares, and becomes a copy on the CPU as well."""
-_BATCH_FLAGS: Final = {"-ub": "ubatch", "--ubatch-size": "ubatch", "-b": "batch", "--batch-size": "batch"}
+BATCH_FLAGS: Final = {"-ub": "ubatch", "--ubatch-size": "ubatch", "-b": "batch", "--batch-size": "batch"}
 UNMODELLED_FLAGS: Final = frozenset(
     (
         "-ot", "--override-tensor", "-cmoe", "--cpu-moe", "-ncffn", "--n-cpu-ffn", "-nkvo", "--no-kv-offload",
@@ -70,8 +70,8 @@ class Settings:
             flag = item.partition("=")[0]
             if flag in UNMODELLED_FLAGS:
                 raise NotPredicted(f"extra_args has {flag}, whose memory the header does not tell")
-            if flag in _BATCH_FLAGS and index + 1 < len(items) and items[index + 1].isdecimal():
-                values[_BATCH_FLAGS[flag]] = int(items[index + 1])
+            if flag in BATCH_FLAGS and index + 1 < len(items) and items[index + 1].isdecimal():
+                values[BATCH_FLAGS[flag]] = int(items[index + 1])
         keys = ("context", "kv_cache_type", "n_gpu_layers", "n_cpu_moe", "parallel", "flash_attention")
         values |= {key: preset[key] for key in keys if key in preset}
         return cls(**values)

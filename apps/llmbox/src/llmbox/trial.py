@@ -7,7 +7,8 @@ reads objects from standard input, one a line, and answers each with one:
     {"command": [...]}  restart the preset with this command line (null: with its own)
     {}                  say which program the preset runs, and how often systemd restarted it for a crash
 
-    {"ok": true, "message": str, "executable": path of the program that serves now, "restarts": int}
+    {"ok": true, "message": str, "executable": path of the program that serves now, "restarts": int,
+     "out_of_memory": bool: whether it was for want of memory that it was restarted}
     {"ok": false, "message": str, "out_of_memory": bool, "reason": [the server's last lines]}
 
 An empty line says that whoever asks is still there. The trial ends with its input, after SILENCE_S without a
@@ -44,7 +45,7 @@ LOCK_PAUSE_S = 1.0
 SWITCH_MARGIN_S = 120.0
 JOURNAL_LINES = 400
 _OUT_OF_MEMORY = re.compile(
-    r"out of memory|failed to allocate|cudaMalloc failed|unable to allocate|bad_alloc|lack of memory",
+    r"out of memory|failed to allocate|cudaMalloc failed|unable to allocate|bad_alloc|lack of memory|oom-kill",
     re.IGNORECASE,
 )
 
@@ -96,6 +97,7 @@ class Trial:
         self.switch = switch
         self.proc = proc
         self.clock = clock
+        self._began = clock()
 
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Do what one line asks for."""
@@ -112,12 +114,12 @@ class Trial:
                 "executable": "",
                 "reason": [],
             }
-        began = self.clock()
+        self._began = self.clock()
         self._put(text)
         done = self._restart()
         if done["ok"]:
             return self._serving(done["message"])
-        lines = self.manager.journal_since(self.preset.unit, began, JOURNAL_LINES)
+        lines = self._journal()
         if text is not None:  # serve again before anything else
             self._put(None)
             self._restart()
@@ -153,7 +155,17 @@ class Trial:
 
     def _serving(self, message: str) -> dict[str, Any]:
         restarts = self.manager.restarts(self.preset.unit)
-        return {"ok": True, "message": message, "executable": self.executable(), "restarts": restarts}
+        return {
+            "ok": True,
+            "message": message,
+            "executable": self.executable(),
+            "restarts": restarts,
+            "out_of_memory": bool(restarts) and out_of_memory(self._journal()),
+        }
+
+    def _journal(self) -> list[str]:
+        """What the server, and systemd about it, wrote since the last command line was asked for."""
+        return self.manager.journal_since(self.preset.unit, self._began, JOURNAL_LINES)
 
     def _argv(self) -> list[str]:
         with suppress(OSError):

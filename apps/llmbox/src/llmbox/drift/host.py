@@ -32,6 +32,8 @@ SYSTEM_FOLDERS = (
 USER_FOLDERS = ("/etc/systemd/user", "/run/systemd/user", "/usr/local/lib/systemd/user")
 HOME_FOLDERS = (".config/systemd/user", ".config/systemd/user.control")
 RUNTIME_FOLDERS = ("systemd/user", "systemd/user.control")
+# llmbox.trial's, which this package, that runs where nothing is installed, cannot import.
+TRIAL_UNIT, TRIAL_DROP_IN = "llmbox-trial.service", "zz-llmbox-trial.conf"
 
 
 def look(path: str, limit: int | None = FILE_LIMIT_BYTES) -> Entry | None:
@@ -166,14 +168,24 @@ def unit_states(units: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dic
 
 
 def drop_ins(units: Sequence[Mapping[str, Any]]) -> dict[str, Entry | None]:
-    """The drop-ins of the units that lie anywhere but in a package's folder."""
+    """The drop-ins of the units that lie anywhere but in a package's folder.
+
+    Not that of a trial while it is held: it ends by itself, and its preset runs its own command then.
+    """
     found: dict[str, Entry | None] = {}
     for unit in units:
-        for folder in unit_folders(unit.get("user") or ""):
+        user = unit.get("user") or ""
+        for folder in unit_folders(user):
             for name in drop_in_folders(unit["unit"]):
                 for path in sorted(Path(folder, name).glob("*.conf")):
-                    found.setdefault(str(path), look(str(path)))
+                    if not (path.name == TRIAL_DROP_IN and user and on_trial(user)):
+                        found.setdefault(str(path), look(str(path)))
     return found
+
+
+def on_trial(user: str) -> bool:
+    """Whether a preset of the user is on trial now."""
+    return "ActiveState=active" in systemctl(user, "show", "--property=ActiveState", TRIAL_UNIT)
 
 
 def unit_folders(user: str) -> list[str]:
