@@ -19,9 +19,9 @@ from scripts._ask_host import ask, reach
 from scripts._inventory import Host
 from scripts._llm_box import LlmBox
 from scripts._measure import ALONE, Meter, NotMeasured, Shape, Timed, prompt, shapes
+from scripts._refusal import KEY_VARIABLE, refusal
 from scripts._trial import Trial, TrialFailed, last_words, trial
 from scripts._verdict import LEAST_PAIRS, Behaviour, Comparison, judge_preset, open_yet
-from scripts.verify_health import KEY_VARIABLE, refusal
 
 MOST_PAIRS = 9  # while the verdict is open
 PROBE_ATTEMPTS, PROBE_PAUSE_S, PROBE_TIMEOUT_S = 3, 3.0, 300.0

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from scripts.verify_health import refusal
+from scripts._refusal import refusal
 
 ALONE = "X-Llmbox-Alone"
 # A prompt of fewer tokens is read so fast that its speed says nothing.

@@ -51,12 +51,13 @@ from scripts._inventory import Host, InventoryUnreadable, load
 from scripts._llm_box import GROUP, LlmBox
 from scripts._measure import DEEP_GENERATE, ROOM, Meter, NotMeasured, Shape, shapes
 from scripts._preset_edit import CannotEdit
+from scripts._refusal import KEY_VARIABLE
 from scripts._screen import table
 from scripts._search import Axis, NothingFits, Setting, search
 from scripts._trial import TrialFailed, trial
 from scripts._tuning import LEAST_GAIN, Case, Goal, NotTuned, Point, Points, Tell, Tuner, gain, shown, told
 from scripts.plan_vram import headers, run
-from scripts.verify_health import KEY_VARIABLE, ensure_writable, naming_the_option
+from scripts.verify_health import ensure_writable, naming_the_option
 
 NAMES = ("n_cpu_moe", "threads", "ubatch")  # the one that matters most first
 UBATCHES = (128, 256, 512, 1024, 2048)

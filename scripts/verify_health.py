@@ -44,12 +44,12 @@ from scripts import _command
 from scripts._ask_host import Unreachable, ask, bracketed, compare, reach
 from scripts._inventory import Host, load
 from scripts._llm_box import GATEWAY_UNITS, GROUP, LlmBox, gateway_units_unlike
+from scripts._refusal import KEY_VARIABLE, refusal
 from scripts._screen import size, table
 
 HOSTS_AT_ONCE = 8
 HEALTH_TIMEOUT_S = 10.0
 CHAT_TIMEOUT_S = 120.0
-KEY_VARIABLE = "LLMBOX_KEY"
 CLOCK_LIMIT_S = 5.0
 CHAT = {
     "messages": [{"role": "user", "content": "Count from one to five in words."}],
@@ -470,17 +470,6 @@ def question(url: str, *, chat: bool = True) -> Answers:
         return Answers(health, ready, text, "the answer was empty")
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         return Answers(health, ready, "", f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def refusal(reply: httpx.Response) -> str:
-    """Why the gateway did not do it, in its own words where it has some, and the fix where there is one."""
-    try:
-        body = reply.json()
-        said = body.get("reason") or body["error"]["message"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        said = reply.reason_phrase
-    fix = f"; fix: {KEY_VARIABLE}=KEY in the environment" if reply.status_code == 401 else ""
-    return f"HTTP {reply.status_code}: {said}{fix}".splitlines()[0]
 
 
 def verify(host: Host, *, drift: bool = False) -> HostReport:

@@ -49,10 +49,10 @@ from scripts._history import History, Run
 from scripts._inventory import Host, InventoryUnreadable, load
 from scripts._llm_box import GROUP, LlmBox
 from scripts._measure import Meter, NotMeasured, Timed, shapes
+from scripts._refusal import KEY_VARIABLE
 from scripts._screen import table
 from scripts._statistics import BASELINE_LEAST, Verdict, judge, spread
 from scripts.verify_health import (
-    KEY_VARIABLE,
     Check,
     HostReport,
     as_json,

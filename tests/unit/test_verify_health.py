@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 from llama_common.rules import LOCK_COMMAND
 
-from scripts import _ask_host, _command, _probe, verify_health
+from scripts import _ask_host, _command, _probe, _refusal, verify_health
 from scripts._inventory import Host, parse_hosts
 from scripts._llm_box import GATEWAY_UNITS, LlmBox
 from scripts.verify_health import Answers, Check, HostReport
@@ -281,7 +281,7 @@ class FakeGateway(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.delenv(verify_health.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(_refusal.KEY_VARIABLE, raising=False)
     monkeypatch.setattr(FakeGateway, "chats", [])
     with ThreadingHTTPServer(("127.0.0.1", 0), FakeGateway) as http:
         threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()
@@ -306,7 +306,7 @@ def test_a_gateway_that_wants_a_key(gateway: str, monkeypatch: pytest.MonkeyPatc
     found = failing(seen(), verify_health.question(gateway))
     assert found.keys() == {"ready", "chat"}
     assert "HTTP 401: a key is needed; fix: LLMBOX_KEY=KEY" in found["ready"].detail
-    monkeypatch.setenv(verify_health.KEY_VARIABLE, "k-1")
+    monkeypatch.setenv(_refusal.KEY_VARIABLE, "k-1")
     assert failing(seen(), verify_health.question(gateway)) == {}
 
 
