@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab lab-down lint test test-unit test-lab test-long bench
+.PHONY: help setup lab lab-down lint test test-unit test-lab test-long test-gpu test-gpu-inputs bench
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## the controller's environment in .venv (a no-op when nothing changed)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; fix: make PYTHON=python3.12 ...")'
@@ -34,6 +34,12 @@ test-lab: setup ## the lab part of the gate
 
 test-long: setup ## what takes longer than the gate may; FROM=case resumes
 	@$(BIN)/python tests/run.py long $(if $(FROM),--from $(FROM))
+
+test-gpu: ## build llama.cpp for the NVIDIA GPU of this machine and measure on it; no network (docs/gpu.md)
+	@$(PYTHON) tests/run.py gpu
+
+test-gpu-inputs: setup ## collect in build/gpu-inputs what test-gpu needs; GPU_PYTHON=3.12: that machine's Python
+	@$(BIN)/python scripts/bench_gpu.py --prepare $(if $(GPU_PYTHON),--python $(GPU_PYTHON))
 
 bench: setup ## benchmarks against the running lab, written to docs/benchmarks
 	@$(BIN)/python scripts/bench.py

@@ -209,6 +209,12 @@ def prepare(directory: Path, repo_root: Path) -> None:
             _prepare_model(model, directory / "models", repo_root)
 
 
+def prepare_repository(repository: Repository, directory: Path, repo_root: Path) -> None:
+    """Make sure `directory` holds one of the git repositories, fetching it when it is missing."""
+    with shared_cache(directory, "the llama.cpp trees and models"):
+        _prepare_repository(repository, directory, repo_root)
+
+
 def _prepare_repository(repository: Repository, directory: Path, repo_root: Path) -> None:
     target = directory / f"{repository.name}.git"
     if target.is_dir():

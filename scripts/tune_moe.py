@@ -219,6 +219,10 @@ def tune(host: Host, args: argparse.Namespace, tell: Tell) -> Found:
     """Search the settings of a preset on a host. Raises NotTuned, Unreachable, InventoryError, OSError."""
     box = LlmBox.of(host.variables)
     name = args.preset
+
+    def say(text: str) -> None:
+        tell(f"{name}: {text}")
+
     preset = box.config.llama_presets[name]
     release_dir = f"{box.builds_root}/{preset.build}/current"
     commands = Commands(box, name, run(host, f"cat {release_dir}/help.txt"))
@@ -260,16 +264,16 @@ def tune(host: Host, args: argparse.Namespace, tell: Tell) -> Found:
             case,
             commands,
             too_large(box.config, name, models),
-            tell,
+            say,
             goal=args.goal,
             budget_s=60 * args.budget,
             clock=time.monotonic,
             fresh=args.fresh,
         )
         if tuner.known:
-            tell(f"{tuner.known} points are known from an earlier run")
+            say(f"{tuner.known} points are known from an earlier run")
         found = searched(host.name, tuner, made, used)
-        tell("the box goes back to what it served")
+        say("the box goes back to what it served")
     return found
 
 
@@ -409,7 +413,7 @@ def report(args: argparse.Namespace) -> int:
     progress(f"reading {args.inventory}")
     host = the_host(load(args.inventory, limit=args.limit), args.preset)
     try:
-        found = tune(host, args, lambda text: progress(f"{host.name}: {args.preset}: {text}"))
+        found = tune(host, args, lambda text: progress(f"{host.name}: {text}"))
         try:
             found = proposed(found, host, args.inventory, write=args.write)
         except CannotEdit as error:

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""The runner behind `make lint`, `make test`, `make test-unit`, `make test-lab` and `make test-long`.
+"""The runner behind `make lint`, `make test`, `make test-unit`, `make test-lab`, `test-long` and `test-gpu`.
 
     python tests/run.py lint|unit|lab|gate [--keep]
+    python tests/run.py gpu
     python tests/run.py long [--from CASE] [--issue NAME]
 
 A stage that fails stops only those that need it. What this machine cannot run is skipped with its reason,
 never passed. The last line is always `N passed, N failed, N skipped`. Exit codes: 0 all passed, 1 something
-failed or nothing ran, 130 interrupted. The lab that the run made is removed in any case, unless --keep.
+failed or nothing ran (with `gpu` on a machine without one: 0), 130 interrupted. The lab that the run made is
+removed in any case, unless --keep.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ GATE_LAB = "gate"
 LONG_LAB = "long"
 DEBIAN_13 = "debian-13"  # a case of its own: everything the gate does on hosts, on the next Debian
 DEBIAN_13_LAB = "long13"
+GPU_PARTS = ("build", "layers", "cache", "draft", "tuner")  # of scripts/bench_gpu.py
 KILL_GRACE_S = 30
 PYTEST_NO_TESTS = 5
 MINUTE = 60
@@ -361,6 +364,81 @@ def lab_stages(name: str, *, suite: str | None = None, keep: bool = False) -> li
     ]
 
 
+# --- gpu ---
+
+
+def needs_gpu() -> str | None:
+    """Why this machine has no NVIDIA GPU to measure with, or None."""
+    if shutil.which("nvidia-smi") is None:
+        return "no NVIDIA GPU: nvidia-smi is not installed"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--list-gpus"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=30,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "no NVIDIA GPU that answers: nvidia-smi hangs"
+    if done.returncode != 0 or not done.stdout.strip():
+        return f"no NVIDIA GPU: nvidia-smi ends with exit code {done.returncode}"
+    return None
+
+
+def gpu_environment() -> tuple[str, dict[str, str]]:
+    """A Python with what the lane imports, and its environment: the controller's, or one of the wheels.
+
+    Raises RuntimeError when there is neither.
+    """
+    paths = [ROOT, *(ROOT / f"apps/{app}/src" for app in ("llama_common", "llmbox"))]
+    env = environment(PYTHONPATH=os.pathsep.join(map(str, paths)))
+    controller = ROOT / ".venv/bin/python"
+    if controller.exists():
+        return str(controller), env
+    own, wheels = ROOT / "build/gpu/venv", ROOT / "build/gpu-inputs/wheels"
+    python = str(own / "bin/python")
+    if (own / "complete").exists():
+        return python, env
+    if not wheels.is_dir():
+        fix = "make test-gpu-inputs where there is a network, and copy it here"
+        raise RuntimeError(f"build/gpu-inputs is missing; fix: {fix}")
+    files = sorted(str(file) for file in wheels.glob("*.whl"))
+    for argv in (
+        [sys.executable, "-m", "venv", "--clear", str(own)],
+        [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", *files],
+    ):
+        if execute(argv, timeout=5 * MINUTE) != 0:
+            raise RuntimeError(
+                "the wheels of build/gpu-inputs cannot be installed; fix: make test-gpu-inputs "
+                f"GPU_PYTHON={sys.version_info[0]}.{sys.version_info[1]} where there is a network"
+            )
+    (own / "complete").touch()
+    return python, env
+
+
+def gpu_part(part: str) -> Stage:
+    """One part of the GPU lane; a part that was measured before is read, not measured again."""
+
+    def run() -> Outcome:
+        try:
+            python, env = gpu_environment()
+        except RuntimeError as error:
+            return failed(f"gpu {part}: {error}")
+        # Each part writes the page with all that were measured so far.
+        argv = [python, "scripts/bench_gpu.py", *(("--build",) if part == "build" else ("--part", part))]
+        return command_stage(f"gpu {part}", argv, timeout=90 * MINUTE, env=env)
+
+    return Stage(f"gpu {part}", run, () if part == "build" else ("gpu build",))
+
+
+def gpu_stages() -> list[Stage]:
+    """Build llama.cpp for the card, then measure part by part; one line where there is no card."""
+    if reason := needs_gpu():
+        return [Stage("gpu", lambda: skipped(f"gpu: {reason}"))]
+    return [gpu_part(part) for part in GPU_PARTS]
+
+
 # --- stages in order ---
 
 
@@ -612,7 +690,7 @@ def alone(folder: Path) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=["lint", "unit", "lab", "gate", "long"])
+    parser.add_argument("what", choices=["lint", "unit", "lab", "gate", "long", "gpu"])
     parser.add_argument("--from", dest="start", metavar="CASE", help="long: run CASE and all after it")
     parser.add_argument(
         "--issue",
@@ -632,8 +710,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     fast = [Stage("lint", lint), Stage("unit", unit)]
     lab = lab_stages(GATE_LAB, keep=args.keep)  # never the lab that LAB_NAME chooses: it is made anew
     plans = {"lint": fast[:1], "unit": fast[1:], "lab": lab, "gate": [*fast, *lab]}
+    if args.what == "gpu":
+        plans["gpu"] = gpu_stages()
     try:
-        if args.what not in ("lint", "unit"):
+        if args.what not in ("lint", "unit", "gpu"):
             alone(config.from_environment().cache)
         if args.what == "long":
             report = run_long(args.start, args.issue, keep=args.keep)
@@ -646,6 +726,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         report.rows.append((args.what, failed(first_line(str(error))), 0.0))
     report.show()
+    if args.what == "gpu" and not report.tally.failed:
+        return 0  # there need not be one
     return report.exit_code
 
 

@@ -41,6 +41,34 @@ def test_junit_is_counted_once_per_case_with_its_reason(tmp_path: Path) -> None:
     assert "SKIPPED unit: test_a::test_three: no GPU" in outcome.notes
 
 
+def test_the_gpu_lane_is_skipped_with_its_reason_where_there_is_no_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.main(["gpu"]) == 0
+    said = capsys.readouterr().out
+    assert "SKIPPED gpu: no NVIDIA GPU: nvidia-smi is not installed" in said
+    assert said.endswith("0 passed, 0 failed, 1 skipped\n")
+    card = tmp_path / "nvidia-smi"
+    card.write_text("#!/bin/sh\nexit 9\n")
+    card.chmod(0o755)
+    assert run.needs_gpu() == "no NVIDIA GPU: nvidia-smi ends with exit code 9"
+
+
+def test_the_gpu_lane_builds_first_and_needs_its_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "needs_gpu", lambda: None)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert [stage.name for stage in run.gpu_stages()] == [
+        "gpu build", "gpu layers", "gpu cache", "gpu draft", "gpu tuner",
+    ]  # fmt: skip
+    assert run.main(["gpu"]) == 1
+    said = capsys.readouterr().out
+    assert "gpu build: build/gpu-inputs is missing; fix: make test-gpu-inputs" in said
+    assert said.endswith("0 passed, 1 failed, 4 skipped\n")
+
+
 def test_a_failed_stage_stops_only_those_that_need_it() -> None:
     log: list[str] = []
     report = Report()

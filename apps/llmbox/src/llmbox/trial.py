@@ -45,7 +45,8 @@ LOCK_PAUSE_S = 1.0
 SWITCH_MARGIN_S = 120.0
 JOURNAL_LINES = 400
 _OUT_OF_MEMORY = re.compile(
-    r"out of memory|failed to allocate|cudaMalloc failed|unable to allocate|bad_alloc|lack of memory|oom-kill",
+    r"out of memory|failed to allocate|cudaMalloc failed|unable to allocate|bad_alloc|lack of memory"
+    r"|oom-kill",
     re.IGNORECASE,
 )
 
