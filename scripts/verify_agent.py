@@ -43,8 +43,8 @@ from scripts._ask_host import Unreachable, reach
 from scripts._inventory import Host, InventoryUnreadable, load
 from scripts._llm_box import GROUP, LlmBox
 from scripts._measure import Meter, NotMeasured
+from scripts._refusal import KEY_VARIABLE
 from scripts.verify_health import (
-    KEY_VARIABLE,
     Check,
     HostReport,
     as_json,
