@@ -301,7 +301,7 @@ def first_line(text: str | None) -> str:
 
 def unit() -> Outcome:
     """Unit tests: no root, no network."""
-    return pytest("unit", "tests/unit", "--numprocesses=2", timeout=5 * MINUTE)
+    return pytest("unit", "tests/unit", "--numprocesses=3", timeout=5 * MINUTE)
 
 
 # --- lab ---

@@ -138,6 +138,16 @@ def test_pytest_that_finds_nothing_is_a_failure(tmp_path: Path, monkeypatch: pyt
     assert run.pytest("empty", str(tmp_path), timeout=60).tally.failed == 1
 
 
+def test_files_of_one_name_are_collected_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    for folder in ("unit", "lab"):  # the tests differ: a case is counted by file and name
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test_same.py").write_text(f"def test_{folder}():\n    pass\n")
+    config = f"--config-file={run.ROOT / 'pyproject.toml'}"
+    outcome = run.pytest("one name", config, str(tmp_path / "unit"), str(tmp_path / "lab"), timeout=60)
+    assert str(outcome.tally) == "2 passed, 0 failed, 0 skipped"
+
+
 def result(case: str, commit: str = "abc", failed_checks: int = 0) -> Result:
     return Result(case, commit, "2026-01-01 00:00 UTC", 1.0, 1 - failed_checks, failed_checks, 0, ("note",))
 
