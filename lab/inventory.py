@@ -31,9 +31,10 @@ def inventory(lab: Lab) -> dict[str, Any]:
                 "lab_ssh_public_key": lab.ssh_public_key,
             },
         },
-        "lab": {"children": ["llama_hosts", "clients"]},
+        "lab": {"children": ["llama_hosts", "clients", "routers"]},
         "llama_hosts": {"children": ["llm_servers", "ocr_servers"]},
         "llm_servers": {"hosts": ["lab-llm"]},
         "ocr_servers": {"hosts": ["lab-ocr"]},
         "clients": {"hosts": ["lab-client"]},
+        "routers": {"hosts": []},  # tests/lab/test_router.py
     }

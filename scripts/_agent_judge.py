@@ -10,7 +10,8 @@ from itertools import groupby, pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
-from roles.litellm_router.files.llm_router.answers import leaked_tokens, unparsed_call
+from llm_router.answers import leaked_tokens, unparsed_call
+
 from scripts._agent_run import CONTRACT, Recorded, TestRun
 
 RESULTS = ("files", "pytest", "failure_patched", "template_tokens", "not_truncated")

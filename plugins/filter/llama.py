@@ -15,7 +15,7 @@ from ansible.errors import AnsibleFilterError  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
 
-from llama_common import derive, units
+from llama_common import derive, router, units
 from llama_common.plain import plain
 from llama_common.presets import HostConfig
 from llama_common.problems import InventoryError
@@ -55,6 +55,23 @@ def llama_presets_plan(
     )
 
 
+def llm_router_files(names: Sequence[str], hostvars: Mapping[str, Any], **options: Any) -> Any:
+    """`config.yaml` and `router.json` of a router for the LLM boxes `names`."""
+    boxes = [
+        {
+            "name": str(name),
+            "address": str(hostvars[name].get("ansible_host") or name),
+            "listen": plain(hostvars[name].get("llm_gateway_listen")),
+            "presets": plain(hostvars[name].get("llama_presets") or {}),
+        }
+        for name in names
+    ]
+    try:
+        return router.router_files(boxes, plain(options))
+    except router.RouterProblem as error:
+        raise AnsibleFilterError(str(error)) from None
+
+
 def systemd_quote(argv: Sequence[str]) -> str:
     """A command line for ExecStart=."""
     try:
@@ -72,5 +89,6 @@ class FilterModule:
             "llama_builds": llama_builds,
             "llama_models": llama_models,
             "llama_presets_plan": llama_presets_plan,
+            "llm_router_files": llm_router_files,
             "systemd_quote": systemd_quote,
         }

@@ -78,7 +78,7 @@ def test_the_inventory_has_the_groups_of_production() -> None:
         "ocr_servers": ["lab-ocr"],
         "clients": ["lab-client"],
     }
-    assert found["lab"] == {"children": ["llama_hosts", "clients"]}
+    assert found["lab"] == {"children": ["llama_hosts", "clients", "routers"]}
     assert found["all"]["vars"] == {
         "lab_source_git": "git://10.213.179.1",
         "lab_network": "10.213.179.0/24",

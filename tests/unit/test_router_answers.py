@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from roles.litellm_router.files.llm_router.answers import (
+from llm_router.answers import (
     Answer,
     early_fault,
     fault,

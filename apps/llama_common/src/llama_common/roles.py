@@ -11,15 +11,26 @@ from dataclasses import dataclass
 from types import GenericAlias
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from llama_common.fields import Checked, Endpoint, Network, Text, refuse, refuse_control_characters
+from llama_common.fields import (
+    Address,
+    Checked,
+    Endpoint,
+    KeyName,
+    KeySha256,
+    Network,
+    Text,
+    refuse,
+    refuse_control_characters,
+)
 from llama_common.presets import HostConfig
 from llama_common.problems import HIDDEN, Problem
 from llama_common.translate import closest, misspelt, problems_of
 
 OWNED: Final = frozenset(HostConfig.model_fields)
 SECRET_SUFFIXES: Final = ("_token", "_password", "_secret")
+ROUTER_KEYS: Final = "litellm_router_keys"
 PUBLIC_KEYS: Final = "llm_user_authorized_keys"
 PUBLIC_KEY_FIX: Final = "write the whole line of a .pub file, in a list, e.g. ssh-ed25519 AAAA… name"
 
@@ -105,7 +116,45 @@ AtLeast1 = Annotated[int, Field(ge=1)]
 UpToADay = Annotated[int, Field(ge=0, le=86400)]
 SomeSeconds = Annotated[int, Field(ge=1, le=86400)]
 
+
+class RouterKey(BaseModel):
+    """Whoever may use the router, how much of it, and whether what is asked may leave the network."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: KeyName
+    sha256: KeySha256
+    requests_per_minute: AtLeast1 | None = None
+    tokens_per_day: AtLeast1 | None = None
+    cloud: bool = False
+    cloud_tokens_per_day: AtLeast1 | None = None
+
+
+def _listen(value: str) -> str:
+    Address.parse(value)
+    return value
+
+
+def _distinct(keys: list[RouterKey]) -> list[RouterKey]:
+    for index, key in enumerate(keys):
+        if any(key.name == other.name or key.sha256 == other.sha256 for other in keys[:index]):
+            raise refuse(f"the key {key.name!r} is there twice", "give each key a name and a hash of its own")
+    return keys
+
+
 LIMITS: Final[Mapping[str, Any]] = {
+    "litellm_router_listen": Annotated[str, Checked(_listen)],
+    ROUTER_KEYS: Annotated[list[RouterKey], AfterValidator(_distinct)],
+    "litellm_router_box_keys": dict[str, Line],
+    "litellm_router_tool_retries": Annotated[int, Field(ge=0, le=5)],
+    "litellm_router_hold_size": Annotated[int, Field(ge=65536, le=2**28)],
+    "litellm_router_hold_seconds": SomeSeconds,
+    "litellm_router_health_interval": Annotated[int, Field(ge=1, le=3600)],
+    "litellm_router_request_timeout": SomeSeconds,
+    "litellm_router_retries": Annotated[int, Field(ge=0, le=10)],
+    "litellm_router_stop_timeout": SomeSeconds,
+    "litellm_router_log_max_size": Annotated[int, Field(ge=65536, le=2**40)],
+    "litellm_router_log_keep": Annotated[int, Field(ge=0, le=1000)],
     "base_packages": list[Package],
     "base_package_lists_max_age": AtLeast0,
     # Below 1000 journald keeps no files for a user; 60000 is UID_MAX of Debian's login.defs.
@@ -254,6 +303,8 @@ class RoleVariables:
         """The problem without a secret's value, or that of what should have been a public key."""
         if problem.path[0] == PUBLIC_KEYS:
             return Problem(problem.path, HIDDEN, problem.message, PUBLIC_KEY_FIX)
+        if problem.path[0] == ROUTER_KEYS:  # somebody may have written the key itself
+            return Problem(problem.path, HIDDEN, problem.message, problem.fix)
         if self._shown(problem.path[0], "") == HIDDEN:
             return Problem(problem.path, HIDDEN, problem.message, "write one line of text, in quotes")
         return problem

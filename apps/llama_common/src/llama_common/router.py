@@ -1,0 +1,138 @@
+"""What a router needs, worked out from the presets of all LLM boxes: LiteLLM's list of models, and more.
+
+Each user preset of each box is there twice: under its name in OpenAI's protocol, and under `NAME@messages`
+in Anthropic's, so that a request reaches the gateway in the protocol in which it came. Boxes that have a
+preset of the same name share its requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
+from typing import Any, Final
+
+from llama_common.fields import Address
+from llama_common.problems import Problem
+
+MESSAGES: Final = "@messages"
+CLOUD: Final = "cloud"
+"""The name of the model in the cloud; no preset may have it while there is one."""
+
+DEFAULT_LISTEN: Final = ("0.0.0.0:1234",)
+UNUSED_KEY: Final = "none"
+
+
+class RouterProblem(Exception):
+    """What cannot be routed; the message is one line."""
+
+
+def base_url(name: str, address: str, listen: Sequence[str]) -> str:
+    """Where other machines reach the gateway of a box. Raises RouterProblem."""
+    fronts = [Address.parse(one) for one in listen]
+    outside = [front for front in fronts if not ip_address(front.host).is_loopback]
+    if not outside:
+        text = Problem(
+            ("llm_gateway_listen",),
+            list(listen),
+            f"the gateway of {name} can be reached from the box itself only, and a router is to use it",
+            "add an address of the box",
+        ).line("llm_servers")
+        raise RouterProblem(text)
+    host = address if ip_address(outside[0].host).is_unspecified else outside[0].host
+    return f"http://[{host}]:{outside[0].port}" if ":" in host else f"http://{host}:{outside[0].port}"
+
+
+def router_files(boxes: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.yaml` and `router.json`. `boxes` are {name, address, listen, presets}. Raises RouterProblem."""
+    keys, cloud = dict(options["box_keys"]), str(options["cloud_model"])
+    if unknown := keys.keys() - {box["name"] for box in boxes}:
+        known = ", ".join(str(box["name"]) for box in boxes) or "none"
+        fix = f"name one of {known}"
+        raise RouterProblem(
+            Problem(("litellm_router_box_keys",), min(unknown), "is no host of llm_servers", fix).line(
+                "routers"
+            )
+        )
+    if cloud and not options["cloud_key"]:
+        fix = "set litellm_router_cloud_key from Ansible Vault"
+        raise RouterProblem(
+            Problem(("litellm_router_cloud_model",), cloud, "has no key", fix).line("routers")
+        )
+    models: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
+    names: list[str] = []
+    for box in boxes:
+        url = base_url(str(box["name"]), str(box["address"]), list(box["listen"] or DEFAULT_LISTEN))
+        key = str(keys.get(box["name"]) or "")
+        listed.append({"name": box["name"], "url": url, "key": key})
+        for preset, data in box["presets"].items():
+            if data.get("scope", "user") != "user":
+                continue
+            if cloud and preset == CLOUD:
+                fix = "give the preset another name"
+                raise RouterProblem(
+                    Problem(("llama_presets",), preset, "is what the cloud model is called", fix).line(
+                        box["name"]
+                    )
+                )
+            names.append(str(preset))
+            models += _of_preset(str(box["name"]), preset, url, key or UNUSED_KEY)
+    if cloud:
+        models += _of_cloud(cloud, str(options["cloud_api_base"]), str(options["cloud_key"]))
+    return {"config.yaml": _litellm(models, options), "router.json": _settings(listed, names, options)}
+
+
+def _of_preset(box: str, preset: str, url: str, key: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "model_name": f"{preset}{suffix}",
+            "litellm_params": {"model": f"{provider}/{preset}", "api_base": base, "api_key": key},
+            "model_info": {"id": f"{box}/{preset}{suffix}", "box": box},
+        }
+        for suffix, provider, base in (("", "openai", f"{url}/v1"), (MESSAGES, "anthropic", url))
+    ]
+
+
+def _of_cloud(model: str, api_base: str, key: str) -> list[dict[str, Any]]:
+    params = {"model": model, **({"api_base": api_base} if api_base else {}), "api_key": key}
+    return [
+        {
+            "model_name": f"{CLOUD}{suffix}",
+            "litellm_params": params,
+            "model_info": {"id": f"{CLOUD}{suffix}", "cloud": True},
+        }
+        for suffix in ("", MESSAGES)
+    ]
+
+
+def _litellm(models: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model_list": list(models),
+        "litellm_settings": {
+            "callbacks": ["llm_router.hook.router_hook"],
+            "request_timeout": options["request_timeout"],
+            "drop_params": True,
+            "telemetry": False,
+            "turn_off_message_logging": True,
+        },
+        "router_settings": {
+            "routing_strategy": "simple-shuffle",  # among those that the hook leaves
+            "num_retries": options["retries"],
+            # The hook chooses among the boxes that live, and none twice for a request.
+            "disable_cooldowns": True,
+        },
+        "general_settings": {"custom_auth": "llm_router.hook.authenticate"},
+    }
+
+
+def _settings(
+    boxes: Sequence[Mapping[str, Any]], models: Sequence[str], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    same = (
+        *("listen", "keys", "tool_retries", "hold_size", "hold_seconds", "health_interval", "stop_seconds"),
+        *("log_max_size", "log_keep", "egress_content", "state_dir"),
+    )
+    chosen = {name: options[name] for name in same}
+    cloud = CLOUD if options["cloud_model"] else ""
+    known = list(dict.fromkeys(models))
+    return {"version": 1, "boxes": list(boxes), "models": known, "cloud": cloud, **chosen}

@@ -1,0 +1,125 @@
+"""The program `llm-router`: LiteLLM's proxy behind a door that lets through what clients need, no more.
+
+    llm-router --config config.yaml --settings router.json
+
+LiteLLM answers hundreds of paths (administration, pages, logins). Only those of hook.PATHS get to it, and
+/health and /v1/models are answered here. Exit codes: 0 stopped, 1 could not start, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import sys
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_router.ledger import Ledger, Refused, Settings
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+SETTINGS = "LLM_ROUTER_SETTINGS"
+PATHS = frozenset(
+    {
+        *("/v1/chat/completions", "/chat/completions", "/v1/messages", "/v1/messages/count_tokens"),
+    }
+)
+# LiteLLM fetches price lists, news and templates at its start otherwise.
+QUIET = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_LOCAL_BLOG_POSTS": "True",
+    "LITELLM_LOCAL_POLICY_TEMPLATES": "true",
+    "LITELLM_TELEMETRY": "False",
+    "DISABLE_ADMIN_UI": "True",
+    "NO_DOCS": "True",
+    "NO_REDOC": "True",
+}
+
+
+class Door:
+    """Passes on the paths of clients, answers /health and /v1/models, and knows no other."""
+
+    def __init__(self, inner: Application, settings: Settings) -> None:
+        self._inner = inner
+        self._ledger = Ledger(settings)
+        models = [{"id": name, "object": "model", "owned_by": "llmbox"} for name in settings.models]
+        self._models = json.dumps({"object": "list", "data": models}).encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the program's own start and end."""
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in PATHS):
+            await self._inner(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] == "/health":
+            await _answer(send, 200, b'{"status": "ok"}')
+        elif scope["type"] == "http" and scope["path"] in ("/v1/models", "/models"):
+            await self._list(scope, send)
+        elif scope["type"] == "http":
+            await _answer(send, 404, b'{"error": {"message": "no such path on this router"}}')
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _list(self, scope: Scope, send: Send) -> None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            self._ledger.key(shown_key(headers))
+        except Refused as error:
+            await _answer(send, error.status, json.dumps({"error": {"message": str(error)}}).encode())
+        else:
+            await _answer(send, 200, self._models)
+
+
+def shown_key(headers: Mapping[str, str]) -> str:
+    """The key that a client shows, in either protocol's header."""
+    return (headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")).strip()
+
+
+async def _answer(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description="Route requests to the LLM boxes of an inventory.")
+    parser.add_argument("--config", type=Path, required=True, help="LiteLLM's configuration")
+    parser.add_argument("--settings", type=Path, required=True, help="router.json")
+    parser.add_argument("--check", action="store_true", help="look whether the settings can be read, and end")
+    options = parser.parse_args(argv)
+    try:
+        settings = Settings.read(options.settings)
+        host, _, port = settings.listen.rpartition(":")
+        options.config.read_bytes()
+    except (OSError, ValueError) as error:
+        print(f"llm-router: {options.settings}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return 1
+    if options.check:
+        return 0
+    os.environ.update(QUIET)
+    os.environ[SETTINGS] = str(options.settings)
+    os.environ["CONFIG_FILE_PATH"] = str(options.config)
+    # LiteLLM wants one; it opens nothing here, and is another one at each start.
+    os.environ["LITELLM_MASTER_KEY"] = f"sk-{secrets.token_hex(32)}"
+    import uvicorn
+    from litellm.proxy.proxy_server import app  # type: ignore[import-not-found]
+
+    uvicorn.run(
+        Door(app, settings),
+        host=host.strip("[]"),
+        port=int(port),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.stop_seconds,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""The whole router with real LiteLLM, from its wheelhouse, before two boxes and a cloud that are played.
+
+Needs no host of the lab, but a package index for the first wheelhouse of a machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from llama_common.router import router_files
+
+from scripts.build_wheelhouse import App, Target, cache_root, ensure
+from tests.stub_boxes import StubBox, stub_box
+from tests.unit.test_router_files import options
+
+pytestmark = pytest.mark.long
+
+START_S = 180
+KEYS: dict[str, dict[str, Any]] = {"me": {}, "rich": {"cloud": True}, "tight": {"requests_per_minute": 1}}
+TOOLS = {
+    "/v1/messages": [{"name": "Write", "input_schema": {"type": "object"}}],
+    "/v1/chat/completions": [
+        {"type": "function", "function": {"name": "Write", "parameters": {"type": "object"}}}
+    ],
+}
+PATHS = tuple(TOOLS)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with what /opt/llm-router holds."""
+    here = os.uname()
+    target = Target(f"{sys.version_info.major}.{sys.version_info.minor}", here.machine)
+    archive = str(ensure(App("llm_router"), target, cache_root())["archive"])
+    folder = tmp_path_factory.mktemp("llm-router")
+    with tarfile.open(archive) as wheels:
+        wheels.extractall(folder / "wheels", filter="data")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True, timeout=60)
+    (pip,) = (folder / "wheels").glob("pip-*.whl")
+    others = [wheel for wheel in (folder / "wheels").glob("*.whl") if wheel != pip]
+    made: Path = folder / "venv/bin/python"
+    install: list[Path | str] = [
+        made,
+        f"{pip}/pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        *others,
+    ]
+    subprocess.run(install, check=True, timeout=600)
+    return made
+
+
+@dataclass
+class Router:
+    """The running router, and the boxes behind it."""
+
+    url: str
+    folder: Path
+    one: StubBox
+    two: StubBox
+    cloud: StubBox
+
+    def ask(self, text: str, path: str = PATHS[0], key: str = "me", **more: Any) -> httpx.Response:
+        """One request with tools."""
+        body = {"model": "coder", "max_tokens": 50, "messages": [{"role": "user", "content": text}]}
+        body |= {"tools": TOOLS[path], **more}
+        return httpx.post(
+            f"{self.url}{path}", json=body, headers={"x-api-key": key}, timeout=60, trust_env=False
+        )
+
+    def lines(self, name: str = "requests.jsonl") -> list[dict[str, Any]]:
+        """A log."""
+        file = self.folder / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def router(python: Path, tmp_path: Path) -> Iterator[Router]:
+    """The program as its unit starts it."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with ExitStack() as stack:
+        one, two, cloud = (stack.enter_context(stub_box(name)) for name in ("one", "two", "cloud"))
+        keys = [
+            {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), **more}
+            for name, more in KEYS.items()
+        ]
+        boxes = [
+            {"name": box.name, "address": "127.0.0.1", "listen": ["203.0.113.1:1"], "presets": {"coder": {}}}
+            for box in (one, two)
+        ]
+        made = router_files(
+            boxes,
+            options(
+                listen=address,
+                keys=keys,
+                health_interval=1,
+                state_dir=str(tmp_path),
+                cloud_model="anthropic/claude-haiku-4-5",
+                cloud_api_base=cloud.url,
+                cloud_key="cloud-key",
+            ),
+        )
+        text = {name: json.dumps(content) for name, content in made.items()}
+        for model, box in zip(made["config.yaml"]["model_list"][:4], (one, one, two, two), strict=True):
+            model["litellm_params"]["api_base"] = box.url + (
+                "/v1" if "/v1" in model["litellm_params"]["api_base"] else ""
+            )
+        for listed, box in zip(made["router.json"]["boxes"], (one, two), strict=True):
+            listed["url"] = box.url
+        for name in text:
+            (tmp_path / name).write_text(json.dumps(made[name]))
+        log = stack.enter_context((tmp_path / "out").open("w"))
+        files = ["--config", str(tmp_path / "config.yaml"), "--settings", str(tmp_path / "router.json")]
+        process = subprocess.Popen(
+            [python, "-m", "llm_router.serve", *files],
+            env={"PATH": os.defpath, "HOME": str(tmp_path)},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            wait_for(f"http://{address}/health", process, tmp_path / "out")
+            yield Router(f"http://{address}", tmp_path, one, two, cloud)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], out: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, out.read_text()[-3000:]
+        try:
+            if httpx.get(url, timeout=2, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+
+
+def test_what_a_client_gets(router: Router) -> None:
+    for path in PATHS:
+        for stream in (False, True):
+            how: dict[str, Any] = {"path": path, "stream": stream}
+            assert "hello" in router.ask(f"hi {how}", **how).text
+            assert router.ask(f"call {how}", **how).text.count("Write") >= 1
+            for fault in ("leak", "unparsed", "empty", "malformed"):
+                if fault == "malformed" and not stream:
+                    continue  # a whole answer of Anthropic's protocol cannot say it
+                again = router.ask(f"{fault} once {how}", **how)
+                assert (
+                    again.status_code == 200
+                    and "unused49" not in again.text
+                    and "tool_call>" not in again.text
+                )
+                line = router.lines()[-1]
+                assert line["judged"] and len(line["faults"]) == 1 and not line["cloud"], (fault, how, line)
+            always = router.ask(f"leak always {how}", **how)
+            assert "unused49" in always.text and router.lines()[-1]["passed_on"]
+            assert not router.cloud.asked and not router.lines("egress.jsonl")
+
+
+def test_the_cloud_is_asked_for_a_key_that_may_and_it_is_written_down(router: Router) -> None:
+    for path in PATHS:
+        for stream in (False, True):
+            for trouble in ("leak", "refuse"):
+                text = f"{trouble} always {path}{stream}"
+                reply = router.ask(text, path, "rich", stream=stream)
+                assert reply.status_code == 200 and "unused49" not in reply.text, reply.text
+                assert router.lines()[-1]["cloud"]
+                left = router.lines("egress.jsonl")[-1]
+                assert left["key"] == "rich" and text in json.dumps(left["content"]["messages"])
+    for file in ("egress.jsonl", "requests.jsonl"):
+        assert "cloud-key" not in (router.folder / file).read_text()
+    refused = router.ask("refuse always", key="me")
+    assert refused.status_code == 503 and router.lines()[-1]["status"] == 503
+
+
+def test_who_gets_in(router: Router) -> None:
+    assert router.ask("hi", key="tight").status_code == 200
+    assert (router.ask("hi", key="tight")).status_code == 429
+    assert router.ask("hi", key="nobody").status_code == 401
+    assert (
+        router.ask("hi", model="cloud").status_code
+        == router.ask("hi", model="coder@messages").status_code
+        == 404
+    )
+    assert router.ask("hi", api_base=router.cloud.url).status_code >= 400  # LiteLLM itself says 500
+    assert not router.cloud.asked
+    with httpx.Client(base_url=router.url, headers={"x-api-key": "me"}, trust_env=False) as http:
+        assert [one["id"] for one in http.get("/v1/models").json()["data"]] == ["coder"]
+        assert {http.get(path).status_code for path in ("/ui", "/model/info", "/key/list", "/docs")} == {404}
+
+
+def test_a_box_dies_under_load_and_requests_go_on(router: Router) -> None:
+    replies: list[tuple[float, bool, httpx.Response | Exception]] = []
+    began = time.monotonic()
+
+    def one(number: int) -> None:
+        count = 0
+        while time.monotonic() - began < 6:
+            count += 1
+            stream = bool(number % 2)
+            started = time.monotonic() - began
+            try:
+                path = PATHS[number // 2 % 2]
+                replies.append((started, stream, router.ask(f"slow {number} {count}", path, stream=stream)))
+            except httpx.HTTPError as error:
+                replies.append((started, stream, error))
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(2)
+    before = len(router.two.asked)
+    router.one.die()
+    for thread in threads:
+        thread.join(120)
+    bad = [
+        reply for *_, reply in replies if not isinstance(reply, httpx.Response) or reply.status_code != 200
+    ]
+    print(
+        f"{len(replies)} requests, {len(bad)} failed; "
+        f"two was asked {before} times before, {len(router.two.asked)} in all"
+    )
+    assert router.one.asked and len(router.two.asked) > before and len(replies) >= 8
+    assert not bad, bad[:3]
+    assert all(("hello" in reply.text and "two" in reply.text) or started < 2.5
+               for started, _, reply in replies if isinstance(reply, httpx.Response))  # fmt: skip

@@ -1,0 +1,249 @@
+"""The hook with a LiteLLM that is played: what it lets in, what it sends where, and what it writes down."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import json
+import sys
+import types
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import HTTPException
+
+GOOD = {"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 9}}
+BAD = {"choices": [{"message": {"content": "x <unused1>"}, "finish_reason": "stop"}]}
+TOOLS = [{"type": "function", "function": {"name": "Write"}}]
+
+
+class PlayedRouter:
+    """Answers in turn, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.answers: list[Any] = []
+        self.asked: list[dict[str, Any]] = []
+
+    async def acompletion(self, **asked: Any) -> Any:
+        self.asked.append(asked)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    aanthropic_messages = acompletion
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """The module llm_router.hook, with modules of LiteLLM's names beneath it."""
+    router = PlayedRouter()
+    played: dict[str, dict[str, Any]] = {
+        "litellm": {},
+        "litellm.integrations": {},
+        "litellm.integrations.custom_logger": {"CustomLogger": object},
+        "litellm.proxy": {},
+        "litellm.proxy._types": {"UserAPIKeyAuth": types.SimpleNamespace},
+        "litellm.proxy.proxy_server": {"llm_router": router},
+    }
+    for name, content in played.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    keys = [
+        {"name": "me", "sha256": hashlib.sha256(b"k1").hexdigest()},
+        {"name": "cloudy", "sha256": hashlib.sha256(b"k2").hexdigest(), "cloud": True},
+        {"name": "tight", "sha256": hashlib.sha256(b"k3").hexdigest(), "requests_per_minute": 1},
+    ]
+    file = tmp_path / "router.json"
+    settings = {"version": 1, "keys": keys, "state_dir": str(tmp_path), "cloud": "cloud", "models": ["coder"]}
+    file.write_text(json.dumps(settings))
+    monkeypatch.setenv("LLM_ROUTER_SETTINGS", str(file))
+    monkeypatch.delitem(sys.modules, "llm_router.hook", raising=False)
+    hook = importlib.import_module("llm_router.hook")
+    monkeypatch.setattr(hook.Watch, "begin", lambda self: None)
+    yield types.SimpleNamespace(hook=hook.router_hook, module=hook, router=router, folder=tmp_path)
+    sys.modules.pop("llm_router.hook", None)
+
+
+def request(**more: Any) -> dict[str, Any]:
+    body = {"model": "coder", "messages": [{"role": "user", "content": "go"}], **more}
+    return {**body, "litellm_call_id": "id-1", "proxy_server_request": {"body": dict(body)}}
+
+
+def begin(world: Any, key: str = "me", call_type: str = "completion", **more: Any) -> dict[str, Any]:
+    who = types.SimpleNamespace(key_alias=key)
+    data: dict[str, Any] = asyncio.run(world.hook.async_pre_call_hook(who, None, request(**more), call_type))
+    return data
+
+
+def whole(world: Any, data: dict[str, Any], response: Any) -> Any:
+    return asyncio.run(world.hook.async_post_call_success_hook(data, None, response))
+
+
+def streamed(world: Any, data: dict[str, Any], chunks: list[Any]) -> list[Any]:
+    async def source() -> AsyncIterator[Any]:
+        for chunk in chunks:
+            yield chunk
+
+    async def all_of() -> list[Any]:
+        stream = world.hook.async_post_call_streaming_iterator_hook(None, source(), data)
+        return [chunk async for chunk in stream]
+
+    return asyncio.run(all_of())
+
+
+def lines(world: Any, name: str = "requests.jsonl") -> list[dict[str, Any]]:
+    file = world.folder / name
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_a_good_answer_is_left_alone_and_written_down(world: Any) -> None:
+    assert whole(world, begin(world, tools=TOOLS), GOOD) is GOOD
+    (line,) = lines(world)
+    assert (line["key"], line["model"], line["status"], line["judged"]) == ("me", "coder", 200, True)
+    assert line["prompt_tokens"] == 9 and "go" not in json.dumps(line)
+    assert json.loads((world.folder / "usage.json").read_text())["me"][1] == 9
+
+
+def test_a_bad_whole_answer_is_asked_for_again_without_what_litellm_added(world: Any) -> None:
+    world.router.answers = [GOOD]
+    data = begin(world, tools=TOOLS)
+    assert whole(world, {**data, "metadata": {"secret": 1}}, BAD) is GOOD
+    (asked,) = world.router.asked
+    assert asked["model"] == "coder" and asked["fallbacks"] == [] and "metadata" not in asked
+    assert lines(world)[0]["faults"] == ["template tokens leaked: <unused1>"]
+
+
+def test_the_cloud_is_asked_last_and_only_for_a_key_that_may(world: Any) -> None:
+    world.router.answers = [RuntimeError("lost"), GOOD]
+    assert whole(world, begin(world, "cloudy", tools=TOOLS), BAD) is GOOD
+    assert [asked["model"] for asked in world.router.asked] == ["coder", "cloud"]
+    world.router.answers, world.router.asked = [BAD], []
+    assert whole(world, begin(world, "me", tools=TOOLS), BAD) is BAD
+    assert [asked["model"] for asked in world.router.asked] == ["coder"]
+    assert lines(world)[-1]["passed_on"] == "template tokens leaked: <unused1>"
+
+
+def test_a_stream_is_judged_in_its_own_protocol(world: Any) -> None:
+    async def better() -> AsyncIterator[bytes]:
+        yield b'data: {"type": "content_block_delta", "delta": {"text": "fine"}}\n\n'
+        yield b'data: {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}\n\n'
+
+    world.router.answers = [better()]
+    data = begin(world, call_type="anthropic_messages", tools=[{"name": "Write"}], stream=True)
+    assert data["model"] == "coder@messages"
+    bad = b'data: {"type": "content_block_delta", "delta": {"text": "<tool_call>{"}}\n\n'
+    assert b"fine" in b"".join(streamed(world, data, [bad]))
+    assert world.router.asked[0]["model"] == "coder@messages"
+    assert lines(world)[0]["protocol"] == "anthropic" and lines(world)[0]["judged"]
+
+
+def test_litellm_gets_a_fallback_only_for_a_key_that_may(world: Any) -> None:
+    assert "fallbacks" not in begin(world, "me")
+    assert begin(world, "cloudy")["fallbacks"] == ["cloud"]
+    assert begin(world, "cloudy", "anthropic_messages")["fallbacks"] == ["cloud@messages"]
+
+
+def test_what_leaves_is_written_down_before_it_leaves(world: Any) -> None:
+    data = begin(world, "cloudy", tools=TOOLS)
+    sent = {**data, "model": "anthropic/claude", "api_key": "s3cret", "model_info": {"cloud": True}}
+    asyncio.run(world.hook.async_pre_call_deployment_hook(sent, None))
+    (line,) = lines(world, "egress.jsonl")
+    assert (line["key"], line["to"], line["why"]) == ("cloudy", "anthropic/claude", "no box answered")
+    assert line["content"]["messages"] == data["messages"] and line["bytes"] > 0 and len(line["sha256"]) == 64
+    assert "s3cret" not in json.dumps(line)
+    assert (world.folder / "egress.jsonl").stat().st_mode & 0o077 == 0
+    whole(world, data, GOOD)
+    assert lines(world)[-1]["cloud"] is True
+
+
+def test_what_cannot_be_written_down_does_not_leave(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(world.hook._egress, "write", full)
+    sent = {**begin(world, "cloudy"), "model_info": {"cloud": True}}
+    with pytest.raises(OSError, match="no space left"):
+        asyncio.run(world.hook.async_pre_call_deployment_hook(sent, None))
+
+
+def test_a_box_is_not_asked_twice_for_a_request_and_a_lost_one_is_gone(world: Any) -> None:
+    data = begin(world)
+    one, two = ({"model_info": {"box": name}} for name in ("one", "two"))
+
+    def choose() -> list[Any]:
+        found: list[Any] = asyncio.run(world.hook.async_filter_deployments("coder", [one, two], None, data))
+        return found
+
+    assert choose() == [one, two]
+    asyncio.run(world.hook.async_pre_call_deployment_hook({**data, **one}, None))
+    assert choose() == [two]
+    error = type("APIConnectionError", (Exception,), {})()
+    asyncio.run(world.hook.async_post_call_failure_deployment_hook(data, error))
+    assert not world.hook.watch.states["one"].alive
+
+
+def test_the_box_with_the_fewest_requests_in_flight_is_asked(world: Any) -> None:
+    one, two = ({"model_info": {"box": name}} for name in ("one", "two"))
+    data = begin(world)
+    asyncio.run(world.hook.async_pre_call_deployment_hook({**data, **one}, None))
+    other = {"litellm_call_id": "id-2"}
+    assert asyncio.run(world.hook.async_filter_deployments("coder", [one, two], None, other)) == [two]
+    whole(world, data, GOOD)
+    assert asyncio.run(world.hook.async_filter_deployments("coder", [one, two], None, other)) == [one, two]
+
+
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [
+        ({"model": "cloud"}, 404),
+        ({"model": "coder@messages"}, 404),
+        ({"api_base": "http://evil"}, 400),
+        ({"fallbacks": ["cloud"]}, 400),
+        ({"litellm_call_id": "id-2"}, 400),
+        ({"mock_response": "x"}, 400),
+    ],
+)
+def test_what_only_the_router_may_say_is_refused(more: dict[str, Any], status: int, world: Any) -> None:
+    with pytest.raises(HTTPException) as refused:
+        begin(world, **more)
+    assert refused.value.status_code == status and lines(world)[0]["status"] == status
+
+
+def test_a_budget_halts_with_a_line_and_retry_after(world: Any) -> None:
+    begin(world, "tight")
+    with pytest.raises(HTTPException) as refused:
+        begin(world, "tight")
+    assert refused.value.status_code == 429 and int((refused.value.headers or {})["Retry-After"]) > 0
+    assert lines(world)[-1]["error"] == "tight: requests_per_minute = 1 is used up"
+
+
+def test_a_field_that_no_client_needs_goes_no_further(world: Any) -> None:
+    assert "store" not in begin(world, store=True) and begin(world, temperature=0.5)["temperature"] == 0.5
+
+
+def test_a_failed_request_has_its_line(world: Any) -> None:
+    error = type("Busy", (Exception,), {"status_code": 503})("not\nready")
+    asyncio.run(world.hook.async_post_call_failure_hook(begin(world), error, None))
+    assert (lines(world)[0]["status"], lines(world)[0]["error"]) == (503, "not ready")
+
+
+def test_only_a_known_key_gets_in_and_only_to_its_paths(world: Any) -> None:
+    def shows(path: str, **headers: str) -> Any:
+        asked = types.SimpleNamespace(url=types.SimpleNamespace(path=path), headers=headers)
+        return asyncio.run(world.module.authenticate(asked, ""))
+
+    assert shows("/v1/messages", **{"x-api-key": "k1"}).key_alias == "me"
+    assert shows("/v1/chat/completions", authorization="Bearer k2").key_alias == "cloudy"
+    for path, headers, status in (
+        ("/v1/messages", {}, 401),
+        ("/v1/messages", {"x-api-key": "k9"}, 401),
+        ("/key/generate", {"x-api-key": "k1"}, 404),
+    ):
+        with pytest.raises(HTTPException) as refused:
+            shows(path, **headers)
+        assert refused.value.status_code == status
