@@ -62,6 +62,12 @@ def wish(request: dict[str, Any]) -> str:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def parse_request(self) -> bool:
+        """No connection that was open outlives the box."""
+        understood = super().parse_request()
+        self.close_connection |= self.server.dead  # type: ignore[attr-defined]
+        return understood and not self.server.dead  # type: ignore[attr-defined]
+
     def do_GET(self) -> None:
         box: StubBox = self.server.box  # type: ignore[attr-defined]
         self._json({"status": "ready", "preset": box.preset})
