@@ -25,6 +25,7 @@ from ansible.utils.display import Display  # type: ignore[import-untyped]
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
 
 from llama_common import fit
+from llama_common.clients import client_problems
 from llama_common.plain import plain, scalar
 from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem, redact
@@ -125,7 +126,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         raw = hostvars.raw_get(host)
         problems = [problem for name in raw if (problem := self._roles.unknown(str(name), raw[name]))]
         try:
-            problems += self._roles.check(self._role_variables(raw))
+            values = self._role_variables(raw)
+            wrong = self._roles.check(values)
+            problems += wrong or client_problems(values, self._llm_servers(hostvars))
             if with_data:
                 refused, unchecked = fit.check(HostConfig.load(self._data(raw)))
                 problems += refused
@@ -139,6 +142,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             problems.append(Problem((host,), "…", str(error), fix))
         for problem in problems:
             yield self._line(problem, files, host, hostvars)
+
+    def _llm_servers(self, hostvars: Any) -> dict[str, list[str]]:
+        """The presets of each LLM box, as they stand in the inventory."""
+        group = hostvars._inventory.groups.get("llm_servers")
+        hosts = [host.name for host in group.get_hosts()] if group else []
+        return {host: list(hostvars.raw_get(host).get("llama_presets") or {}) for host in hosts}
 
     @cached_property
     def _roles(self) -> RoleVariables:

@@ -102,6 +102,12 @@ Package = Annotated[
         r"[a-z0-9][a-z0-9+.-]+", "the name of a Debian package: a-z, 0-9, +, . and -", "write it like ccache"
     ),
 ]
+AliasPrefix = Annotated[
+    str,
+    Text(
+        r"[a-z][a-z0-9_-]{0,15}", "1 to 16 characters: a-z, 0-9, _ and -, a letter first", "write it like ll"
+    ),
+]
 MemoryMax = Annotated[
     str,
     Text(
@@ -198,6 +204,8 @@ LIMITS: Final[Mapping[str, Any]] = {
     "llm_gateway_max_body": Annotated[int, Field(ge=1024, le=2**31)],
     "llm_gateway_max_buffered": Annotated[int, Field(ge=1024, le=2**36)],
     "llm_gateway_networks": list[Network],
+    "local_claude_shells": list[Literal["bash", "zsh"]],
+    "local_claude_alias_prefix": AliasPrefix,
     "llm_gateway_audit_max_size": Annotated[int, Field(ge=4096, le=2**40)],
     "llm_gateway_audit_keep": Annotated[int, Field(ge=1, le=1000)],
 }

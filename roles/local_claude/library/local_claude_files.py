@@ -1,0 +1,334 @@
+#!/usr/bin/python
+"""Ansible module: our files, and marked blocks of ours in a person's files, which go without a trace.
+
+A block stands first in its file, or first in an object or list of JSON with comments. So nothing of the
+person's text moves or is written anew, what stands below wins in a shell, and a block can be cut out again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pwd
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule  # type: ignore[import-untyped]
+
+DOCUMENTATION = r"""
+---
+module: local_claude_files
+short_description: Keep files of our own, and marked blocks in a person's files
+description:
+  - Takes what the filter C(client_files) returns. All files belong to the user that runs the module.
+  - A file of the person is changed only between our two marks, through its link if it is one, with its mode.
+  - What is not wanted is taken out; a file or a folder that we had made is removed when it is empty.
+options:
+  files: {description: The files., type: list, elements: dict, required: true}
+author: [llmbox]
+"""
+
+EXAMPLES = r"""
+- name: Tell shells where the aliases are
+  local_claude_files:
+    files: [{paths: [/home/you/.zshrc], kind: block, text: ". ~/.config/llmbox/shell.sh", wanted: true}]
+"""
+
+RETURN = r"""
+paths: {description: Files that changed., type: list, elements: str, returned: always}
+"""
+
+BEGIN, END = "BEGIN llmbox", "END llmbox"
+# In JSON not to the end of the line: there the person's text may go on.
+SHELL, JSON = "#", "/*"
+MAX_BYTES = 4 * 1024 * 1024
+_MADE = re.compile(r"made with (?P<folders>\d+) folders")
+
+
+class Refused(Exception):
+    """A file that cannot be changed safely; the text is one line for the person."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Our part of a text: begin, end, and how many folders came with the file (None: it was there)."""
+
+    start: int
+    end: int
+    folders: int | None
+
+
+def find(text: str, comment: str, path: str) -> Block | None:
+    """Our block, with the line break that belongs to it. Raises Refused for half a block."""
+    sign = re.escape(comment)
+    begins = [found.start() for found in re.finditer(rf"^[ \t]*{sign} {BEGIN}\b", text, re.MULTILINE)]
+    ends = [found.end() for found in re.finditer(rf"^[ \t]*{sign} {END}(?: \*/)?", text, re.MULTILINE)]
+    if not begins and not ends:
+        return None
+    if len(begins) != 1 or len(ends) != 1 or begins[0] > ends[0]:
+        line = text.count("\n", 0, (begins + ends)[0]) + 1
+        raise Refused(f"{path}:{line}: half a block of llmbox, or two of them; fix: remove its lines")
+    made = _MADE.search(text, begins[0], text.index("\n", begins[0]))
+    return Block(begins[0], ends[0], int(made["folders"]) if made else None)
+
+
+def without(text: str, comment: str, path: str) -> tuple[str, int | None]:
+    """The person's own text, and how many folders were made with the file (None: the file was theirs)."""
+    block = find(text, comment, path)
+    if block is None:
+        return text, None
+    if comment == SHELL:  # the block's last line break
+        return text[: block.start] + text[block.end + 1 :], block.folders
+    # The break before it; an editor may have made it one of its own.
+    start = block.start - (2 if text[: block.start].endswith("\r\n") else 1)
+    return text[:start] + text[block.end :], block.folders
+
+
+def marks(comment: str, folders: int | None) -> tuple[str, str]:
+    """The first and the last line of a block."""
+    made = "" if folders is None else f", made with {folders} folders"
+    close = " */" if comment == JSON else ""
+    return f"{comment} {BEGIN}: roles/local_claude{made}{close}", f"{comment} {END}{close}"
+
+
+def with_lines(text: str, lines: str, folders: int | None) -> str:
+    """A text with a block of lines before everything else."""
+    begin, end = marks(SHELL, folders)
+    return f"{begin}\n{lines}\n{end}\n{text}"
+
+
+def with_json(text: str, at: Sequence[str], content: Any, folders: int | None, path: str) -> str:
+    """JSON with our members or items first in what lies at `at`, which is made where it is missing.
+
+    Raises Refused.
+    """
+    document = Document(text, path)
+    position, depth, rest = document.place(at, content)
+    inner: Any = content
+    for key in reversed(rest):
+        inner = {key: inner}
+    lines = json.dumps(inner, indent=2, ensure_ascii=False).splitlines()[1:-1]
+    pad = "  " * depth
+    begin, end = marks(JSON, folders)
+    body = "\n".join(pad + line for line in lines) + ("," if document.filled(position) else "")
+    return f"{text[:position]}\n  {pad}{begin}\n{body}\n  {pad}{end}{text[position:]}"
+
+
+class Document:
+    """A reader of JSON with comments and trailing commas that knows where things stand."""
+
+    def __init__(self, text: str, path: str) -> None:
+        self.text, self.path = text, path
+
+    def place(self, at: Sequence[str], content: Any) -> tuple[int, int, Sequence[str]]:
+        """Where to insert: behind which bracket, its depth, and which keys are missing. Raises Refused."""
+        position = self._skip(1 if self.text.startswith("\ufeff") else 0)
+        if self.text[position : position + 1] != "{":
+            raise self._refused(position, "is no object of JSON")
+        try:
+            self._value(position)  # it can be read to its end
+        except (RecursionError, ValueError):
+            raise self._refused(position, "cannot be read as JSON") from None
+        depth = 0
+        for number, key in enumerate(at):
+            members = self._members(position)
+            if key not in members:
+                return position + 1, depth, at[number:]
+            last = number == len(at) - 1
+            bracket = "[" if last and isinstance(content, list) else "{"
+            if self.text[members[key]] != bracket:
+                kind = "list" if bracket == "[" else "object"
+                raise self._refused(members[key], f"{key} is no {kind}")
+            position, depth = members[key], depth + 1
+        self._check_twice(position, content)
+        return position + 1, depth, ()
+
+    def filled(self, position: int) -> bool:
+        """Whether anything but comments stands behind a bracket."""
+        return self.text[self._skip(position)] not in "]}"
+
+    def _check_twice(self, position: int, content: Any) -> None:
+        """Refuse what is there already: of two the person's would win, or both would be mixed."""
+        if isinstance(content, dict):
+            taken, wanted = self._members(position), set(content)
+        else:
+            items = [start for _, start in self._container(position)[0] if self.text[start] == "{"]
+            taken, wanted = {self._name(start): start for start in items}, {item["name"] for item in content}
+        for name in sorted(taken.keys() & wanted):
+            fix = "remove it, or switch this file off in the inventory"
+            raise self._refused(taken[name], f"{name} is set there already; fix: {fix}")
+
+    def _name(self, position: int) -> str:
+        """The text of the member `name` of an object, "" without one."""
+        at = self._members(position).get("name")
+        return str(json.loads(self.text[at : self._value(at)])) if at and self.text[at] == '"' else ""
+
+    def _refused(self, position: int, what: str) -> Refused:
+        line = self.text.count("\n", 0, position) + 1
+        return Refused(f"{self.path}:{line}: {what}")
+
+    def _skip(self, position: int) -> int:
+        """The next character that is neither blank nor comment."""
+        found = re.compile(r"(?:\s+|//[^\n]*|/\*.*?\*/)*", re.DOTALL).match(self.text, position)
+        return found.end() if found else position
+
+    def _members(self, position: int) -> dict[str, int]:
+        """Keys of the object whose bracket is here, each with where its value begins. Raises Refused."""
+        return dict(self._container(position)[0])
+
+    def _container(self, position: int) -> tuple[list[tuple[str, int]], int]:
+        """What is in an object or list, with key ("" in a list) and begin; its end. Raises Refused."""
+        closing = "}" if self.text[position] == "{" else "]"
+        found: list[tuple[str, int]] = []
+        at = self._skip(position + 1)
+        while self.text[at : at + 1] != closing:
+            key = ""
+            if closing == "}":
+                if self.text[at : at + 1] != '"':
+                    raise self._refused(at, "cannot be read as JSON: a key is missing")
+                end = self._value(at)
+                key, at = json.loads(self.text[at:end]), self._skip(end)
+                if self.text[at : at + 1] != ":":
+                    raise self._refused(at, "cannot be read as JSON: ':' is missing")
+                at = self._skip(at + 1)
+            found.append((key, at))
+            at = self._skip(self._value(at))
+            if self.text[at : at + 1] == ",":
+                at = self._skip(at + 1)
+            elif self.text[at : at + 1] != closing:
+                raise self._refused(at, f"cannot be read as JSON: ',' or '{closing}' is missing")
+        return found, at + 1
+
+    def _value(self, position: int) -> int:
+        """Where the value ends that begins here. Raises Refused."""
+        if self.text[position : position + 1] in ("{", "["):
+            return self._container(position)[1]
+        found = re.compile(r'"(?:[^"\\\n]|\\.)*"|[-+\w.]+').match(self.text, position)
+        if found is None:
+            raise self._refused(position, "cannot be read as JSON: a value is missing")
+        return found.end()
+
+
+@dataclass(frozen=True)
+class Change:
+    """A file before and after; None: it is not there."""
+
+    path: Path
+    before: str | None
+    after: str | None
+    folders: int = 0
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """For --diff: only lines around ours, for a person's files may hold secrets."""
+        before, after = (self.before or "").splitlines(), (self.after or "").splitlines()
+        found = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
+        lines = [line for line in found if not line.startswith("@@")]
+        return {
+            "header": str(self.path),
+            "prepared": f"{self.path}\n" + "".join(f"{line}\n" for line in lines),
+        }
+
+
+def planned(entry: dict[str, Any]) -> Change:
+    """What one entry of the list makes of its file. Raises Refused and OSError."""
+    path, make = target(entry)
+    before = read(path)
+    if entry["kind"] == "own":
+        return Change(path, before, entry["text"] if entry["wanted"] else None, 1)
+    comment = JSON if entry["kind"] == "json" else SHELL
+    empty = "{\n}\n" if comment == JSON else ""
+    text, folders = (empty, missing(path)) if before is None else without(before, comment, str(path))
+    if not entry["wanted"] or (before is None and not make):
+        gone = before is None or (folders is not None and text == empty)
+        return Change(path, before, None if gone else text, folders or 0)
+    if comment == SHELL:
+        return Change(path, before, with_lines(text, entry["text"], folders))
+    # An empty file is no JSON; VS Code leaves one behind.
+    if not text.strip():
+        raise Refused(f"{path}:1: is empty, no JSON; fix: remove it, or write {{}}")
+    return Change(path, before, with_json(text, entry["at"], entry["content"], folders, str(path)))
+
+
+def target(entry: dict[str, Any]) -> tuple[Path, bool]:
+    """The file of an entry, and whether to make it: the one with our marks, the first there is, the last."""
+    paths = [Path(path) for path in entry.get("paths") or [entry["path"]]]
+    there = [path for path in paths if path.exists()]
+    marked = [path for path in there if BEGIN in (read(path) or "")]
+    return (marked or there or paths[-1:])[0], bool(entry.get("make", True))
+
+
+def read(path: Path) -> str | None:
+    """A file's text as it is, None where there is none. Raises Refused and OSError."""
+    if not path.exists():
+        return None
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise Refused(f"{path} is no file of text")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise Refused(f"{path} is not UTF-8; fix: put the lines of docs/clients.md in by hand") from None
+
+
+def missing(path: Path) -> int:
+    """How many folders above a file are not there."""
+    return sum(1 for folder in path.parents if not folder.exists())
+
+
+def apply(change: Change) -> None:
+    """Do it: whole or not at all, through a link, with mode and owner of what was there. Raises OSError."""
+    if change.after is None:
+        change.path.unlink()
+        for folder in list(change.path.parents)[: change.folders]:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+        return
+    path = change.path.resolve()
+    for folder in reversed(path.parents):
+        if not folder.exists():
+            folder.mkdir(mode=0o700)
+    mode = path.stat().st_mode & 0o7777 if path.exists() else 0o600
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(change.after.encode())
+        Path(name).chmod(mode)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def main() -> None:
+    """Module entry point."""
+    module = AnsibleModule(
+        argument_spec={"files": {"type": "list", "elements": "dict", "required": True}},
+        supports_check_mode=True,
+    )
+    try:
+        # All are looked at before one is touched.
+        changes = [planned(entry) for entry in module.params["files"]]
+        changes = [change for change in changes if change.before != change.after]
+        if not module.check_mode:
+            for change in changes:
+                apply(change)
+    except Refused as refused:
+        module.fail_json(msg=f"{refused}; nothing was changed")
+    except OSError as error:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        module.fail_json(msg=f"{error.filename}: {error.strerror}; fix: make it {user}'s")
+    module.exit_json(
+        changed=bool(changes),
+        paths=[str(change.path) for change in changes],
+        diff=[change.shown for change in changes],
+    )
+
+
+if __name__ == "__main__":
+    main()
