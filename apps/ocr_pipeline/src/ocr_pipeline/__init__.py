@@ -1,0 +1,1 @@
+"""Field photos of transformer nameplates in, 11 validated fields out. docs/ocr.md explains it."""

@@ -1,0 +1,175 @@
+"""Stage 0: where the plates are. An ONNX detector by class names, clusters of text boxes, or the photo as it
+is.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from ocr_pipeline.errors import SettingsError
+from ocr_pipeline.geometry import Box, around
+from ocr_pipeline.images import Pixels
+from ocr_pipeline.rapid import session
+from ocr_pipeline.stages import Deadline, Plate, PlateClass
+
+SHIPPED = "plates.onnx"
+NMS_IOU = 0.45
+MAX_PLATES = 20
+GREY = 114  # what YOLO exports are trained with around a photo
+TEXT_SIDE = 960  # of the photo in which text boxes are looked for
+LEAST_LINES = 5  # of a cluster that may be a nameplate
+
+
+class OnnxDetector:
+    """A YOLO-style export: input `[1, 3, H, W]` in RGB from 0 to 1, output `[1, 4 + nc, N]`, boxes as centre
+    and size
+    in input pixels. The classes are found by name: in the file's own metadata (`names`), else in `classes`.
+    """
+
+    def __init__(
+        self, weights: str = "", classes: Sequence[str] = (), score: float = 0.35, threads: int = 2
+    ) -> None:
+        path = Path(weights) if weights else Path(str(resources.files("ocr_pipeline") / "data" / SHIPPED))
+        if not path.is_file():
+            raise SettingsError(f"detector.weights = {str(path)!r}: no such file")
+        try:
+            self._session = session(path, threads)
+        except Exception as error:  # onnxruntime's errors have no common class but Exception
+            first = str(error).splitlines()[0][:120]
+            raise SettingsError(
+                f"detector.weights = {str(path)!r}: onnxruntime cannot load it: {first}"
+            ) from None
+        given = self._session.get_inputs()[0]
+        self._input = given.name
+        if len(given.shape) != 4:
+            raise SettingsError(
+                f"detector.weights = {str(path)!r}: its input is {given.shape}, not [1, 3, H, W]"
+            )
+        self.side = given.shape[2] if isinstance(given.shape[2], int) else 640
+        self._score = score
+        self.names = _names(self._session.get_modelmeta().custom_metadata_map, classes)
+        wanted = {str(kind) for kind in PlateClass}
+        if not wanted & set(self.names.values()):
+            raise SettingsError(
+                f"detector.weights = {str(path)!r}: no class is called {' or '.join(sorted(wanted))}; "
+                "name them in the order of its outputs under detector.classes"
+            )
+
+    def detect(self, pixels: Pixels, deadline: Deadline) -> list[Plate]:
+        """Plates of the two classes, the surest first."""
+        picture, factor, left, top = letterbox(pixels, self.side)
+        batch = picture.astype(np.float32).transpose(2, 0, 1)[None] / 255.0
+        output = np.asarray(self._session.run(None, {self._input: batch})[0])
+        deadline.check("detector")
+        return plates_of(output, self.names, self._score, factor, left, top, pixels.shape[1], pixels.shape[0])
+
+
+class FindsText(Protocol):
+    """What gives boxes of text."""
+
+    def boxes(self, pixels: Pixels) -> list[Box]:
+        """Upright boxes of all lines of text."""
+
+
+class TextDetector:
+    """The largest cluster of text is taken for a nameplate: what is left where no detector finds one."""
+
+    def __init__(self, finder: FindsText) -> None:
+        self._finder = finder
+
+    def detect(self, pixels: Pixels, deadline: Deadline) -> list[Plate]:
+        """At most one plate, with a low score: nobody has recognised it as one."""
+        longer = max(pixels.shape[:2])
+        factor = min(1.0, TEXT_SIDE / longer)
+        size = (max(1, round(pixels.shape[1] * factor)), max(1, round(pixels.shape[0] * factor)))
+        small = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+        cluster = densest(self._finder.boxes(small))
+        deadline.check("detector")
+        return [Plate(None, cluster.scaled(1 / factor), 0.2)] if cluster else []
+
+
+def densest(boxes: Sequence[Box], reach: float = 2.5) -> Box | None:
+    """The box around the cluster with the most lines of text; None where none has enough of them."""
+    left = list(boxes)
+    best: list[Box] = []
+    while left:
+        cluster = [left.pop()]
+        for box in cluster:
+            side = reach * min(box.width, box.height)
+            near = Box(box.left - side, box.top - side, box.right + side, box.bottom + side)
+            joined = [other for other in left if near.overlap(other) > 0]
+            cluster += joined
+            left = [other for other in left if other not in joined]
+        best = max(best, cluster, key=len)
+    return around(best) if len(best) >= LEAST_LINES else None
+
+
+def letterbox(pixels: Pixels, side: int) -> tuple[Pixels, float, float, float]:
+    """The photo within a square of `side`, its factor, and the margins left and above."""
+    height, width = pixels.shape[:2]
+    factor = side / max(height, width)
+    wide, high = max(1, round(width * factor)), max(1, round(height * factor))
+    small = cv2.resize(pixels, (wide, high), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+    left, top = (side - wide) // 2, (side - high) // 2
+    square = np.full((side, side, 3), GREY, np.uint8)
+    square[top : top + high, left : left + wide] = small
+    return square, factor, float(left), float(top)
+
+
+def plates_of(
+    output: NDArray[np.float32],
+    names: dict[int, str],
+    least: float,
+    factor: float,
+    left: float,
+    top: float,
+    width: int,
+    height: int,
+) -> list[Plate]:
+    """Plates from an output `[1, 4 + nc, N]`, in pixels of the photo, without those that overlap a surer
+    one.
+    """
+    rows = output[0].T if output.shape[1] < output.shape[2] else output[0]
+    scores = rows[:, 4:]
+    best = scores.argmax(axis=1)
+    sure = scores.max(axis=1)
+    found: list[Plate] = []
+    wanted = {str(kind) for kind in PlateClass}
+    for at in np.argsort(-sure):
+        score = float(sure[at])
+        if not score >= least or len(found) >= MAX_PLATES:
+            break
+        name = names.get(int(best[at]), "")
+        x, y, wide, high = (float(value) for value in rows[at, :4])
+        if name not in wanted or not np.isfinite([x, y, wide, high]).all():
+            continue
+        box = Box(
+            max(0.0, (x - wide / 2 - left) / factor),
+            max(0.0, (y - high / 2 - top) / factor),
+            min(float(width), (x + wide / 2 - left) / factor),
+            min(float(height), (y + high / 2 - top) / factor),
+        )
+        if box.area > 0 and all(box.iou(plate.box) < NMS_IOU for plate in found):
+            found.append(Plate(PlateClass(name), box, min(1.0, score)))
+    return found
+
+
+def _names(metadata: dict[str, str], classes: Sequence[str]) -> dict[int, str]:
+    """Class names by index: those given, else those in the file, which YOLO writes as a Python dict."""
+    if classes:
+        return dict(enumerate(classes))
+    try:
+        read = ast.literal_eval(metadata.get("names", "{}"))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return {}
+    if isinstance(read, dict):
+        return {int(key): str(name) for key, name in read.items() if str(key).isdigit()}
+    return {at: str(name) for at, name in enumerate(read)} if isinstance(read, list | tuple) else {}

@@ -1,0 +1,99 @@
+"""No value without the text that it stands in: what a model gives is looked for in what the vision stage
+read.
+
+A value that does not occur there becomes null and is logged. Whoever wrote the text on a plate can still not
+put a
+value into a field that the plate does not show, nor leave the schema.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from ocr_pipeline import normal
+from ocr_pipeline.reading import FIELDS, Fields, Reason
+from ocr_pipeline.stages import Extraction, Line
+from ocr_pipeline.words import fold, squeezed
+
+log = logging.getLogger(__name__)
+
+DOUBTFUL = 0.60  # a value whose least sure character is below this is for a person
+
+
+def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> bool:
+    """Whether the value of a field occurs in the text, after normalisation."""
+    texts = [line.text for line in lines]
+    joined = " ".join(texts)
+    match name:
+        case "potencia_kva":
+            return any(_number(text, float(value)) for text in texts)
+        case "tensao_primaria":
+            return any(float(value) in [round(volts, 1) for volts in normal.voltages(text)] for text in texts)
+        case "tensao_secundaria":
+            wanted = {part for part in str(value).split("/") if part}
+            return any(
+                wanted <= set(re.findall(r"[0-9]+(?:\.[0-9])?", _digits(text).replace(",", ".")))
+                for text in texts
+            ) or any(normal.secondary(text) == value for text in texts)
+        case "data_fabricacao":
+            return any(str(value) == normal.date(text) for text in [*texts, raw]) and str(value)[
+                2:4
+            ] in _digits(joined)
+        case "fases":
+            return any(normal.phases(text) == value for text in texts)
+        case "autoprotegido":
+            return "AUTOPROTEG" in squeezed(joined) or "AUTOPROT" in squeezed(joined)
+        case "elo_fusivel":
+            return any(normal.fuse(text) == value for text in texts)
+        case "fabricante":
+            wanted_name = squeezed(raw) or squeezed(str(value))
+            return bool(wanted_name) and wanted_name in squeezed(joined)
+        case _:
+            wanted_code = squeezed(str(value))
+            return bool(wanted_code) and any(wanted_code in squeezed(text) for text in texts)
+
+
+def _digits(text: str) -> str:
+    from ocr_pipeline.words import as_digits
+
+    return as_digits(fold(text))
+
+
+def _number(text: str, value: float) -> bool:
+    candidates = re.findall(r"[0-9OISB][0-9OISB.,]*", fold(text))
+    for raw in candidates:
+        found = normal.number(raw.strip(".,"))
+        if found is not None and (found == value or found / 10 == value):
+            return True
+    return False
+
+
+def settle(extraction: Extraction, lines: Sequence[Line]) -> tuple[dict[str, Any], list[str]]:
+    """The values that stand, all 11 keys, and the reasons for review."""
+    reasons = list(extraction.reasons)
+    values: dict[str, Any] = dict.fromkeys(FIELDS)
+    for name, candidate in extraction.candidates.items():
+        if candidate.value is None or name not in values:
+            continue
+        try:
+            value = getattr(Fields.model_validate({name: candidate.value}), name)
+        except ValidationError:
+            log.warning("%s: a value that the schema refuses was dropped", name)
+            reasons.append(f"{Reason.MODEL_OUTPUT_INVALID}:{name}")
+            continue
+        if not grounded(name, value, lines, candidate.raw):
+            log.warning("%s: a value that the text does not show was dropped", name)
+            reasons.append(f"{Reason.NOT_GROUNDED}:{name}")
+            continue
+        values[name] = value
+        if normal.problem(name, value):
+            reasons.append(f"{Reason.OUT_OF_DOMAIN}:{name}")
+        if candidate.confidence < DOUBTFUL:
+            reasons.append(f"{Reason.LOW_CONFIDENCE}:{name}")
+    reasons += [f"{Reason.INCONSISTENT}:{name}" for name in normal.inconsistent(values)]
+    return values, reasons

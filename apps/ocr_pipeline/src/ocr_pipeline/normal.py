@@ -1,0 +1,235 @@
+"""Each field from the text that stands for it: the normalised value, or None. And whether a value can be at
+all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ocr_pipeline.words import as_digits, fold
+
+# Rated powers of distribution transformers in kVA: the usual steps, older ones still in use, larger ones.
+_POWERS = """3 5 7.5 10 15 20 25 30 37.5 45 50 60 75 88 100 112.5 120 138 150 167 175 200 225 250 300 333 400
+500 600 750 1000 1250 1500 2000 2500 3000"""
+POWERS = frozenset(float(step) for step in _POWERS.split())
+# Distribution voltages in V: the classes' ratings and their usual taps lie within these.
+PRIMARY_RANGES = (
+    (2_000, 2_500),
+    (3_600, 4_400),
+    (6_000, 8_000),
+    (10_500, 14_700),
+    (17_500, 25_500),
+    (31_000, 36_300),
+)
+_SECONDARIES = """220/127 380/220 230/115 240/120 254/127 440/254 440/220 230/133 220/110 216.5/125 400/231
+208/120 480/277 460/230 115 120 127 220 230 240 254 380 440"""
+SECONDARIES = frozenset(_SECONDARIES.split())
+FUSE = re.compile(r"^(0\.5|[1-9][0-9]?|1[0-9]{2}|200)(H|K|T|EF)$")
+_NAMES = ("JAN", "FEV", "MAR", "ABR", "MAI", "JUN", "JUL", "AGO", "SET", "OUT", "NOV", "DEZ")
+_ENGLISH = {"FEB": 2, "APR": 4, "MAY": 5, "AUG": 8, "SEP": 9, "OCT": 10, "DEC": 12}
+MONTHS = {name: month for month, name in enumerate(_NAMES, 1)} | _ENGLISH
+FIRST_YEAR = 1940
+_NUMBER = r"[0-9OQISBZL|]+(?: ?[.,] ?[0-9OQISBZL|]+)*"
+
+
+def number(text: str) -> float | None:
+    """`112,5`, `13.800`, `1 500`: as Brazilians write numbers; letters that look like digits are digits."""
+    compact = re.sub(r"\s", "", as_digits(fold(text)))
+    if not re.fullmatch(r"[0-9]+([.,][0-9]+)*", compact):
+        return None
+    if re.fullmatch(r"[0-9]{1,3}([.,][0-9]{3})+", compact) and not compact.startswith("0"):
+        return float(re.sub(r"[.,]", "", compact))
+    parts = re.split(r"[.,]", compact)
+    return float(parts[0]) if len(parts) == 1 else float("".join(parts[:-1]) + "." + parts[-1])
+
+
+def power(text: str) -> float | None:
+    """kVA, from `112,5 kVA`, `POT 75`, `112.5KVA`."""
+    folded = fold(text)
+    found = re.search(rf"(?<![0-9A-Z.,])({_NUMBER})\s*K?\s*[VU]A\b", folded) or re.search(
+        r"(?<![0-9A-Z.,])([0-9][0-9OISB]*(?:[.,][0-9OISB]+)?)(?![0-9A-Z%/])", folded
+    )
+    value = number(found.group(1)) if found else None
+    if value is None or value <= 0:
+        return None
+    if value in POWERS:
+        return value
+    # A comma that was lost: 1125 is no power, 112.5 is.
+    tenth = value / 10
+    return tenth if tenth in POWERS and tenth != int(tenth) else value
+
+
+def voltages(text: str) -> list[float]:
+    """All voltages of a text, in V: `13800/13200/12600 V`, `13,8 kV`."""
+    folded = re.sub(r"\s+", " ", fold(text))
+    in_kv = re.search(r"\bK\s?[VU]\b|[0-9]K[VU]\b", folded) is not None
+    found: list[float] = []
+    for raw in re.findall(r"[0-9][0-9OISB]*(?:[.,][0-9OISB]+)*", folded):
+        value = number(raw)
+        if value is None:
+            continue
+        found.append(value * 1000 if in_kv and value < 1000 else value)
+    return found
+
+
+def primary(text: str) -> float | None:
+    """V: the first of several taps."""
+    found = [value for value in voltages(text) if value >= 1000]
+    return round(found[0], 1) if found else None
+
+
+def secondary(text: str) -> str | None:
+    """`220/127`, `230`: one or two voltages below 1000 V, the higher one first."""
+    folded = as_digits(re.sub(r"\b[VY]\b|VOLTS?", "", fold(text)))
+    found = re.search(
+        r"(?<![0-9.,])([1-9][0-9]{2}(?:[.,][0-9])?)(?:\s*V?\s*[/\-X\\]\s*([1-9][0-9]{2}(?:[.,][0-9])?))?(?![0-9])",
+        folded,
+    )
+    if not found:
+        glued = re.fullmatch(r"\s*([1-9][0-9]{2})[1I/]?([1-9][0-9]{2})\s*", folded)
+        pair = f"{glued.group(1)}/{glued.group(2)}" if glued else ""
+        return pair if pair in SECONDARIES else None
+    first = found.group(1).replace(",", ".")
+    second = (found.group(2) or "").replace(",", ".")
+    if not second:
+        return first
+    high, low = sorted((first, second), key=float, reverse=True)
+    return f"{high}/{low}"
+
+
+def date(text: str) -> str | None:
+    """`2015`, `2015-03`, `2015-03-09`, as precise as printed."""
+    folded = fold(text)
+    if found := re.search(
+        r"(?<![A-Z])([A-Z]{3})[A-Z]*\.?\s*[/\-. ]?\s*(?:DE\s*)?((?:19|20)?[0-9]{2})(?![0-9])", folded
+    ):
+        month = MONTHS.get(found.group(1))
+        if month:
+            return f"{_year(found.group(2))}-{month:02d}"
+    digits = re.sub(r"(?<=[0-9/.\-])[OQ]|[OQ](?=[0-9/.\-])", "0", folded)
+    digits = re.sub(r"\s*([/.\-])\s*", r"\1", digits)
+    if found := re.search(
+        r"(?<![0-9])([0-9]{1,2})[/.\-]([0-9]{1,2})[/.\-]((?:19|20)?[0-9]{2})(?![0-9])", digits
+    ):
+        day, month = int(found.group(1)), int(found.group(2))
+        return _day(_year(found.group(3)), month, day)
+    if found := re.search(
+        r"(?<![0-9])((?:19|20)[0-9]{2})[/.\-]([0-9]{1,2})(?:[/.\-]([0-9]{1,2}))?(?![0-9])", digits
+    ):
+        if found.group(3):
+            return _day(int(found.group(1)), int(found.group(2)), int(found.group(3)))
+        return _month(int(found.group(1)), int(found.group(2)))
+    if found := re.search(r"(?<![0-9])([0-9]{1,2})[/.\-]((?:19|20)[0-9]{2}|[0-9]{2})(?![0-9])", digits):
+        return _month(_year(found.group(2)), int(found.group(1)))
+    if found := re.search(r"(?<![0-9A-Z])((?:19|20)[0-9]{2})(?![0-9A-Z])", digits):
+        return found.group(1)
+    return None
+
+
+def _year(text: str) -> int:
+    year = int(text)
+    return year if year > 99 else year + (1900 if year >= 60 else 2000)
+
+
+def _month(year: int, month: int) -> str | None:
+    return f"{year}-{month:02d}" if 1 <= month <= 12 else None
+
+
+def _day(year: int, month: int, day: int) -> str | None:
+    try:
+        return datetime.date(year, month, day).isoformat()
+    except ValueError:
+        return None
+
+
+def fuse(text: str) -> str | None:
+    """`5H`, `0.5H`, `10K`: rating and type of a fuse link."""
+    folded = fold(text).replace(",", ".")
+    found = re.search(r"(?<![0-9A-Z.])([0-9OISZ]{1,3}(?:\.[0-9])?)\s*-?\s*(H|K|T|EF)\b", folded)
+    if not found:
+        return None
+    rating = as_digits(found.group(1))
+    value = rating.lstrip("0") if not rating.startswith("0.") else rating
+    return f"{value}{found.group(2)}" if value and value[0] != "." else None
+
+
+def phases(text: str) -> int | None:
+    """1, 2 or 3, from `3`, `TRIFASICO`, `3Ø`."""
+    folded = fold(text)
+    for stem, count in (("TRIF", 3), ("BIF", 2), ("MONOF", 1)):
+        if stem in folded:
+            return count
+    found = re.search(
+        r"(?<![0-9.,/A-Z])0?([123I])\s*(?:F(?:ASES?)?|[Ø0O~\u03c6\u03a6]|\(?[A-Z]{3,4}\)?)?(?![0-9A-Z.,/])",
+        folded,
+    )
+    if not found:
+        return None
+    return int(as_digits(found.group(1)))
+
+
+def self_protected(text: str) -> bool | None:
+    """true from SIM, S, X; false from NÃO, N."""
+    folded = re.sub(r"[^A-Z]", " ", fold(text)).split()
+    if not folded:
+        return None
+    if folded[0] in ("SIM", "S", "YES", "X", "SLM", "5IM"):
+        return True
+    return False if folded[0] in ("NAO", "N", "NO", "NA0", "NAQ") else None
+
+
+def code(text: str) -> str | None:
+    """A serial number, asset tag or registration: one word with at least three digits, as printed."""
+    cleaned = fold(text).strip(" .:;,=_*|'\"")
+    best = ""
+    for word in re.findall(r"[0-9A-Z]+(?:[./\-][0-9A-Z]+)*", cleaned):
+        if sum(sign.isdigit() for sign in word) >= 3:
+            best = word
+            break
+    if best:
+        # `A 12345`, `12345 - 6`: a letter before it or a check digit behind it, set apart.
+        joined = re.search(
+            rf"(?<![0-9A-Z])([A-Z]{{1,3}}[ \-])?{re.escape(best)}( ?- ?[0-9A-Z]{{1,2}})?(?![0-9A-Z])", cleaned
+        )
+        if joined and joined.group(0) != best:
+            return re.sub(r"\s*-\s*", "-", joined.group(0)).replace(" ", "")
+    return best or None
+
+
+def problem(name: str, value: Any, today: datetime.date | None = None) -> bool:
+    """Whether a value is outside of what its field can be."""
+    match name:
+        case "potencia_kva":
+            return value not in POWERS
+        case "tensao_primaria":
+            return not any(low <= value <= high for low, high in PRIMARY_RANGES)
+        case "tensao_secundaria":
+            return value not in SECONDARIES
+        case "elo_fusivel":
+            return FUSE.match(value) is None
+        case "data_fabricacao":
+            day = today or datetime.datetime.now(datetime.UTC).date()
+            return not int(value[:4]) >= FIRST_YEAR or value > day.isoformat()[: len(value)]
+        case "numero_serie" | "patrimonio" | "matricula":
+            return not 3 <= len(value) <= 24
+        case _:
+            return False
+
+
+def inconsistent(values: Mapping[str, Any]) -> list[str]:
+    """Fields that contradict another one: the phases against the voltages, a fuse link against the power."""
+    found: list[str] = []
+    phases_, second, kva = values.get("fases"), values.get("tensao_secundaria"), values.get("potencia_kva")
+    if phases_ == 3 and second in ("115", "120", "127", "240/120", "230/115"):
+        found.append("fases")
+    if phases_ == 1 and kva is not None and kva > 167:
+        found.append("fases")
+    if phases_ == 1 and second in ("380/220", "220/127"):
+        found.append("fases")
+    first = values.get("tensao_primaria")
+    if first is not None and second is not None and float(second.split("/")[0]) >= first:
+        found.append("tensao_primaria")
+    return found

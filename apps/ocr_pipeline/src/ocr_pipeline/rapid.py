@@ -1,0 +1,325 @@
+"""Stage 1 without a server: PP-OCRv6 in onnxruntime, with the models that the package rapidocr carries.
+
+rapidocr's own detector finds the lines of text. From there on this module does what its loop does not: the
+whole crop is
+turned upright at once (by most lines' shape, then by the direction classifier on the longest ones),
+recognition gives
+the certainty of each character over the alphabet of a nameplate, and a line with a doubtful character is
+read a second
+time from another cut. Widths are rounded up to steps: the memory of a worker grows with each new size of
+input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from ocr_pipeline.geometry import Box
+from ocr_pipeline.images import Pixels
+from ocr_pipeline.stages import Deadline, Line, Seen
+from ocr_pipeline.words import fold
+
+HEIGHT = 48  # of a line that is recognised
+WIDTH_STEP = 160
+WIDEST = 1600
+BATCH = 6
+SIDE_STEP = 160  # the picture is padded to multiples of this
+LOOKED_AT = 5  # lines that tell whether the crop stands on its head
+DOUBTFUL = 0.90  # a line with a less sure character is read twice
+LEAST = 0.45  # a line less sure than this is no text
+ALPHABET = frozenset(
+    "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzÁÀÂÃÇÉÊÍÓÔÕÚÜáàâãçéêíóôõúü"
+    " .,:;/\\-+()[]%º°ª#&*_=<>'\"!?@|~Øø²³φΦ"
+)
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """One cut's text, and how sure each character is."""
+
+    text: str
+    weights: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean certainty; 0 without text."""
+        return float(np.mean(self.weights)) if self.weights else 0.0
+
+
+class RapidVision:
+    """The embedded vision stage. Models are loaded once; `warm` loads them now."""
+
+    def __init__(self, threads: int = 2) -> None:
+        self.threads = threads
+        self._parts: _Parts | None = None
+
+    def warm(self) -> None:
+        """Load the models now, so that the first photo does not wait for them."""
+        self._loaded()
+
+    def _loaded(self) -> _Parts:
+        if self._parts is None:
+            self._parts = _Parts(self.threads)
+        return self._parts
+
+    def read(self, pixels: Pixels, deadline: Deadline) -> Seen:
+        """All lines of a crop, in reading order, the crop turned upright."""
+        started = time.perf_counter()
+        parts = self._loaded()
+        quads = parts.detect(pixels)
+        deadline.check("text detection")
+        if not len(quads):
+            return Seen((), 0, time.perf_counter() - started)
+        turned = 90 if _mostly_upright(quads) else 0
+        picture = np.ascontiguousarray(np.rot90(pixels)) if turned else pixels
+        if turned:
+            quads = _turned(quads, pixels.shape[1])
+        cuts = [_cut(picture, quad) for quad in quads]
+        if parts.upside_down(cuts):
+            turned += 180
+            height, width = picture.shape[:2]
+            quads = np.array([[width, height] - np.roll(quad, 2, axis=0) for quad in quads], dtype=np.float32)
+            picture = np.ascontiguousarray(np.rot90(picture, 2))
+            cuts = [np.ascontiguousarray(cut[::-1, ::-1]) for cut in cuts]
+        deadline.check("text direction")
+        first = parts.recognise(cuts, deadline)
+        lines = [self._line(quad, found) for quad, found in zip(quads, first, strict=True)]
+        again = [at for at, found in enumerate(first) if _worth_a_second_look(found)]
+        if again:
+            second = parts.recognise(
+                [_cut(picture, quads[at], grow=0.12, sharpen=True) for at in again], deadline
+            )
+            for at, other in zip(again, second, strict=True):
+                lines[at] = _settled(lines[at], other)
+        kept = [line for line in lines if line.text.strip() and line.confidence >= LEAST]
+        return Seen(tuple(in_reading_order(kept)), turned % 360, time.perf_counter() - started)
+
+    @staticmethod
+    def _line(quad: Floats, found: Recognised) -> Line:
+        box = Box(*(float(side) for side in (*quad.min(axis=0), *quad.max(axis=0))))
+        sure = [weight for sign, weight in zip(found.text, found.weights, strict=True) if sign.isalnum()]
+        return Line(found.text, box, found.mean, min(sure, default=0.0), found.weights)
+
+
+class TextFinder:
+    """Where text is, without reading it: for the detector that clusters text boxes."""
+
+    def __init__(self, vision: RapidVision) -> None:
+        self._vision = vision
+
+    def boxes(self, pixels: Pixels) -> list[Box]:
+        """Upright boxes of all lines of text."""
+        quads = self._vision._loaded().detect(pixels)
+        return [Box(*(float(side) for side in (*quad.min(axis=0), *quad.max(axis=0)))) for quad in quads]
+
+
+class _Parts:
+    """The three models in onnxruntime, and what the recogniser's outputs mean."""
+
+    def __init__(self, threads: int) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        rapidocr: Any = importlib.import_module("rapidocr")
+        models = Path(str(rapidocr.__file__)).parent / "models"
+        self._finder = rapidocr.RapidOCR(
+            params={
+                "Global.log_level": "critical",
+                "Global.use_cls": False,
+                "Global.use_rec": False,
+                "Global.max_side_len": 2000,
+                "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+                "Det.limit_side_len": 640,
+            }
+        )
+        self._direction = session(models / "ch_ppocr_mobile_v2.0_cls_mobile.onnx", threads)
+        self._recogniser = session(models / "PP-OCRv6_rec_small.onnx", threads)
+        described = self._recogniser.get_modelmeta().custom_metadata_map["character"].splitlines()
+        alphabet = ["", *described, " "]  # 0 is the blank, the last is the space
+        self._kept = np.array(
+            [at for at, sign in enumerate(alphabet) if at == 0 or sign in ALPHABET], dtype=np.int64
+        )
+        self._signs = [alphabet[at] for at in self._kept]
+
+    def detect(self, pixels: Pixels) -> Floats:
+        """Quadrilaterals of lines of text: n x 4 x 2, clockwise from each line's top left."""
+        height, width = pixels.shape[:2]
+        high, wide = -(-height // SIDE_STEP) * SIDE_STEP, -(-width // SIDE_STEP) * SIDE_STEP
+        padded = cv2.copyMakeBorder(
+            pixels, 0, high - height, 0, wide - width, cv2.BORDER_CONSTANT, value=(127, 127, 127)
+        )
+        found = self._finder(
+            cv2.cvtColor(np.asarray(padded), cv2.COLOR_RGB2BGR), use_det=True, use_cls=False, use_rec=False
+        )
+        boxes = getattr(found, "boxes", None)
+        return np.zeros((0, 4, 2), np.float32) if boxes is None else np.asarray(boxes, dtype=np.float32)
+
+    def upside_down(self, cuts: Sequence[Pixels]) -> bool:
+        """Whether most of the longest lines stand on their heads."""
+        longest = sorted(cuts, key=lambda cut: -cut.shape[1] / max(1, cut.shape[0]))[:LOOKED_AT]
+        batch = np.stack([_normal(cut, 192) for cut in longest])
+        shares = self._direction.run(None, {self._direction.get_inputs()[0].name: batch})[0]
+        return float(np.mean(shares[:, 1])) > 0.5
+
+    def recognise(self, cuts: Sequence[Pixels], deadline: Deadline) -> list[Recognised]:
+        """The text of every cut. Cuts of one width go together."""
+        widths = [
+            min(
+                WIDEST,
+                -(-max(1, round(cut.shape[1] * HEIGHT / max(1, cut.shape[0]))) // WIDTH_STEP) * WIDTH_STEP,
+            )
+            for cut in cuts
+        ]
+        order = sorted(range(len(cuts)), key=lambda at: widths[at])
+        results: list[Recognised] = [Recognised("", ())] * len(cuts)
+        while order:
+            batch = [at for at in order[:BATCH] if widths[at] == widths[order[0]]]
+            order = order[len(batch) :]
+            stacked = np.stack([_normal(cuts[at], widths[at]) for at in batch])
+            shares = self._recogniser.run(None, {self._recogniser.get_inputs()[0].name: stacked})[0]
+            for at, share in zip(batch, shares, strict=True):
+                results[at] = self._decode(share[:, self._kept])
+            deadline.check("text recognition")
+        return results
+
+    def _decode(self, shares: Floats) -> Recognised:
+        """Greedy CTC over the alphabet of nameplates."""
+        best = shares.argmax(axis=1)
+        sure = shares.max(axis=1)
+        text: list[str] = []
+        weights: list[float] = []
+        before = 0
+        for place, sign in enumerate(best):
+            if sign and sign != before:
+                text.append(self._signs[sign])
+                weights.append(float(sure[place]))
+            elif sign and weights:
+                weights[-1] = max(weights[-1], float(sure[place]))
+            before = int(sign)
+        joined = "".join(text)
+        lead = len(joined) - len(joined.lstrip())
+        kept = joined.strip()
+        return Recognised(kept, tuple(weights[lead : lead + len(kept)]))
+
+
+@lru_cache(maxsize=8)
+def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A model on the CPU, without the arena that keeps the memory of the largest input."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _normal(cut: Pixels, width: int) -> Floats:
+    """A cut at the recogniser's height, padded on the right, from -1 to 1, channels first."""
+    scaled = min(width, max(1, round(cut.shape[1] * HEIGHT / max(1, cut.shape[0]))))
+    small = np.asarray(cv2.resize(cut, (scaled, HEIGHT)), dtype=np.float32)[:, :, ::-1]
+    padded = np.zeros((3, HEIGHT, width), np.float32)
+    padded[:, :, :scaled] = small.transpose(2, 0, 1) / 127.5 - 1.0
+    return padded
+
+
+def _cut(picture: Pixels, quad: Floats, *, grow: float = 0.0, sharpen: bool = False) -> Pixels:
+    """The line in a quadrilateral, straightened. `grow`: a margin as a share of its height."""
+    width = max(float(np.linalg.norm(quad[0] - quad[1])), float(np.linalg.norm(quad[2] - quad[3])), 1.0)
+    height = max(float(np.linalg.norm(quad[0] - quad[3])), float(np.linalg.norm(quad[1] - quad[2])), 1.0)
+    margin = grow * height
+    goal = np.array(
+        [
+            [margin, margin],
+            [width + margin, margin],
+            [width + margin, height + margin],
+            [margin, height + margin],
+        ],
+        np.float32,
+    )
+    size = (max(1, round(width + 2 * margin)), max(1, round(height + 2 * margin)))
+    matrix = cv2.getPerspectiveTransform(quad.astype(np.float32), goal)
+    cut = np.asarray(
+        cv2.warpPerspective(picture, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE),
+        dtype=np.uint8,
+    )
+    if sharpen:
+        low, high = (float(value) for value in np.percentile(cut, (2, 98)))
+        if high - low > 8:
+            cut = np.clip((cut.astype(np.float32) - low) * (255.0 / (high - low)), 0, 255).astype(np.uint8)
+    return cut
+
+
+def _mostly_upright(quads: Floats) -> bool:
+    """Whether most text runs up or down: the boxes are taller than wide, weighed by their length."""
+    wide = np.linalg.norm(quads[:, 0] - quads[:, 1], axis=1)
+    high = np.linalg.norm(quads[:, 0] - quads[:, 3], axis=1)
+    longer, shorter = np.maximum(wide, high), np.maximum(1.0, np.minimum(wide, high))
+    votes = longer * (longer / shorter > 1.5)
+    return float(votes[high > wide].sum()) > float(votes[wide >= high].sum())
+
+
+def _turned(quads: Floats, width: int) -> Floats:
+    """The quadrilaterals in the picture turned counter-clockwise by 90 degrees, again from their top left."""
+    turned = np.stack([quads[:, :, 1], width - quads[:, :, 0]], axis=2)
+    return np.ascontiguousarray(np.roll(turned, -1, axis=1), dtype=np.float32)
+
+
+def _worth_a_second_look(found: Recognised) -> bool:
+    """Whether a line has a doubtful character and any digit: words alone are matched with tolerance."""
+    if not found.text or not any(sign.isdigit() for sign in found.text):
+        return False
+    sure = [weight for sign, weight in zip(found.text, found.weights, strict=True) if sign.isalnum()]
+    return min(sure, default=1.0) < DOUBTFUL
+
+
+def _settled(line: Line, other: Recognised) -> Line:
+    """A line after its second reading: surer where both agree, doubtful where they differ."""
+    one, two = fold(line.text), fold(other.text)
+    if one == two:
+        weights = tuple(max(pair) for pair in zip(line.weights, other.weights, strict=False))
+        sure = [weight for sign, weight in zip(line.text, weights, strict=False) if sign.isalnum()]
+        return Line(
+            line.text,
+            line.box,
+            max(line.confidence, other.mean),
+            min(sure, default=line.weakest),
+            weights,
+            line.kind,
+        )
+    if other.mean > line.confidence + 0.05:
+        sure = [weight for sign, weight in zip(other.text, other.weights, strict=True) if sign.isalnum()]
+        return Line(
+            other.text, line.box, other.mean, min(sure, default=0.0), other.weights, line.kind, line.text
+        )
+    return Line(line.text, line.box, line.confidence, line.weakest, line.weights, line.kind, other.text)
+
+
+def in_reading_order(lines: Sequence[Line]) -> list[Line]:
+    """Rows from top to bottom, each from left to right."""
+    placed = [line for line in lines if line.box is not None]
+    placed.sort(key=lambda line: line.box.middle[1] if line.box else 0.0)
+    rows: list[list[Line]] = []
+    for line in placed:
+        assert line.box is not None
+        last = rows[-1][-1].box if rows else None
+        if last is not None and abs(line.box.middle[1] - last.middle[1]) < 0.5 * min(
+            line.box.height, last.height
+        ):
+            rows[-1].append(line)
+        else:
+            rows.append([line])
+    ordered = [
+        line for row in rows for line in sorted(row, key=lambda line: line.box.left if line.box else 0.0)
+    ]
+    return ordered + [line for line in lines if line.box is None]
