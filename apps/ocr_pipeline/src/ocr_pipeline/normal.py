@@ -46,9 +46,16 @@ def number(text: str) -> float | None:
     return float(parts[0]) if len(parts) == 1 else float("".join(parts[:-1]) + "." + parts[-1])
 
 
+def foreign(folded: str) -> bool:
+    """Whether a text has the unit of another quantity behind its number: `302 L`, `480 kg`, `60 Hz`."""
+    return re.search(r"[0-9]\s*(?:KG|HZ|%|L|A|O?C|MM|DB|ANOS?)(?![0-9A-Z])", folded) is not None
+
+
 def power(text: str) -> float | None:
     """kVA, from `112,5 kVA`, `POT 75`, `112.5KVA`."""
     folded = fold(text)
+    if foreign(folded):
+        return None
     found = re.search(rf"(?<![0-9A-Z.,])({_NUMBER})\s*K?\s*[VU]A\b", folded) or re.search(
         r"(?<![0-9A-Z.,])([0-9][0-9OISB]*(?:[.,][0-9OISB]+)?)(?![0-9A-Z%/])", folded
     )
@@ -77,12 +84,14 @@ def voltages(text: str) -> list[float]:
 
 def primary(text: str) -> float | None:
     """V: the first of several taps."""
-    found = [value for value in voltages(text) if value >= 1000]
+    found = [] if foreign(fold(text)) else [value for value in voltages(text) if value >= 1000]
     return round(found[0], 1) if found else None
 
 
 def secondary(text: str) -> str | None:
     """`220/127`, `230`: one or two voltages below 1000 V, the higher one first."""
+    if foreign(fold(text)):
+        return None
     folded = as_digits(re.sub(r"\b[VY]\b|VOLTS?", "", fold(text)))
     found = re.search(
         r"(?<![0-9.,])([1-9][0-9]{2}(?:[.,][0-9])?)(?:\s*V?\s*[/\-X\\]\s*([1-9][0-9]{2}(?:[.,][0-9])?))?(?![0-9])",

@@ -39,7 +39,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 BARE = re.compile(
     r"^[\s\W]*(?:\(?\s*(?:KVA|KV|V|VOLTS?|A|HZ|KG|L|%)\s*\)?)?[\s\W]*$"
 )  # nothing, or only a unit
-REACH_RIGHT = 9.0  # of the label's height: a value further off belongs to something else
+REACH_RIGHT = 16.0  # of the label's height: a value further off belongs to something else
 REACH_BELOW = 1.6
 UNLABELLED = 0.9  # confidence of what only a unit gives away, beside a labelled value's 1
 

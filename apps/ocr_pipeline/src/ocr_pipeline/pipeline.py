@@ -164,7 +164,7 @@ class Pipeline:
             photo=photo,
             plates=tuple(plates),
             crop=crop,
-            turned_crop=turn(pixels, seen.turned),
+            turned_crop=seen.picture if seen.picture is not None else turn(pixels, seen.turned),
             lines=tuple(lines),
             context=context,
             sources={

@@ -38,6 +38,7 @@ BATCH = 6
 SIDE_STEP = 160  # the picture is padded to multiples of this
 LOOKED_AT = 5  # lines that tell whether the crop stands on its head
 DOUBTFUL = 0.90  # a line with a less sure character is read twice
+LEAST_TILT = 1.0  # degrees: less changes no row
 LEAST = 0.45  # a line less sure than this is no text
 ALPHABET = frozenset(
     "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzÁÀÂÃÇÉÊÍÓÔÕÚÜáàâãçéêíóôõúü"
@@ -94,6 +95,10 @@ class RapidVision:
             quads = np.array([[width, height] - np.roll(quad, 2, axis=0) for quad in quads], dtype=np.float32)
             picture = np.ascontiguousarray(np.rot90(picture, 2))
             cuts = [np.ascontiguousarray(cut[::-1, ::-1]) for cut in cuts]
+        tilt = tilt_of(quads)
+        if abs(tilt) > LEAST_TILT:
+            picture, quads = straightened(picture, quads, tilt)
+            cuts = [_cut(picture, quad) for quad in quads]
         deadline.check("text direction")
         first = parts.recognise(cuts, deadline)
         lines = [self._line(quad, found) for quad, found in zip(quads, first, strict=True)]
@@ -105,7 +110,7 @@ class RapidVision:
             for at, other in zip(again, second, strict=True):
                 lines[at] = _settled(lines[at], other)
         kept = [line for line in lines if line.text.strip() and line.confidence >= LEAST]
-        return Seen(tuple(in_reading_order(kept)), turned % 360, time.perf_counter() - started)
+        return Seen(tuple(in_reading_order(kept)), turned % 360, time.perf_counter() - started, picture)
 
     @staticmethod
     def _line(quad: Floats, found: Recognised) -> Line:
@@ -267,6 +272,27 @@ def _mostly_upright(quads: Floats) -> bool:
     longer, shorter = np.maximum(wide, high), np.maximum(1.0, np.minimum(wide, high))
     votes = longer * (longer / shorter > 1.5)
     return float(votes[high > wide].sum()) > float(votes[wide >= high].sum())
+
+
+def tilt_of(quads: Floats) -> float:
+    """By how many degrees the lines run downhill: the median over the longer ones."""
+    ends = quads[:, 1] - quads[:, 0]
+    lengths = np.linalg.norm(ends, axis=1)
+    long = lengths >= np.median(lengths)
+    return float(np.median(np.degrees(np.arctan2(ends[long, 1], ends[long, 0]))))
+
+
+def straightened(picture: Pixels, quads: Floats, tilt: float) -> tuple[Pixels, Floats]:
+    """The picture turned so that its lines are level, with their quadrilaterals; nothing is cut off."""
+    height, width = picture.shape[:2]
+    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), tilt, 1.0)
+    corners = np.array([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], np.float64) @ matrix.T
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    matrix[:, 2] -= low
+    size = (int(high[0] - low[0]) + 1, int(high[1] - low[1]) + 1)
+    level = cv2.warpAffine(picture, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    moved = quads @ matrix[:, :2].T + matrix[:, 2]
+    return np.asarray(level, dtype=np.uint8), moved.astype(np.float32)
 
 
 def _turned(quads: Floats, width: int) -> Floats:

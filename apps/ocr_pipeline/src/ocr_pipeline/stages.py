@@ -80,12 +80,13 @@ class Line:
 class Seen:
     """What the vision stage saw: lines in reading order, and by how many degrees (counter-clockwise) the
     crop had to be
-    turned to be upright: 0, 90, 180 or 270. Boxes of the lines are those of the turned crop.
+    turned to be upright: 0, 90, 180 or 270. Boxes of the lines are those of `picture`, where it is given.
     """
 
     lines: tuple[Line, ...]
     turned: int = 0
     seconds: float = 0.0
+    picture: Pixels | None = None
 
 
 @dataclass(frozen=True)
