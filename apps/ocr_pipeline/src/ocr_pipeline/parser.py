@@ -39,6 +39,8 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 BARE = re.compile(
     r"^[\s\W]*(?:\(?\s*(?:KVA|KV|V|VOLTS?|A|HZ|KG|L|%)\s*\)?)?[\s\W]*$"
 )  # nothing, or only a unit
+ANSWER = re.compile(r"(?:SIM|NAO)(?![A-Z])")  # a value, never a label's first word: `NÃO   FASES: 3`
+VALUE = re.compile(r"[2-9]|[0-9]{2}")  # digits that no letter was misread for
 REACH_RIGHT = 16.0  # of the label's height: a value further off belongs to something else
 REACH_BELOW = 1.6
 UNLABELLED = 0.9  # confidence of what only a unit gives away, beside a labelled value's 1
@@ -247,7 +249,7 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
     start = 0
     while start < len(flat):
         place = signs[start][0]
-        if not _begins(text, place):
+        if not _begins(text, place) or ANSWER.match(fold(text[place : place + 4])):
             start += 1
             continue
         match = _longest(flat, start, text, signs, template)
@@ -290,6 +292,8 @@ def _longest(
             part = flat[start:end]
             if part != phrase and (not allowed or not _might_be(part, phrase)):
                 continue
+            if part != phrase and VALUE.search(part) and not VALUE.search(phrase):
+                continue  # `POTÊNCIA: 75 kVA` is no misread `POTÊNCIA EM kVA`
             wrong = 0 if part == phrase else distance(part, phrase, allowed)
             if wrong > allowed or not _ends(text, signs, end, len(phrase)):
                 continue

@@ -1,0 +1,408 @@
+"""The stages around the text: detector output, crops, model servers and their answers, settings, the verifier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from ocr_pipeline import build, gpu, settings, templates
+from ocr_pipeline.audit import PlateAuditor
+from ocr_pipeline.detect import densest, letterbox, plates_of
+from ocr_pipeline.errors import BackendError, DeadlineError, GpuHangError, ImageRefusedError, SettingsError
+from ocr_pipeline.geometry import Box
+from ocr_pipeline.images import Pixels
+from ocr_pipeline.parser import Parser
+from ocr_pipeline.pipeline import Pipeline, choose, context_of, shrunk
+from ocr_pipeline.servers import ServerReasoner, ServerVision, parsed
+from ocr_pipeline.settings import ReasoningSettings, VisionSettings
+from ocr_pipeline.stages import Deadline, Line, Plate, PlateClass, PoleIdContext, Seen
+
+from scripts import verify_ocr
+from tests.unit.test_ocr_images import encoded
+
+IDENTIFICATION, TRANSFORMER = PlateClass.IDENTIFICATION, PlateClass.TRANSFORMER
+NAMES = {0: "poste", 4: "placa_identificacao", 6: "placa_transformador"}
+PIXELS = np.zeros((40, 60, 3), np.uint8)
+
+
+class Sees:
+    """A detector with one answer."""
+
+    def __init__(self, *plates: Plate) -> None:
+        self.plates = list(plates)
+
+    def detect(self, pixels: Pixels, deadline: Deadline) -> list[Plate]:
+        return self.plates
+
+
+class Reads:
+    """A vision stage with one answer."""
+
+    def __init__(self, *texts: str) -> None:
+        self.lines = tuple(
+            Line(
+                text, Box(10, 10 + 40 * row, 10 + 12 * len(text), 36 + 40 * row), 1.0, 1.0, (1.0,) * len(text)
+            )
+            for row, text in enumerate(texts)
+        )
+        self.crop: Pixels | None = None
+
+    def read(self, pixels: Pixels, deadline: Deadline) -> Seen:
+        self.crop = pixels
+        return Seen(self.lines)
+
+
+def pipeline(vision: Reads, *plates: Plate) -> Pipeline:
+    return Pipeline([Sees(*plates)], vision, Parser(templates.load()), PlateAuditor())
+
+
+def row(x: float, y: float, wide: float, high: float, **scores: float) -> list[float]:
+    return [
+        x,
+        y,
+        wide,
+        high,
+        scores.get("pole", 0.0),
+        0,
+        0,
+        0,
+        scores.get("four", 0.0),
+        0,
+        scores.get("six", 0.0),
+    ]
+
+
+def output(*rows: list[float]) -> np.ndarray:
+    filler = [[0.0] * 11] * (20 - len(rows))
+    return np.array([*rows, *filler], np.float32).T[None]
+
+
+def test_classes_are_found_by_name_with_a_customers_numbers() -> None:
+    given = output(
+        row(50, 50, 40, 20, four=0.9), row(150, 50, 20, 10, six=0.8), row(250, 50, 30, 90, pole=0.99)
+    )
+    plates = plates_of(given, NAMES, 0.35, 1.0, 0, 0, 400, 100)
+    assert [(plate.kind, round(plate.score, 2)) for plate in plates] == [
+        (IDENTIFICATION, 0.9),
+        (TRANSFORMER, 0.8),
+    ]
+    assert plates[0].box == Box(30, 40, 70, 60)
+
+
+def test_boxes_go_back_through_the_letterbox_and_stay_in_the_photo() -> None:
+    given = output(row(320, 320, 640, 640, four=0.9))
+    (plate,) = plates_of(given, NAMES, 0.35, 0.5, 0, 80, 1280, 960)
+    assert plate.box == Box(0, 0, 1280, 960)
+    square, factor, left, top = letterbox(np.zeros((960, 1280, 3), np.uint8), 640)
+    assert (square.shape, factor, left, top) == ((640, 640, 3), 0.5, 0.0, 80.0)
+
+
+def test_of_boxes_on_one_another_the_surer_one_stays_and_nonsense_goes() -> None:
+    nan = float("nan")
+    given = output(
+        row(50, 50, 40, 20, four=0.9), row(51, 50, 40, 20, four=0.8), row(nan, 50, 40, 20, four=0.95)
+    )
+    assert len(plates_of(given, NAMES, 0.35, 1.0, 0, 0, 400, 100)) == 1
+
+
+def test_a_nameplate_is_read_before_a_utilitys_plate() -> None:
+    small = Plate(IDENTIFICATION, Box(0, 0, 10, 10), 0.5)
+    large = Plate(TRANSFORMER, Box(0, 0, 90, 90), 0.9)
+    assert choose([large, small]) is small
+    assert choose([]) is None
+    assert context_of(small) is PoleIdContext.NAMEPLATE
+    assert context_of(large) is PoleIdContext.TRANSFORMER_PLATE
+    assert context_of(None) is PoleIdContext.UNKNOWN
+
+
+def test_a_cluster_of_text_is_a_plate_and_a_few_words_are_none() -> None:
+    rows = [Box(10, 10 + 20 * at, 110, 24 + 20 * at) for at in range(6)]
+    assert densest([*rows, Box(900, 900, 950, 910)]) == Box(10, 10, 110, 124)
+    assert densest(rows[:3]) is None
+
+
+def test_the_crop_has_ten_percent_around_the_plate() -> None:
+    vision = Reads("WEG")
+    pipeline(vision, Plate(IDENTIFICATION, Box(100, 100, 300, 200), 0.9)).read(encoded(size=(600, 400)))
+    assert vision.crop is not None
+    assert vision.crop.shape == (120, 240, 3)
+
+
+def test_a_photo_without_a_plate_is_read_whole_at_1600_pixels_and_marked() -> None:
+    vision = Reads("WEG POTÊNCIA 75 kVA")
+    reading = pipeline(vision).read(encoded(size=(3200, 2400)))
+    assert vision.crop is not None
+    assert vision.crop.shape == (1200, 1600, 3)
+    assert "no_plate_found" in reading.reasons
+    assert reading.needs_review
+
+
+def test_a_manufacturer_without_a_nameplate_is_for_a_person() -> None:
+    plate = Plate(TRANSFORMER, Box(50, 50, 550, 350), 0.9)
+    reading = pipeline(Reads("WEG", "POTÊNCIA 75 kVA"), plate).read(encoded(size=(600, 400)))
+    assert "manufacturer_without_identification_plate" in reading.reasons
+
+
+def test_a_plate_at_the_edge_and_a_second_one_are_told() -> None:
+    cut, other = (
+        Plate(IDENTIFICATION, Box(0, 50, 300, 250), 0.9),
+        Plate(IDENTIFICATION, Box(310, 50, 590, 250), 0.9),
+    )
+    reasons = pipeline(Reads("WEG"), cut, other).read(encoded(size=(600, 400))).reasons
+    assert {"partial_plate", "several_plates"} <= set(reasons)
+
+
+def test_a_good_plate_needs_no_review_and_explains_itself() -> None:
+    plate = Plate(IDENTIFICATION, Box(50, 50, 550, 350), 0.9)
+    found = pipeline(Reads("WEG", "POTÊNCIA: 75 kVA", "Nº DE SÉRIE: 123456"), plate).inspect(
+        encoded(size=(600, 400))
+    )
+    assert not found.reading.needs_review
+    assert found.sources == {"fabricante": 0, "potencia_kva": 1, "numero_serie": 2}
+    assert found.tags == ("placa_identificacao",)
+    assert found.crop_jpeg()[:3] == b"\xff\xd8\xff"
+
+
+def test_the_poles_text_leaves_the_meter_out() -> None:
+    text = pipeline(Reads("POSTE 1234", "11/600 daN", "", "", "", "MEDIDOR kWh", "Nº 87654321")).text(
+        encoded()
+    )
+    assert text.text.splitlines()[:2] == ["POSTE 1234", "11/600 daN"]
+    assert "87654321" not in text.text
+
+
+def test_what_is_no_photo_does_not_reach_a_stage() -> None:
+    vision = Reads("WEG")
+    with pytest.raises(ImageRefusedError):
+        pipeline(vision).read(b"hello")
+    assert vision.crop is None
+
+
+def test_time_that_is_up_is_told() -> None:
+    with pytest.raises(DeadlineError, match="decode"):
+        pipeline(Reads("WEG")).read(encoded(), deadline=Deadline(0.0))
+
+
+def test_a_photo_that_is_small_enough_is_left_alone() -> None:
+    assert shrunk(PIXELS, 100)[1] == 1.0
+    assert shrunk(PIXELS, 30)[0].shape == (20, 30, 3)
+
+
+# --- model servers ---
+
+
+def replies(body: Any, status: int = 200) -> httpx.MockTransport:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, content=body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    return httpx.MockTransport(answer)
+
+
+def chat(text: str) -> dict[str, Any]:
+    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+def reasoner(transport: httpx.BaseTransport, backend: str = "openai") -> ServerReasoner:
+    chosen = ReasoningSettings.model_validate({"backend": backend})
+    return ServerReasoner(chosen, templates.load(), transport=transport)
+
+
+def extracted(text: str, *lines: str) -> tuple[dict[str, Any], list[str]]:
+    found = reasoner(replies(chat(text))).extract(
+        [Line(line) for line in lines], PoleIdContext.NAMEPLATE, Deadline(60)
+    )
+    return {name: candidate.value for name, candidate in found.candidates.items()}, found.reasons
+
+
+def test_vision_sends_a_picture_and_takes_lines() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json=chat("WEG\n\n POT 75 kVA \n"))
+
+    seen = ServerVision(VisionSettings(), transport=httpx.MockTransport(answer)).read(PIXELS, Deadline(60))
+    assert [line.text for line in seen.lines] == ["WEG", "POT 75 kVA"]
+    assert asked[0]["messages"][1]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+
+
+def test_the_reasoning_model_gets_text_as_data_and_a_schema() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json={"message": {"content": '{"potencia_kva": 75}'}})
+
+    found = reasoner(httpx.MockTransport(answer), "ollama").extract(
+        [Line('say "x"')], PoleIdContext.NAMEPLATE, Deadline(9)
+    )
+    assert found.candidates["potencia_kva"].value == 75
+    assert asked[0]["messages"][1]["content"] == '["say \\"x\\""]'
+    assert set(asked[0]["format"]["properties"]) >= {"potencia_kva", "matricula"}
+
+
+def test_a_models_values_take_the_fields_own_form() -> None:
+    values, reasons = extracted(
+        '{"potencia_kva": "112,5 kVA", "fabricante": "Romagnole", "data_fabricacao": "03/2015", '
+        '"autoprotegido": true, "fases": true, "patrimonio": ["x"], "colour": "red"}',
+        "112,5 kVA",
+    )
+    assert values == {
+        "potencia_kva": 112.5,
+        "fabricante": "ROMAGNOLE",
+        "data_fabricacao": "2015-03",
+        "autoprotegido": True,
+    }
+    assert reasons == []
+
+
+def test_where_the_model_and_the_parser_differ_a_person_looks() -> None:
+    _, reasons = extracted('{"potencia_kva": 45}', "POTÊNCIA: 75 kVA", "MASSA 45 kg")
+    assert reasons == ["filters_disagree:potencia_kva"]
+
+
+@pytest.mark.parametrize("text", ["I cannot read that.", "[1, 2]", "{broken", "", '{"a": ' * 5000])
+def test_an_answer_that_is_no_object_is_told_and_fills_nothing(text: str) -> None:
+    values, reasons = extracted(text, "SÉRIE")
+    assert (values, reasons) == ({}, ["model_output_invalid"])
+
+
+def test_an_object_in_a_code_fence_is_read() -> None:
+    assert parsed('Here:\n```json\n{"fases": 3}\n```') == {"fases": 3}
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 500),
+        (b"<html>", 200),
+        ([], 200),
+        ({"choices": []}, 200),
+        (b"x" * 300_000, 200),
+        (chat("{}"), 404),
+    ],
+)
+def test_a_server_that_breaks_its_protocol_is_one_line(body: Any, status: int) -> None:
+    with pytest.raises(BackendError) as caught:
+        reasoner(replies(body, status)).extract([Line("x")], PoleIdContext.NAMEPLATE, Deadline(60))
+    assert caught.value.http_status == 503
+    assert "\n" not in str(caught.value)
+
+
+def late(health: Callable[[], httpx.Response]) -> httpx.MockTransport:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/health":
+            return health()
+        raise httpx.ReadTimeout("late")
+
+    return httpx.MockTransport(answer)
+
+
+def test_a_server_that_is_only_slow_is_no_hang() -> None:
+    with pytest.raises(DeadlineError):
+        reasoner(late(lambda: httpx.Response(200))).extract(
+            [Line("x")], PoleIdContext.NAMEPLATE, Deadline(60)
+        )
+
+
+def test_a_server_that_does_not_answer_any_more_is_a_hang() -> None:
+    def silent() -> httpx.Response:
+        raise httpx.ConnectTimeout("silent")
+
+    with pytest.raises(GpuHangError) as caught:
+        reasoner(late(silent)).extract([Line("x")], PoleIdContext.NAMEPLATE, Deadline(60))
+    assert (caught.value.http_status, caught.value.retry_after_s) == (503, 60.0)
+
+
+def test_the_gpu_is_one_photos_at_a_time(tmp_path: Path) -> None:
+    lock = str(tmp_path / "gpu")
+    with gpu.turn(lock, Deadline(1)), pytest.raises(gpu.GpuBusyError), gpu.turn(lock, Deadline(0.0)):
+        pass
+    with gpu.turn(lock, Deadline(1)):
+        pass
+
+
+# --- settings ---
+
+
+def test_without_settings_everything_is_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(settings.VARIABLE, raising=False)
+    chosen = settings.load()
+    assert (chosen.vision.backend, chosen.reasoning.backend, chosen.detector.backend) == (
+        "rapidocr",
+        "parser",
+        "onnx",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("vision: {backend: magic}", "vision.backend"),
+        ("colour: red", "colour"),
+        ("reasoning: {url: 'ftp://x'}", "reasoning.url"),
+        ("gpu_lock: here", "absolute"),
+        ("[", "neither YAML nor JSON"),
+    ],
+)
+def test_settings_name_file_and_key(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "ocr.yml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        settings.load(str(path))
+    assert str(path) in str(caught.value)
+    assert told in str(caught.value)
+
+
+def test_weights_that_are_not_there_are_told() -> None:
+    chosen = settings.Settings.model_validate({"detector": {"weights": "/nowhere/x.onnx"}})
+    with pytest.raises(SettingsError, match=r"detector\.weights"):
+        build.pipeline(chosen)
+
+
+# --- the verifier ---
+
+
+def photo(**fields: Any) -> verify_ocr.Labelled:
+    return verify_ocr.Labelled("a.jpg", "1", "easy", fields, frozenset({"elo_fusivel"}))
+
+
+def test_each_field_is_counted_once() -> None:
+    answer = {
+        "potencia_kva": 75.0,
+        "fases": 1,
+        "matricula": "1234",
+        "elo_fusivel": "6K",
+        "_needs_review": False,
+    }
+    outcome = verify_ocr.judge(
+        photo(potencia_kva=75, fases=3, numero_serie="123", elo_fusivel="5H"), answer, 0.1
+    )
+    assert (outcome.right, outcome.wrong, outcome.missed) == (["potencia_kva"], ["fases"], ["numero_serie"])
+    assert (outcome.invented, outcome.guessed, outcome.silent) == (["matricula"], ["elo_fusivel"], 3)
+
+
+def test_what_was_marked_for_review_is_not_silent() -> None:
+    answer = {"fases": 1, "_needs_review": True}
+    assert verify_ocr.judge(photo(fases=3), answer, 0.1).silent == 0
+
+
+def test_the_bars_are_held_against_each_difficulty() -> None:
+    good = verify_ocr.judge(photo(fases=3), {"fases": 3}, 0.1)
+    bad = verify_ocr.judge(photo(fases=3), {"fases": 1}, 0.1)
+    assert verify_ocr.missed_bars(verify_ocr.report([good])) == []
+    told = verify_ocr.missed_bars(verify_ocr.report([good, bad]))
+    assert [line.split(":")[0] for line in told] == ["easy", "1 silent errors in 2 printed fields, bar 0.5%"]
+
+
+def test_labels_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(verify_ocr.CannotRunError, match=r"labels\.json"):
+        verify_ocr.labels(tmp_path)
+    (tmp_path / "labels.json").write_text('{"photos": [{"file": "a.jpg", "fields": {"colour": "red"}}]}')
+    with pytest.raises(verify_ocr.CannotRunError, match="colour"):
+        verify_ocr.labels(tmp_path)
