@@ -1,4 +1,4 @@
-"""The stages around the text: detector output, crops, model servers and their answers, settings, the verifier."""
+"""The stages around the text: detector, crops, model servers and their answers, settings, the verifier."""
 
 from __future__ import annotations
 
