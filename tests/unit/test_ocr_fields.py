@@ -58,6 +58,7 @@ def test_power(text: str, value: float | None) -> None:
         ("13,8 kV", 13800.0),
         ("13.800 V", 13800.0),
         ("34500", 34500.0),
+        ("621/7275", None),
         ("220/127 V", None),
         ("", None),
     ],

@@ -83,9 +83,9 @@ def voltages(text: str) -> list[float]:
 
 
 def primary(text: str) -> float | None:
-    """V: the first of several taps."""
-    found = [] if foreign(fold(text)) else [value for value in voltages(text) if value >= 1000]
-    return round(found[0], 1) if found else None
+    """V: the first of several taps; None where the first one cannot be read (`8O0/13200`: it was covered)."""
+    found = [] if foreign(fold(text)) else voltages(text)
+    return round(found[0], 1) if found and found[0] >= 1000 else None
 
 
 def secondary(text: str) -> str | None:
