@@ -32,6 +32,7 @@ _NAMES = ("JAN", "FEV", "MAR", "ABR", "MAI", "JUN", "JUL", "AGO", "SET", "OUT", 
 _ENGLISH = {"FEB": 2, "APR": 4, "MAY": 5, "AUG": 8, "SEP": 9, "OCT": 10, "DEC": 12}
 MONTHS = {name: month for month, name in enumerate(_NAMES, 1)} | _ENGLISH
 FIRST_YEAR = 1940
+_MONTH_AND_YEAR = r"(?:[0-3]?[0-9]/)?[01]?[0-9]/(?:19|20)[0-9]{2}"  # beside a label that was cut: no number
 _NUMBER = r"[0-9OQISBZL|]+(?: ?[.,] ?[0-9OQISBZL|]+)*"
 
 
@@ -195,7 +196,7 @@ def code(text: str) -> str | None:
     cleaned = fold(text).strip(" .:;,=_*|'\"")
     best = ""
     for word in re.findall(r"[0-9A-Z]+(?:[./\-][0-9A-Z]+)*", cleaned):
-        if sum(sign.isdigit() for sign in word) >= 3:
+        if sum(sign.isdigit() for sign in word) >= 3 and not re.fullmatch(_MONTH_AND_YEAR, word):
             best = word
             break
     if best:
