@@ -142,6 +142,7 @@ def test_self_protected(text: str, value: bool | None) -> None:
         ("4455-6", "4455-6"),
         ("12", None),
         ("SEM NUMERO", None),
+        ("11/1995", None),
     ],
 )
 def test_code(text: str, value: str | None) -> None:
