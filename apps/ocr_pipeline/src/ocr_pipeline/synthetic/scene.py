@@ -143,7 +143,7 @@ def sample(
         ramp = np.linspace(rng.uniform(0.75, 1.0), rng.uniform(0.85, 1.15), size[0], dtype=np.float32)
         picture *= ramp[None, :, None]
     if blur > 0.2:
-        picture = cv2.GaussianBlur(picture, (0, 0), blur)
+        picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), blur), dtype=np.float32)
     grain = {"easy": 1.5, "medium": 4.0, "hard": 7.0}[level]
     picture += noise.normal(0, grain, (size[1], size[0], 1)).astype(np.float32)
     legible = {}
