@@ -1,0 +1,1 @@
+"""Durable jobs: tables with leases, dispatch by huey, the worker. What is accepted ends exactly once."""

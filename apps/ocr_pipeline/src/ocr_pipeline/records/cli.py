@@ -1,0 +1,81 @@
+"""`ocr-records`: the register and the reports, from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sqlalchemy.exc import OperationalError
+
+from ocr_pipeline.api.settings import SETTINGS_FILE, load
+from ocr_pipeline.database import DatabaseError, open_engine
+from ocr_pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, SettingsError
+from ocr_pipeline.records import report
+from ocr_pipeline.records.store import RecordsError, RecordStore, read_register
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 1 it could not be done, 2 bad usage."""
+    parser = argparse.ArgumentParser(
+        "ocr-records",
+        description="The records that photos are held against, and a feeder's report.",
+        epilog="Exit codes: 0 done, 1 it could not be done, 2 bad usage.",
+    )
+    parser.add_argument("--settings", type=Path, default=SETTINGS_FILE, help="default: %(default)s")
+    parser.add_argument(
+        "--database", metavar="URL", help="the records' address, instead of the settings' one"
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("migrate", help="make the tables, or bring them up to date")
+    importer = verbs.add_parser(
+        "import",
+        help="read a register in CSV: pole_id, feeder, and any of the 11 fields; all of it or nothing",
+    )
+    importer.add_argument("file", metavar="FILE.csv", type=Path)
+    maker = verbs.add_parser("report", help="write a feeder's report")
+    maker.add_argument("feeder", metavar="FEEDER")
+    maker.add_argument("--job", help="of this job's photos only")
+    maker.add_argument("--format", choices=["html", "csv", "json"], default="html")
+    maker.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    options = parser.parse_args(argv)
+    try:
+        store = RecordStore(open_engine(options.database or load(options.settings).url("records")))
+        store.prepare()
+        return _run(options, store)
+    except (SettingsError, DatabaseError) as error:
+        print(f"ocr-records: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except RecordsError as error:
+        print(f"ocr-records: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OperationalError as error:
+        print(
+            f"ocr-records: the database does not answer: {str(error.orig).splitlines()[0]}", file=sys.stderr
+        )
+        return EXIT_FAILED
+    except OSError as error:
+        print(f"ocr-records: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _run(options: argparse.Namespace, store: RecordStore) -> int:
+    if options.verb == "import":
+        with options.file.open(encoding="utf-8-sig", newline="") as file:
+            count = store.import_rows(list(read_register(file, options.file.name)))
+        print(f"{count} poles")
+    elif options.verb == "report":
+        made = report.build(store, options.feeder, options.job)
+        if made is None:
+            print(f"ocr-records: feeder {options.feeder!r}: no photo and no record of it", file=sys.stderr)
+            return EXIT_FAILED
+        content, _ = made.render(options.format)
+        if options.output:
+            options.output.write_bytes(content)
+        else:
+            sys.stdout.buffer.write(content)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""A feeder's report: pole by pole, what the photos say against what the records say. For an auditor."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from ocr_pipeline.reading import FIELDS
+from ocr_pipeline.records.bank import bank_size, power_agrees
+from ocr_pipeline.records.store import PhotoRow, RecordStore
+
+POWER = "potencia_kva"
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+class Verdict(StrEnum):
+    """How one field of a pole stands."""
+
+    AGREES = "agrees"
+    DIFFERS = "differs"
+    NOT_READ = "not read"
+    NOT_RECORDED = "not in the records"
+    CONFLICTING = "photos disagree"
+    EMPTY = "neither"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One field: what was read, what the records say. `note` is for a person."""
+
+    field: str
+    read: Any
+    record: Any
+    verdict: Verdict
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A plate's picture beside its fields."""
+
+    name: str
+    jpeg: bytes
+
+    @property
+    def address(self) -> str:
+        """For a page that stands alone."""
+        return "data:image/jpeg;base64," + base64.b64encode(self.jpeg).decode()
+
+
+@dataclass(frozen=True)
+class Pole:
+    """A pole of the report."""
+
+    pole_id: str
+    photos: int
+    transformers: int
+    recorded: bool
+    cells: tuple[Cell, ...]
+    reasons: tuple[str, ...]
+    crops: tuple[Crop, ...]
+
+    @property
+    def verdict(self) -> str:
+        """In one word: what an auditor has to do here."""
+        if not self.photos:
+            return "no photo"
+        if not self.recorded:
+            return "no record"
+        verdicts = {cell.verdict for cell in self.cells}
+        if verdicts & {Verdict.DIFFERS, Verdict.CONFLICTING}:
+            return "differs"
+        return "review" if self.reasons else "agrees"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A feeder."""
+
+    feeder: str
+    job_id: str | None
+    made_at: datetime
+    poles: tuple[Pole, ...]
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Poles by verdict."""
+        return dict(sorted(Counter(pole.verdict for pole in self.poles).items()))
+
+    def render(self, format: str) -> tuple[bytes, str]:  # noqa: A002 - what it is
+        """The report as html, csv or json, and its media type."""
+        if format == "csv":
+            return _csv(self).encode("utf-8-sig"), "text/csv; charset=utf-8"
+        if format == "json":
+            return (
+                json.dumps(_plain(self), ensure_ascii=False, indent=1) + "\n"
+            ).encode(), "application/json"
+        return _html(self).encode(), "text/html; charset=utf-8"
+
+
+def build(store: RecordStore, feeder: str, job_id: str | None = None) -> Report | None:
+    """The report of a feeder, of one job's photos or of all. None where nothing of it is known."""
+    photos = store.photos(feeder, job_id)
+    register = store.register(feeder)
+    if not photos and (job_id is not None or not register):
+        return None
+    counts = store.bank_counts(feeder)
+    by_pole: dict[str, list[PhotoRow]] = {pole: [] for pole in register}
+    for photo in photos:
+        by_pole.setdefault(photo.pole_id, []).append(photo)
+    poles = tuple(
+        _pole(pole_id, found, register.get(pole_id), counts.get(pole_id, 0))
+        for pole_id, found in sorted(by_pole.items())
+    )
+    return Report(feeder, job_id, datetime.now(UTC), poles)
+
+
+def _pole(pole_id: str, photos: list[PhotoRow], record: dict[str, Any] | None, plates: int) -> Pole:
+    transformers = bank_size(plates)
+    distinct = list({photo.image_sha256: photo for photo in photos}.values())
+    reasons = sorted({reason for photo in distinct for reason in photo.reasons})
+    if any(photo.needs_review for photo in distinct) and not reasons:
+        reasons = ["review"]
+    cells = tuple(
+        _cell(name, [photo.fields[name] for photo in distinct], record, transformers) for name in FIELDS
+    )
+    crops = tuple(Crop(photo.name, photo.crop) for photo in distinct if photo.crop)
+    return Pole(pole_id, len(distinct), transformers, record is not None, cells, tuple(reasons), crops)
+
+
+def _cell(name: str, values: Iterable[Any], record: dict[str, Any] | None, transformers: int) -> Cell:
+    found = [value for value in values if value is not None]
+    distinct = list({_folded(value): value for value in found}.values())
+    recorded = record.get(name) if record else None
+    bank = transformers > 1
+    if not distinct:
+        verdict = Verdict.EMPTY if recorded is None else Verdict.NOT_READ
+        return Cell(name, None, recorded, verdict)
+    if len(distinct) > 1:
+        # The transformers of a bank have serial numbers of their own; their power is one.
+        if not bank or name == POWER:
+            return Cell(name, distinct, recorded, Verdict.CONFLICTING)
+        agrees = any(_folded(value) == _folded(recorded) for value in distinct)
+        known = Verdict.AGREES if agrees else Verdict.DIFFERS
+        verdict = Verdict.NOT_RECORDED if recorded is None else known
+        return Cell(name, distinct, recorded, verdict, f"bank of {transformers}")
+    value = distinct[0]
+    if recorded is None:
+        return Cell(name, value, None, Verdict.NOT_RECORDED)
+    if name == POWER:
+        agrees = power_agrees(value, transformers, recorded)
+        note = f"bank: {value:g} × {transformers} = {value * transformers:g}" if bank else ""
+        return Cell(name, value, recorded, Verdict.AGREES if agrees else Verdict.DIFFERS, note)
+    same = _same_date(value, recorded) if name == "data_fabricacao" else _folded(value) == _folded(recorded)
+    return Cell(name, value, recorded, Verdict.AGREES if same else Verdict.DIFFERS)
+
+
+def _folded(value: Any) -> str:
+    """Equal for what a person would call the same: case, accents, spaces and 112.50 aside."""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int | float):
+        return f"{value:g}"
+    plain = unicodedata.normalize("NFKD", str(value))
+    return "".join(letter for letter in plain.casefold() if letter.isalnum() or letter == "/")
+
+
+def _same_date(one: str, other: str) -> bool:
+    """Dates agree as far as both are precise."""
+    shared = min(len(one), len(other))
+    return one[:shared] == other[:shared]
+
+
+# --- what is handed out ---
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "sim" if value else "não"
+    if isinstance(value, list):
+        return " | ".join(_shown(part) for part in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def safe_cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula: a plate may carry any text."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def _csv(report: Report) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(
+        [
+            "feeder",
+            "pole",
+            "verdict",
+            "photos",
+            "transformers",
+            "field",
+            "read",
+            "record",
+            "field verdict",
+            "note",
+            "reasons",
+        ]
+    )
+    for pole in report.poles:
+        for cell in pole.cells:
+            row = [
+                report.feeder,
+                pole.pole_id,
+                pole.verdict,
+                pole.photos,
+                pole.transformers,
+                cell.field,
+                _shown(cell.read),
+                _shown(cell.record),
+                cell.verdict.value,
+                cell.note,
+                " ".join(pole.reasons),
+            ]
+            writer.writerow([safe_cell(str(value)) for value in row])
+    return out.getvalue()
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    return {
+        "feeder": report.feeder,
+        "job": report.job_id,
+        "made_at": report.made_at.isoformat(timespec="seconds"),
+        "summary": report.summary,
+        "poles": [
+            {
+                "pole": pole.pole_id,
+                "verdict": pole.verdict,
+                "photos": pole.photos,
+                "transformers": pole.transformers,
+                "reasons": list(pole.reasons),
+                "fields": {
+                    cell.field: {
+                        "read": cell.read,
+                        "record": cell.record,
+                        "verdict": cell.verdict.value,
+                        "note": cell.note,
+                    }
+                    for cell in pole.cells
+                },
+                "crops": [crop.name for crop in pole.crops],
+            }
+            for pole in report.poles
+        ],
+    }
+
+
+def _html(report: Report) -> str:
+    source = (resources.files("ocr_pipeline.records") / "report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["shown"] = _shown
+    return environment.from_string(source).render(report=report)

@@ -1,0 +1,216 @@
+"""Readings go in, the register is imported, a feeder comes out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from pydantic import ConfigDict, ValidationError, field_validator
+from sqlalchemy import Engine, delete, func, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from ocr_pipeline.database import migrate, reading
+from ocr_pipeline.jobs.reader import PLATE, Read
+from ocr_pipeline.jobs.store import Claimed
+from ocr_pipeline.reading import FIELDS, Fields
+from ocr_pipeline.records.tables import Reading, Record, Tag
+
+BATCH = 500
+
+
+class RecordsError(Exception):
+    """A register that cannot be imported; the text is one line with file, row and column."""
+
+
+class RegisterRow(Fields):
+    """A row of the register: the pole, its feeder, and the fields as the register has them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pole_id: str
+    feeder: str
+
+    @field_validator("pole_id", "feeder")
+    @classmethod
+    def _named(cls, name: str) -> str:
+        if not 0 < len(name) <= 128 or not name.isprintable():
+            raise ValueError("must be 1 to 128 printable characters")
+        return name
+
+
+@dataclass(frozen=True)
+class PhotoRow:
+    """A photo of a pole, as it was read."""
+
+    pole_id: str
+    name: str
+    image_sha256: str
+    fields: dict[str, Any]
+    needs_review: bool
+    reasons: tuple[str, ...]
+    confidence: dict[str, float]
+    crop: bytes | None
+
+
+class RecordStore:
+    """The records database."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def prepare(self) -> None:
+        """Make the tables, or bring them up to date."""
+        migrate(self._engine, "ocr_pipeline.records")
+
+    def keep(self, claimed: Claimed, image_sha256: str, read: Read) -> None:
+        """Write a reading. The same photo of the same job again changes nothing."""
+        row = {
+            "job_id": claimed.job_id,
+            "feeder": claimed.feeder,
+            "pole_id": claimed.pole_id,
+            "name": claimed.name,
+            "image_sha256": image_sha256,
+            "reading": json.dumps(read.result, ensure_ascii=False),
+            "needs_review": bool(read.result.get("_needs_review")),
+            "crop": read.crop,
+            "read_at": time.time(),
+        }
+        same = (
+            Reading.job_id == claimed.job_id,
+            Reading.pole_id == claimed.pole_id,
+            Reading.image_sha256 == image_sha256,
+        )
+        try:
+            with self._engine.begin() as connection:
+                if connection.scalar(select(Reading.id).where(*same)) is not None:
+                    return
+                made = connection.execute(insert(Reading).values(row))
+                key = made.inserted_primary_key
+                assert key is not None
+                tags = [{"reading_id": key[0], "tag": tag[:64]} for tag in sorted(set(read.tags))]
+                if tags:
+                    connection.execute(insert(Tag), tags)
+        except IntegrityError:
+            return  # another worker wrote the same at the same moment
+
+    def transformer_images(self, pole_id: str) -> int:
+        """DISTINCT photos of a pole, of all jobs, in which the detector saw a transformer's plate."""
+        query = (
+            select(func.count(Reading.image_sha256.distinct()))
+            .join(Tag, Tag.reading_id == Reading.id)
+            .where(Reading.pole_id == pole_id, Tag.tag == PLATE)
+        )
+        with reading(self._engine) as connection:
+            return connection.scalar(query) or 0
+
+    def bank_counts(self, feeder: str) -> dict[str, int]:
+        """`transformer_images` of every pole of a feeder."""
+        query = (
+            select(Reading.pole_id, func.count(Reading.image_sha256.distinct()))
+            .join(Tag, Tag.reading_id == Reading.id)
+            .where(Reading.feeder == feeder, Tag.tag == PLATE)
+            .group_by(Reading.pole_id)
+        )
+        with reading(self._engine) as connection:
+            return {row[0]: row[1] for row in connection.execute(query)}
+
+    def photos(self, feeder: str, job_id: str | None = None) -> list[PhotoRow]:
+        """What was read of a feeder, by pole; of one job, or of all."""
+        query = select(Reading.__table__).where(Reading.feeder == feeder)
+        if job_id is not None:
+            query = query.where(Reading.job_id == job_id)
+        with reading(self._engine) as connection:
+            rows = connection.execute(query.order_by(Reading.pole_id, Reading.name, Reading.id)).all()
+        return [_photo(row) for row in rows]
+
+    def register(self, feeder: str) -> dict[str, dict[str, Any]]:
+        """The register's poles of a feeder."""
+        with reading(self._engine) as connection:
+            rows = connection.execute(
+                select(Record.__table__).where(Record.feeder == feeder).order_by(Record.pole_id)
+            ).mappings()
+            return {row["pole_id"]: {name: row[name] for name in FIELDS} for row in rows}
+
+    def import_rows(self, rows: Iterable[RegisterRow]) -> int:
+        """Replace the register's rows of these poles. All of them, or none."""
+        found = {row.pole_id: row.model_dump() for row in rows}
+        ids = list(found)
+        with self._engine.begin() as connection:
+            for start in range(0, len(ids), BATCH):
+                some = ids[start : start + BATCH]
+                connection.execute(delete(Record).where(Record.pole_id.in_(some)))
+                connection.execute(insert(Record), [found[pole] for pole in some])
+        return len(found)
+
+
+def _photo(row: Any) -> PhotoRow:
+    found = json.loads(row.reading)
+    return PhotoRow(
+        pole_id=row.pole_id,
+        name=row.name,
+        image_sha256=row.image_sha256,
+        fields={name: found.get(name) for name in FIELDS},
+        needs_review=row.needs_review,
+        reasons=tuple(found.get("_reasons") or ()),
+        confidence=dict(found.get("_confidence") or {}),
+        crop=row.crop,
+    )
+
+
+def read_register(file: TextIO, name: str) -> Iterator[RegisterRow]:
+    """The rows of a register in CSV: `pole_id`, `feeder`, any of the 11 fields. Raises RecordsError."""
+    head = file.read(4096)
+    file.seek(0)
+    delimiter = ";" if head.partition("\n")[0].count(";") > head.partition("\n")[0].count(",") else ","
+    table = csv.DictReader(file, delimiter=delimiter, strict=True)
+    known = {"pole_id", "feeder", *FIELDS}
+    columns = set(table.fieldnames or ())
+    for column in ("pole_id", "feeder"):
+        if column not in columns:
+            raise RecordsError(
+                f"{name}: line 1: column {column} is missing; the columns are {', '.join(sorted(known))}"
+            )
+    if unknown := sorted(columns - known):
+        raise RecordsError(f"{name}: line 1: column {unknown[0]!r} is not known; rename or remove it")
+    seen: dict[str, int] = {}
+    try:
+        for row in table:
+            if None in row:
+                raise RecordsError(f"{name}: line {table.line_num}: more values than columns")
+            yield _register_row(row, f"{name}: line {table.line_num}", delimiter)
+            pole = row["pole_id"]
+            if pole in seen:
+                raise RecordsError(
+                    f"{name}: line {table.line_num}: pole {pole!r} is in line {seen[pole]} too"
+                )
+            seen[pole] = table.line_num
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RecordsError(f"{name}: line {table.line_num}: no CSV in UTF-8 ({error})") from None
+
+
+_WORDS = {"true": True, "sim": True, "1": True, "false": False, "nao": False, "não": False, "0": False}
+
+
+def _register_row(row: Mapping[str, str | None], where: str, delimiter: str) -> RegisterRow:
+    values: dict[str, Any] = {}
+    for column, cell in row.items():
+        value: Any = (cell or "").strip()
+        if value == "":
+            continue
+        if column == "autoprotegido":
+            value = _WORDS.get(value.lower(), value)
+        elif column == "fases":
+            value = int(value) if value.isdigit() else value
+        elif column in ("potencia_kva", "tensao_primaria") and delimiter == ";":
+            value = value.replace(",", ".")  # where a comma is the decimal point, columns are split by ;
+        values[column] = value
+    try:
+        return RegisterRow.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        column = ".".join(str(part) for part in first["loc"])
+        raise RecordsError(f"{where}: {column} = {first['input']!r:.60}: {first['msg']}") from None
