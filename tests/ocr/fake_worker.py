@@ -1,6 +1,8 @@
-"""A worker with a cheap stand-in for the pipeline: it decodes the photo as the real one does, and invents the rest.
+"""A worker with a cheap stand-in for the pipeline: it decodes the photo as the real one does, and invents
+the rest.
 
-`python -m tests.ocr.fake_worker SETTINGS` runs one, as `ocr-worker` would. FAKE_SECONDS: how long a photo takes.
+`python -m tests.ocr.fake_worker SETTINGS` runs one, as `ocr-worker` would. FAKE_SECONDS: how long a photo
+takes.
 What a photo shows is its size: see `behaviour`.
 """
 

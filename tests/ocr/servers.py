@@ -1,10 +1,12 @@
-"""Real servers for tests, on loopback, of this process alone: Redis, PostgreSQL, Samba. Each in a folder of its own."""
+"""Real servers for tests, on loopback, of this process alone: Redis, PostgreSQL, Samba. Each in a folder
+of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pwd
+import secrets
 import shutil
 import socket
 import subprocess
@@ -52,7 +54,7 @@ def accepts(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def running(argv: Sequence[str | Path], log: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+def running(argv: Sequence[object], log: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A process, ended with everything in its group at the end."""
     with log.open("ab") as handle:
         process = subprocess.Popen(
@@ -139,13 +141,12 @@ class Samba:
 
 
 @contextlib.contextmanager
-def samba(
-    folder: Path, *, encryption: str = "required", password: str = "s3cret-Only-Here"
-) -> Iterator[Samba]:
+def samba(folder: Path, *, encryption: str = "required") -> Iterator[Samba]:
     """A Samba that insists on encryption."""
     program("smbd", "samba")
     if os.geteuid() != 0:
         pytest.skip("Samba's users are system users, which only root may change to; run it as root")
+    password = secrets.token_urlsafe(16)
     user = "games"  # an account that every Debian has, and that owns nothing here
     port = free_port()
     for name in ("private", "lock", "state", "cache", "pid", "ncalrpc", "photos"):

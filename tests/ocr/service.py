@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from ocr_pipeline.api.keys import new
 from PIL import Image
 
-from ocr_pipeline.api.keys import new
 from tests import support
 from tests.ocr import servers
 

@@ -7,7 +7,6 @@ import itertools
 from typing import Any
 
 import pytest
-
 from ocr_pipeline.api import bodies, envelope
 from ocr_pipeline.api.errors import Queue, Refusal
 

@@ -1,21 +1,19 @@
-"""The job tables: every photo ends once, whatever dies in between. On a real SQLite, with a clock of the test's."""
+"""The job tables: every photo ends once, whatever dies in between. On a real SQLite, with a clock of the
+test's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import select, text
-
 from ocr_pipeline.database import DatabaseError, open_engine
 from ocr_pipeline.errors import BackendError, DeadlineError, GpuHangError, ImageRefusedError
+from ocr_pipeline.gpu import GpuBusyError
 from ocr_pipeline.jobs import tables
-from ocr_pipeline.jobs.gpu import GpuBusyError, GpuSemaphore
 from ocr_pipeline.jobs.reader import Read
 from ocr_pipeline.jobs.store import (
     Claimed,
@@ -30,6 +28,7 @@ from ocr_pipeline.jobs.worker import EXIT_OVERRAN, Worker, WorkerSettings
 from ocr_pipeline.records import tables as record_tables
 from ocr_pipeline.records.store import RecordStore
 from ocr_pipeline.smb.share import ShareEmptyError, ShareSettings, ShareUnreachableError
+from sqlalchemy import select, text
 
 
 class Clock:
@@ -415,7 +414,7 @@ def test_what_becomes_of_a_photo_that_is_not_read(
     assert "secret" not in str(found.error)
 
 
-def test_after_a_hang_the_worker_is_not_ready_until_a_photo_was_read(store: JobStore) -> None:
+def test_after_a_hang_the_worker_is_not_ready_for_a_while_or_until_a_photo_was_read(store: JobStore) -> None:
     store.submit(Kind.ALT, "me", photos(1))
     reader = FakeReader()
     reader.raises = GpuHangError("hung")
@@ -523,33 +522,3 @@ def test_lost_bytes_are_no_endless_loop(store: JobStore) -> None:
         assert connection.execute(select(Photo.sha256)).all() == []
     worker(store, FakeReader()).work_once()
     assert store.results(job.job_id)[0].error_code == "IMAGE_LOST"
-
-
-# --- the GPU ---
-
-
-def test_one_at_a_time_and_a_bounded_wait(tmp_path: Path) -> None:
-    moments = iter(range(100))
-    waits: list[float] = []
-    lock = tmp_path / "gpu0.lock"
-    first = GpuSemaphore(lock, 3)
-    second = GpuSemaphore(lock, 3, clock=lambda: float(next(moments)), sleep=waits.append)
-    with first.held(), pytest.raises(GpuBusyError, match="for 3 s"), second.held():
-        pytest.fail("both had it")
-    assert len(waits) >= 2
-    with second.held():
-        pass
-
-
-def test_whoever_dies_gives_it_back(tmp_path: Path) -> None:
-    gpu = GpuSemaphore(tmp_path / "gpu0.lock", 0)
-
-    @contextmanager
-    def dying() -> Iterator[None]:
-        with gpu.held():
-            yield
-
-    with pytest.raises(KeyboardInterrupt), dying():
-        raise KeyboardInterrupt
-    with gpu.held():
-        pass

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import logging
 import os
 from pathlib import Path
 
 import pytest
-
 from ocr_pipeline.api import keys, redact
 from ocr_pipeline.api.errors import Refusal
 
@@ -69,9 +69,13 @@ def test_without_keys_nobody_else_is(tmp_path: Path, peer: str | None) -> None:
 
 
 def test_every_key_is_compared_in_constant_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = []
-    real = keys.hmac.compare_digest
-    monkeypatch.setattr(keys.hmac, "compare_digest", lambda a, b: compared.append(a) or real(a, b))
+    compared: list[bytes] = []
+
+    def counted(known: bytes, shown: bytes) -> bool:
+        compared.append(known)
+        return hmac.compare_digest(known, shown)
+
+    monkeypatch.setattr("ocr_pipeline.api.keys.compare_digest", counted)
     others = [keys.new(f"k{number}")[1] for number in range(3)]
     store(tmp_path, ENTRY, *others).name_of({"x-goog-api-key": KEY}, None, None)
     assert len(compared) == 4

@@ -309,7 +309,8 @@ def _job_routes(app: FastAPI) -> None:
         owner: Caller,
         pole_id: Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")],
     ) -> JSONResponse:
-        """The raw text of a pole's photo, through the pole's filters; no fields. The body is generateContent's."""
+        """The raw text of a pole's photo, through the pole's filters; no fields. The body is
+        generateContent's."""
         async with _body(service, request, service.settings.max_body) as body:
             asked = await asyncio.to_thread(envelope.asked, body)
             data = envelope.the_picture(asked).data

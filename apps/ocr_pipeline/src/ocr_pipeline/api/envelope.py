@@ -1,8 +1,9 @@
 """The Gemini-style envelope: what a request carries, and what its answer looks like.
 
-Clients write the keys in camelCase or in snake_case, and mix both in one object (google-genai sends `inlineData`
-with `mime_type` in it); they send standard or URL-safe base64, with or without padding, with line breaks. All of it
-is read. Text parts are counted and dropped here: nothing that a client writes reaches a model.
+Clients write the keys in camelCase or in snake_case, and mix both in one object (google-genai sends
+`inlineData` with `mime_type` in it); they send standard or URL-safe base64, with or without padding, with
+line breaks. All of it is read. Text parts are counted and dropped here: nothing that a client writes reaches
+a model.
 """
 
 from __future__ import annotations

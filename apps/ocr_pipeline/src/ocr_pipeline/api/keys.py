@@ -1,14 +1,13 @@
 """`keys.json`: who may use the service, by the SHA-256 of each key, as the role ocr_service renders it.
 
-The key itself is kept nowhere: it has 256 random bits (`ocr-key new NAME`), so a slow hash would protect nothing and
-delay every request. Without a key in the file only the machine itself is let in.
+The key itself is kept nowhere: it has 256 random bits (`ocr-key new NAME`), so a slow hash would protect
+nothing and delay every request. Without a key in the file only the machine itself is let in.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import hmac
 import ipaddress
 import json
 import re
@@ -16,6 +15,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Mapping
+from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -82,7 +82,7 @@ class KeyStore:
             raise _refused("no key; send it as x-goog-api-key, as ?key= or as a Bearer token")
         # Every key is compared, each in constant time: how long it takes tells nothing of any.
         digest = hashlib.sha256(shown.encode("utf-8", "surrogatepass")[:MAX_KEY]).digest()
-        found = [name for name, known in self._keys if hmac.compare_digest(known, digest)]
+        found = [name for name, known in self._keys if compare_digest(known, digest)]
         if not found:
             raise _refused("this key is not known")
         return found[0]

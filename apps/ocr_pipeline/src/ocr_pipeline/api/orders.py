@@ -45,7 +45,7 @@ def order(body: object, settings: Settings) -> Order:
     if kind == Kind.TRA:
         return _tra(top)
     if kind == Kind.ALT:
-        return Order(Kind.ALT, text(top.get("feeder") or "-", "feeder", FEEDER), tuple(_alt(top, settings)))
+        return Order(Kind.ALT, text(top.get("feeder") or "ALT", "feeder", FEEDER), tuple(_alt(top, settings)))
     raise invalid("BAD_JOB", f"type = {kind!r:.40}: must be TRA or ALT")
 
 

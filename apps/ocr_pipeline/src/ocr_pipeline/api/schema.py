@@ -1,4 +1,5 @@
-"""What the OpenAPI document says of requests and answers. The parsing itself is in `envelope` and `orders`."""
+"""What the OpenAPI document says of requests and answers. The parsing itself is in `envelope` and
+`orders`."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Content(_Camel):
 
 
 class GenerateRequest(_Camel):
-    """generateContent: exactly one photo. `generationConfig` and all other fields are accepted and ignored."""
+    """generateContent: exactly one photo. `generationConfig` and all other fields are accepted and
+    ignored."""
 
     contents: list[Content]
     generationConfig: dict[str, Any] | None = None
@@ -54,7 +56,8 @@ class Answer(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What is wrong: `code` is the HTTP status, `status` Google's name of it, `details` has the machine's reason."""
+    """What is wrong: `code` is the HTTP status, `status` Google's name of it, `details` has the machine's
+    reason."""
 
     code: int
     message: str
@@ -91,7 +94,8 @@ class AltJob(_Camel):
 
 
 class TraJob(_Camel):
-    """A feeder's photos on a share that the box knows by name: `FOLDER/POLE/PHOTO.jpg` or `FOLDER/POLE_….jpg`."""
+    """A feeder's photos on a share that the box knows by name: `FOLDER/POLE/PHOTO.jpg` or
+    `FOLDER/POLE_….jpg`."""
 
     type: Literal["TRA"]
     feeder: str

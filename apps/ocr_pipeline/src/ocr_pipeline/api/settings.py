@@ -64,8 +64,6 @@ class Settings(BaseModel):
     keys_file: str = ""
     shares_file: str = ""
     pipeline_file: str = ""
-    gpu_lock: str = ""
-    gpu_wait: Seconds = 300
 
     max_body: Bytes = 32 * 1024 * 1024
     max_job_body: Bytes = 200 * 1000 * 1000
@@ -134,7 +132,8 @@ class Settings(BaseModel):
 
 def load(path: Path = SETTINGS_FILE) -> Settings:
     """Read and check service.json. Raises SettingsError in one line with the remedy."""
-    return _read(path, Settings)
+    found: Settings = _read(path, Settings)
+    return found
 
 
 def _read(path: Path, model: type[Any]) -> Any:

@@ -1,8 +1,9 @@
 """Huey wakes workers: SQLite embedded, Redis when several boxes work.
 
-A message says only "something waits": what, and whose it is, stands in the job tables, so a lost message loses
-nothing (huey loses a task whose worker is killed), and a message too many does nothing. Messages are JSON, never
-pickle: whoever can write to the queue cannot make a worker run anything.
+A message says only "something waits": what, and whose it is, stands in the job tables, so a lost message
+loses
+nothing (huey loses a task whose worker is killed), and a message too many does nothing. Messages are JSON,
+never pickle: whoever can write to the queue cannot make a worker run anything.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from huey import RedisHuey, SqliteHuey
-from huey.api import Huey
-from huey.registry import Message
-from huey.serializer import Serializer
+from huey import RedisHuey, SqliteHuey  # type: ignore[import-untyped]
+from huey.api import Huey  # type: ignore[import-untyped]
+from huey.registry import Message  # type: ignore[import-untyped]
+from huey.serializer import Serializer  # type: ignore[import-untyped]
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from ocr_pipeline.api.settings import SETTINGS_FILE, Settings, load
 from ocr_pipeline.database import DatabaseError, open_engine
 from ocr_pipeline.errors import EXIT_FAILED, EXIT_USAGE, OcrError, SettingsError
 from ocr_pipeline.jobs.dispatch import HueyDispatch
-from ocr_pipeline.jobs.gpu import GpuSemaphore, no_gpu
 from ocr_pipeline.jobs.reader import Reader
 from ocr_pipeline.jobs.store import JobStore
 from ocr_pipeline.jobs.worker import Worker
@@ -33,7 +32,6 @@ def make(settings: Settings, reader: Reader) -> Worker:
     store.prepare()
     records = RecordStore(open_engine(settings.url("records")))
     records.prepare()
-    lock = Path(settings.gpu_lock) if settings.gpu_lock else None
     return Worker(
         store,
         reader,
@@ -41,7 +39,6 @@ def make(settings: Settings, reader: Reader) -> Worker:
         settings.worker(),
         shares=settings.shares(),
         keep=records.keep,
-        gpu=GpuSemaphore(lock, settings.gpu_wait).held if lock else no_gpu,
     )
 
 
@@ -70,7 +67,8 @@ def pipeline_reader(settings: Settings) -> Reader:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 told to stop or time for a fresh one, 1 failed, 2 bad settings, 75 a photo overran."""
+    """Entry point. Exit codes: 0 told to stop or time for a fresh one, 1 failed, 2 bad settings, 75 a
+    photo overran."""
     parser = argparse.ArgumentParser(
         "ocr-worker",
         description="Read the photos that wait in the job tables, one by one.",

@@ -1,6 +1,8 @@
-"""The jobs and their photos in the database: submit, claim, complete. Every change of state is one transaction.
+"""The jobs and their photos in the database: submit, claim, complete. Every change of state is one
+transaction.
 
-A worker owns a photo by a lease that it renews. Completion counts only while the lease is the worker's: a photo whose
+A worker owns a photo by a lease that it renews. Completion counts only while the lease is the worker's: a
+photo whose
 lease went to another, or that was cancelled meanwhile, keeps the one final state that it has.
 """
 

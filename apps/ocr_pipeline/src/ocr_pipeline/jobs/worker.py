@@ -1,6 +1,7 @@
 """A worker: takes photos one by one, reads them, and is replaced by a fresh process from time to time.
 
-It runs at a lower priority than the API. A photo that takes too long ends the process, not the service: the photo's
+It runs at a lower priority than the API. A photo that takes too long ends the process, not the service:
+the photo's
 attempt is written down first, systemd starts the next worker.
 """
 
@@ -16,13 +17,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from ocr_pipeline.errors import BackendError, GpuHangError, ImageRefusedError, OcrError
+from ocr_pipeline.gpu import GpuBusyError
 from ocr_pipeline.jobs.dispatch import Dispatch
-from ocr_pipeline.jobs.gpu import GpuBusyError, no_gpu
 from ocr_pipeline.jobs.reader import Read, Reader
 from ocr_pipeline.jobs.store import Claimed, JobStore
 from ocr_pipeline.jobs.tables import Kind
@@ -74,7 +74,6 @@ class Worker:
         *,
         shares: Mapping[str, ShareSettings] | None = None,
         keep: Keep | None = None,
-        gpu: Callable[[], AbstractContextManager[None]] = no_gpu,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self.name = worker_name()
@@ -84,11 +83,11 @@ class Worker:
         self._settings = settings
         self._shares = shares or {}
         self._keep = keep
-        self._gpu = gpu
         self._exit = exit_process
         self._stop = threading.Event()
         self._open: dict[str, Share] = {}
         self._problem = ""
+        self._problem_until = 0.0
         self.images = 0
 
     def stop(self) -> None:
@@ -136,8 +135,7 @@ class Worker:
         try:
             data = self._bytes_of(claimed)
             text_only = claimed.kind is Kind.TEXT
-            with self._gpu():
-                read = self._reader.read(data, pole_id=claimed.pole_id or None, text_only=text_only)
+            read = self._reader.read(data, pole_id=claimed.pole_id or None, text_only=text_only)
             digest = hashlib.sha256(data).hexdigest()
             if self._keep is not None and claimed.kind in (Kind.ALT, Kind.TRA):
                 self._keep(claimed, digest, read)
@@ -153,12 +151,12 @@ class Worker:
                 self._fail(claimed, error.code, str(error), 400)
         except GpuHangError as error:
             self._trouble(claimed, error, settings.hang_delay_s)
-        except BackendError as error:
-            self._trouble(claimed, error, settings.retry_delay_s)
         except GpuBusyError as error:
             self._store.put_back(
-                claimed, self.name, "GPU_BUSY", str(error), status=503, delay_s=1.0, counts=False
+                claimed, self.name, error.reason, str(error), status=503, delay_s=1.0, counts=False
             )
+        except BackendError as error:
+            self._trouble(claimed, error, settings.retry_delay_s)
         except OcrError as error:
             self._put_back(claimed, error.reason, str(error), error.http_status, settings.retry_delay_s)
         except MemoryError:
@@ -177,6 +175,7 @@ class Worker:
     def _trouble(self, claimed: Claimed, error: BackendError, delay_s: float) -> None:
         """The box has it, not the photo: back into the queue, and everybody is told."""
         self._problem = f"{error.reason}: {error}"
+        self._problem_until = time.monotonic() + max(delay_s, self._settings.sweep_s)
         log.warning("photo %d of job %s goes back to the queue: %s", claimed.item_id, claimed.job_id, error)
         self._put_back(claimed, error.reason, str(error), error.http_status, delay_s)
         self._report()
@@ -209,7 +208,8 @@ class Worker:
             passes += 1
 
     def _report(self) -> None:
-        problem = self._problem or self._reader.check()
+        lately = self._problem if time.monotonic() < self._problem_until else ""
+        problem = lately or self._reader.check()
         self._store.report_worker(self.name, ready=not problem, problem=problem, model=self._reader.model)
 
     def overran(self, claimed: Claimed) -> None:

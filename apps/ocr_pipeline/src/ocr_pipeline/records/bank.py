@@ -16,7 +16,7 @@ def bank_size(distinct_images: int) -> int:
 def power_agrees(read_kva: float, transformers: int, record_kva: float) -> bool:
     """Whether the power that was read, times the transformers, is the record's, ±5 % of it inclusive.
 
-    Exactly, in decimal: 0.95 × 112.5 is 106.875, and 106.875 agrees.
+    Exactly, in decimal: 0.95 of 112.5 is 106.875, and 106.875 agrees.
     """
     expected = Decimal(str(record_kva))
     return abs(Decimal(str(read_kva)) * transformers - expected) <= expected * TOLERANCE

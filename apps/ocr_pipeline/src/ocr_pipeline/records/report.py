@@ -161,7 +161,7 @@ def _cell(name: str, values: Iterable[Any], record: dict[str, Any] | None, trans
         return Cell(name, value, None, Verdict.NOT_RECORDED)
     if name == POWER:
         agrees = power_agrees(value, transformers, recorded)
-        note = f"bank: {value:g} × {transformers} = {value * transformers:g}" if bank else ""
+        note = f"bank: {value:g} x {transformers} = {value * transformers:g}" if bank else ""
         return Cell(name, value, recorded, Verdict.AGREES if agrees else Verdict.DIFFERS, note)
     same = _same_date(value, recorded) if name == "data_fabricacao" else _folded(value) == _folded(recorded)
     return Cell(name, value, recorded, Verdict.AGREES if same else Verdict.DIFFERS)

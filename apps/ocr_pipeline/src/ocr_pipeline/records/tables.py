@@ -23,7 +23,8 @@ class Base(DeclarativeBase):
 
 
 class Record(Base):
-    """What the utility's register says of a pole. `potencia_kva` is the pole's whole power, banks included."""
+    """What the utility's register says of a pole. `potencia_kva` is the pole's whole power, banks
+    included."""
 
     __tablename__ = "records"
 

@@ -1,6 +1,7 @@
 """One share, read only. What goes wrong has one class each, never an empty list.
 
-Every Share has a connection cache of its own: the credentials of one job never serve another, and a connection that
+Every Share has a connection cache of its own: the credentials of one job never serve another, and a
+connection that
 died is not found again by the next try.
 """
 
@@ -8,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import smbclient
-from smbprotocol.exceptions import (
+import smbclient  # type: ignore[import-untyped]
+from smbprotocol.exceptions import (  # type: ignore[import-untyped]
     AccessDenied,
     BadNetworkName,
     LogonFailure,
@@ -163,10 +164,8 @@ class Share:
         """End the connections."""
         connections, self._connections = self._connections, {}
         for connection in connections.values():
-            try:
+            with suppress(Exception):  # it is gone, however it goes
                 connection.disconnect(close=False, timeout=1)
-            except Exception:  # noqa: S110 - it is gone, however it goes
-                pass
 
     def _walk(self, path: str, below: str, depth: int) -> Iterator[Entry]:
         count = 0

@@ -1,0 +1,237 @@
+"""kill -9 at random moments: every photo in exactly one final state, none twice, none lost. On real
+backends."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ocr_pipeline.database import open_engine, reading
+from ocr_pipeline.jobs.dispatch import HueyDispatch
+from ocr_pipeline.jobs.store import JobStore, Limits
+from ocr_pipeline.records.tables import Reading
+from sqlalchemy import func, select
+
+from tests.ocr import servers
+from tests.ocr.service import Service, b64, photo
+
+SEED = 20261128
+FINAL = {"done", "failed", "cancelled"}
+
+
+def kill(process: Any) -> None:
+    """At once, without a word."""
+    if process is not None and process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def submit(service: Service, body: dict[str, Any], key: str) -> str:
+    """Submit, again and again with the same idempotency key, as a client does that gets no answer."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with service.client() as client:
+                answer = client.post("/api/v41/ocr/jobs", json=body, headers={"Idempotency-Key": key})
+        except httpx.HTTPError:
+            revive(service)
+        else:
+            if answer.status_code in (200, 202):
+                return str(answer.json()["id"])
+            assert answer.status_code in (429, 503), answer.text
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def revive(service: Service) -> None:
+    """What systemd does."""
+    if service.api is None or service.api.poll() is not None:
+        service.start_api()
+    if not service.workers or service.workers[-1].poll() is not None:
+        service.start_worker()
+
+
+def settle(service: Service, job: str) -> list[dict[str, Any]]:
+    """The job's photos once it is over."""
+    deadline = time.monotonic() + 300
+    while True:
+        revive(service)
+        try:
+            with service.client() as client:
+                if client.get(f"/api/v41/ocr/jobs/{job}").json()["finishedAt"]:
+                    items: list[dict[str, Any]] = client.get(f"/api/v41/ocr/jobs/{job}/result").json()[
+                        "items"
+                    ]
+                    return items
+        except httpx.HTTPError:
+            continue
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def order(kind: str, count: int, samba: servers.Samba | None) -> dict[str, Any]:
+    """A job of `count` photos on 10 poles."""
+    if kind == "ALT":
+        poles = [
+            {"id": f"P{p}", "images": [{"data": b64(photo(seed=p * 1000 + n))} for n in range(count // 10)]}
+            for p in range(10)
+        ]
+        return {"type": "ALT", "feeder": "F", "poles": poles}
+    assert samba is not None
+    for p in range(10):
+        folder = samba.photos / f"F/P{p}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for n in range(count // 10):
+            (folder / f"{n}.jpg").write_bytes(photo(seed=p * 1000 + n))
+    return {"type": "TRA", "feeder": "F", "share": "field", "folder": "F"}
+
+
+def shares_file(folder: Path, samba: servers.Samba) -> str:
+    """What the role renders."""
+    entry = {
+        "server": "127.0.0.1",
+        "share": "photos",
+        "username": samba.user,
+        "password": samba.password,
+        "port": samba.port,
+        "timeout_s": 3,
+    }
+    path = folder / "shares.json"
+    path.write_text(json.dumps({"version": 1, "shares": {"field": entry}}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "kills"),
+    [
+        ("ALT", 30, 4),
+        ("TRA", 30, 4),
+        pytest.param("ALT", 100, 30, marks=pytest.mark.long),
+        pytest.param("TRA", 100, 30, marks=pytest.mark.long),
+    ],
+)
+def test_kill_9(kind: str, count: int, kills: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    samba = request.getfixturevalue("samba") if kind == "TRA" else None
+    more = {"shares_file": shares_file(tmp_path, samba)} if samba else {}
+    folder = tmp_path / "service"
+    folder.mkdir()
+    service = Service(folder, environment={"FAKE_SECONDS": "0.05"}, lease=1, attempts=20, job_limit=4, **more)
+    chance = random.Random(f"{SEED} {kind} {count}")  # noqa: S311 - moments of a test
+    body = order(kind, count, samba)
+    try:
+        revive(service)
+        kill(service.api if chance.random() < 0.5 else None)  # before the submit is answered
+        job = submit(service, body, "once")
+        for _ in range(kills):
+            time.sleep(chance.uniform(0.0, 1.2))
+            which = chance.randrange(1, 4)
+            victims: list[Any] = [service.api] if which & 1 else []
+            victims += service.workers[-1:] if which & 2 else []
+            for victim in victims:
+                kill(victim)
+            revive(service)
+        assert submit(service, body, "once") == job, "the same key is the same job"
+        items = settle(service, job)
+    finally:
+        service.stop()
+    assert {item["state"] for item in items} == {"done"}
+    assert len(items) == count, "nothing lost"
+    assert len({(item["pole"], item["imageSha256"]) for item in items}) == count, "nothing twice"
+    records = open_engine(f"sqlite:///{folder}/state/records.sqlite3")
+    with reading(records) as connection:
+        assert connection.scalar(select(func.count()).select_from(Reading)) == count
+    records.dispose()
+    store = JobStore(open_engine(f"sqlite:///{folder}/state/jobs.sqlite3"), Limits())
+    assert {state for _, state in store.counts()} <= FINAL
+
+
+def test_a_message_that_is_lost_loses_nothing(tmp_path: Path) -> None:
+    """The queue is emptied behind everybody's back: the job tables know what waits."""
+    service = Service(tmp_path)
+    try:
+        service.start_api()
+        job = submit(service, order("ALT", 10, None), "k")
+        for file in (tmp_path / "state").glob("queue.sqlite3*"):
+            file.unlink()
+        assert {item["state"] for item in settle(service, job)} == {"done"}
+    finally:
+        service.stop()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_huey_carries_the_wakes(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue("redis_url") if kind == "redis" else f"sqlite:///{tmp_path}/q.sqlite3"
+    sender, receiver = HueyDispatch(url), HueyDispatch(url)
+    assert not receiver.wait(0.1)
+    sender.wake(3)
+    assert receiver.pending() == 3
+    assert [receiver.wait(5) for _ in range(3)] == [True] * 3
+    assert not receiver.wait(0.1)
+
+
+def test_no_message_can_make_a_worker_run_anything(redis_url: str) -> None:
+    """Huey's own messages are pickles; ours are JSON."""
+    import pickle
+
+    import redis
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (pytest.fail, ("a pickle was loaded",))
+
+    dispatch = HueyDispatch(redis_url)
+    redis.Redis.from_url(redis_url).lpush("huey.redis.ocr", pickle.dumps(Bomb()))
+    assert not dispatch.wait(0.2)
+    dispatch.wake(1)
+    assert dispatch.wait(5)
+
+
+def test_a_queue_that_is_away_stops_nobody(tmp_path: Path) -> None:
+    """Redis is gone: jobs are taken in, and workers find them by themselves."""
+    service = Service(tmp_path, queue=f"redis://127.0.0.1:{servers.free_port()}/0")
+    try:
+        revive(service)
+        job = submit(service, order("ALT", 10, None), "k")
+        assert {item["state"] for item in settle(service, job)} == {"done"}
+    finally:
+        service.stop()
+
+
+def test_several_boxes_share_redis_and_postgresql(
+    tmp_path: Path, redis_url: str, postgresql_url: str
+) -> None:
+    """Two workers, one of them killed on the way; jobs and records in one PostgreSQL."""
+    service = Service(
+        tmp_path,
+        environment={"FAKE_SECONDS": "0.05"},
+        queue=redis_url,
+        database=postgresql_url,
+        records=postgresql_url,
+        lease=1,
+    )
+    try:
+        service.start_api()
+        service.start_worker()
+        service.start_worker()
+        service.wait_ready()
+        job = submit(service, order("ALT", 60, None), "k")
+        time.sleep(0.5)
+        kill(service.workers[0])
+        items = settle(service, job)
+        with service.client() as client:
+            assert client.get(f"/api/v41/ocr/jobs/{job}/report?format=csv").status_code == 200
+    finally:
+        service.stop()
+    assert len(items) == len({(item["pole"], item["imageSha256"]) for item in items}) == 60
+    assert {item["state"] for item in items} == {"done"}
+    engine = open_engine(postgresql_url)
+    with reading(engine) as connection:
+        assert connection.scalar(select(func.count()).select_from(Reading)) == 60
+    engine.dispose()

@@ -1,0 +1,277 @@
+"""The records: the bank rule, ±5 % inclusive, the register, and reports that carry any text safely."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ocr_pipeline.database import open_engine
+from ocr_pipeline.jobs.reader import PLATE, Read
+from ocr_pipeline.jobs.store import Claimed
+from ocr_pipeline.jobs.tables import Kind
+from ocr_pipeline.reading import FIELDS, Reading
+from ocr_pipeline.records import cli, report
+from ocr_pipeline.records.bank import bank_size, power_agrees
+from ocr_pipeline.records.report import Verdict, safe_cell
+from ocr_pipeline.records.store import RecordsError, RecordStore, RegisterRow, read_register
+
+HOSTILE = '<script>alert(1)</script>"&\'=HYPERLINK("x")'
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[RecordStore]:
+    engine = open_engine(f"sqlite:///{tmp_path}/records.sqlite3")
+    made = RecordStore(engine)
+    made.prepare()
+    yield made
+    engine.dispose()
+
+
+def keep(
+    store: RecordStore,
+    pole: str,
+    sha256: str,
+    *,
+    job: str = "j1",
+    tags: tuple[str, ...] = (PLATE,),
+    reasons: tuple[str, ...] = (),
+    crop: bytes | None = None,
+    name: str = "a.jpg",
+    **values: Any,
+) -> None:
+    claimed = Claimed(1, job, Kind.ALT, pole, name, sha256, "F1", "", 1)
+    flat = Reading.of(values, list(reasons), {}).flat()
+    store.keep(claimed, sha256, Read(flat, tags=tags, crop=crop))
+
+
+def row(pole: str, **values: Any) -> RegisterRow:
+    return RegisterRow(pole_id=pole, feeder="F1", **values)
+
+
+def cell(made: report.Report, pole: str, field: str) -> report.Cell:
+    found = next(entry for entry in made.poles if entry.pole_id == pole)
+    return next(entry for entry in found.cells if entry.field == field)
+
+
+def built(store: RecordStore, job: str | None = None) -> report.Report:
+    made = report.build(store, "F1", job)
+    assert made is not None
+    return made
+
+
+# --- the bank ---
+
+
+@pytest.mark.parametrize(("images", "size"), [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_two_distinct_photos_confirm_a_bank(images: int, size: int) -> None:
+    assert bank_size(images) == size
+
+
+@pytest.mark.parametrize(
+    ("read", "transformers", "record", "agrees"),
+    [
+        (112.5, 1, 112.5, True),
+        (106.875, 1, 112.5, True),  # exactly -5 %
+        (118.125, 1, 112.5, True),  # exactly +5 %
+        (106.874, 1, 112.5, False),
+        (118.126, 1, 112.5, False),
+        (37.5, 3, 112.5, True),
+        (37.5, 2, 112.5, False),
+        (0.95, 1, 1.0, True),
+        (1.05, 1, 1.0, True),
+        (0.1, 3, 0.3, True),  # in binary 0.1 * 3 is more than 0.3
+        (315, 1, 300, True),
+        (285, 1, 300, True),
+        (15, 1, 0, False),
+    ],
+)
+def test_five_percent_of_the_record_inclusive(
+    read: float, transformers: int, record: float, agrees: bool
+) -> None:
+    assert power_agrees(read, transformers, record) is agrees
+
+
+def test_the_count_is_of_distinct_photos_with_the_tag(store: RecordStore) -> None:
+    keep(store, "P1", "a")
+    keep(store, "P1", "a", job="j2")  # the same photo in another job
+    keep(store, "P1", "b", tags=("placa_identificacao",))
+    assert store.transformer_images("P1") == 1
+    keep(store, "P1", "c", tags=(PLATE, "placa_identificacao"))
+    assert store.transformer_images("P1") == 2
+    assert store.bank_counts("F1") == {"P1": 2}
+    assert store.transformer_images("P2") == 0
+
+
+def test_keeping_twice_is_keeping_once(store: RecordStore) -> None:
+    for _ in range(2):
+        keep(store, "P1", "a", potencia_kva=45.0)
+    assert len(store.photos("F1")) == 1
+
+
+def test_a_banks_power_is_multiplied_and_its_serial_numbers_may_differ(store: RecordStore) -> None:
+    store.import_rows([row("P1", potencia_kva=75.0, numero_serie="22")])
+    keep(store, "P1", "a", potencia_kva=37.5, numero_serie="11")
+    keep(store, "P1", "b", potencia_kva=37.5, numero_serie="22")
+    made = built(store)
+    power = cell(made, "P1", "potencia_kva")
+    assert (power.verdict, power.note) == (Verdict.AGREES, "bank: 37.5 x 2 = 75")
+    assert cell(made, "P1", "numero_serie").verdict is Verdict.AGREES
+
+
+def test_one_photo_twice_is_no_bank(store: RecordStore) -> None:
+    store.import_rows([row("P1", potencia_kva=75.0)])
+    for job in ("j1", "j2"):
+        keep(store, "P1", "a", job=job, potencia_kva=37.5)
+    assert cell(built(store), "P1", "potencia_kva").verdict is Verdict.DIFFERS
+
+
+# --- the report ---
+
+
+def test_verdicts_of_fields_and_poles(store: RecordStore) -> None:
+    store.import_rows(
+        [
+            row("P1", fabricante="WEG", data_fabricacao="2011-03", fases=3, elo_fusivel="5H"),
+            row("P2", fabricante="WEG"),
+            row("P3"),
+        ]
+    )
+    keep(store, "P1", "a", tags=(), fabricante="weg ", data_fabricacao="2011", fases=1, patrimonio="77")
+    keep(store, "P4", "b", tags=(), fabricante="WEG")
+    keep(store, "P2", "c", tags=(), reasons=("low_confidence:fabricante",), fabricante="WEG")
+    made = built(store)
+    assert cell(made, "P1", "fabricante").verdict is Verdict.AGREES
+    assert cell(made, "P1", "data_fabricacao").verdict is Verdict.AGREES, "as far as both are precise"
+    assert cell(made, "P1", "fases").verdict is Verdict.DIFFERS
+    assert cell(made, "P1", "elo_fusivel").verdict is Verdict.NOT_READ
+    assert cell(made, "P1", "patrimonio").verdict is Verdict.NOT_RECORDED
+    assert cell(made, "P1", "matricula").verdict is Verdict.EMPTY
+    assert {pole.pole_id: pole.verdict for pole in made.poles} == {
+        "P1": "differs",
+        "P2": "review",
+        "P3": "no photo",
+        "P4": "no record",
+    }
+    assert made.summary == {"differs": 1, "no photo": 1, "no record": 1, "review": 1}
+
+
+def test_photos_that_disagree_are_no_agreement(store: RecordStore) -> None:
+    store.import_rows([row("P1", fases=3)])
+    keep(store, "P1", "a", tags=(), fases=3)
+    keep(store, "P1", "b", tags=(), fases=1)
+    made = built(store)
+    assert cell(made, "P1", "fases").verdict is Verdict.CONFLICTING
+    assert made.poles[0].verdict == "differs"
+
+
+def test_a_jobs_report_has_its_photos_alone_and_an_unknown_feeder_has_none(store: RecordStore) -> None:
+    keep(store, "P1", "a", job="j1")
+    keep(store, "P2", "b", job="j2")
+    assert [pole.pole_id for pole in built(store, "j2").poles] == ["P2"]
+    assert report.build(store, "F1", "j3") is None
+    assert report.build(store, "F9") is None
+
+
+def test_html_shows_any_text_as_text_and_the_crop_beside_it(store: RecordStore) -> None:
+    keep(store, HOSTILE, "a", fabricante=HOSTILE[:60], crop=b"\xff\xd8jpeg", name=HOSTILE)
+    page = built(store).render("html")[0].decode()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert 'src="data:image/jpeg;base64,/9hqcGVn"' in page
+    assert "http" not in page, "it stands alone"
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n"])
+def test_no_cell_is_a_formula(start: str) -> None:
+    assert safe_cell(f"{start}1+1") == f"'{start}1+1"
+    assert safe_cell("112.5") == "112.5"
+
+
+def test_csv_is_whole_and_harmless(store: RecordStore) -> None:
+    keep(store, '=cmd|"/C calc"!A0', "a", fabricante='+A"B,C\nD', reasons=("@x",))
+    content, kind = built(store).render("csv")
+    assert kind.startswith("text/csv")
+    rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
+    assert [found["field"] for found in rows] == list(FIELDS)
+    assert rows[0]["pole"] == '\'=cmd|"/C calc"!A0'
+    assert next(found for found in rows if found["field"] == "fabricante")["read"] == "'+A\"B,C\nD"
+    assert {found["reasons"] for found in rows} == {"'@x"}
+
+
+def test_json_has_all_of_it(store: RecordStore) -> None:
+    store.import_rows([row("P1", potencia_kva=45.0)])
+    keep(store, "P1", "a", potencia_kva=45.0, autoprotegido=False)
+    found = json.loads(built(store).render("json")[0])
+    assert found["summary"] == {"agrees": 1}
+    assert found["poles"][0]["fields"]["potencia_kva"] == {
+        "read": 45.0,
+        "record": 45.0,
+        "verdict": "agrees",
+        "note": "",
+    }
+    assert found["poles"][0]["fields"]["autoprotegido"]["read"] is False
+
+
+# --- the register ---
+
+
+def register(text: str) -> list[RegisterRow]:
+    return list(read_register(io.StringIO(text), "r.csv"))
+
+
+def test_a_register_in_either_dialect() -> None:
+    english = register("pole_id,feeder,potencia_kva,fases,autoprotegido\nP1,F1,112.5,3,true\n")
+    brazilian = register("pole_id;feeder;potencia_kva;fases;autoprotegido\nP1;F1;112,5;3;sim\n")
+    assert english == brazilian == [row("P1", potencia_kva=112.5, fases=3, autoprotegido=True)]
+    assert register("pole_id,feeder,fabricante\nP1,F1,\n")[0].fabricante is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("feeder\nF1\n", "line 1: column pole_id is missing"),
+        ("pole_id,feeder,kva\n", "column 'kva' is not known"),
+        ("pole_id,feeder\nP1,F1,x\n", "line 2: more values than columns"),
+        ("pole_id,feeder,fases\nP1,F1,4\n", "line 2: fases = 4"),
+        ("pole_id,feeder,potencia_kva\nP1,F1,-5\n", "potencia_kva"),
+        ("pole_id,feeder,data_fabricacao\nP1,F1,March\n", "data_fabricacao"),
+        ("pole_id,feeder\nP1,F1\nP1,F1\n", "line 3: pole 'P1' is in line 2 too"),
+        ("pole_id,feeder\n,F1\n", "pole_id"),
+        ("", "column pole_id is missing"),
+    ],
+)
+def test_a_wrong_register_names_line_and_column(text: str, words: str) -> None:
+    with pytest.raises(RecordsError) as caught:
+        register(text)
+    assert words in str(caught.value)
+
+
+def test_an_import_is_all_or_nothing_and_replaces(store: RecordStore) -> None:
+    store.import_rows([row("P1", fases=1), row("P2")])
+    store.import_rows([row("P1", fases=3)])
+    assert {pole: fields["fases"] for pole, fields in store.register("F1").items()} == {"P1": 3, "P2": None}
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    database = ["--database", f"sqlite:///{tmp_path}/r.sqlite3"]
+    file = tmp_path / "register.csv"
+    file.write_text("pole_id,feeder,fases\nP1,F1,3\n")
+    assert cli.main([*database, "import", str(file)]) == 0
+    assert (
+        cli.main([*database, "report", "F1", "--format", "json", "--output", str(tmp_path / "r.json")]) == 0
+    )
+    assert json.loads((tmp_path / "r.json").read_text())["summary"] == {"no photo": 1}
+    assert cli.main([*database, "report", "F9"]) == 1
+    file.write_text("x\n")
+    assert cli.main([*database, "import", str(file)]) == 1
+    assert cli.main(["--database", "mysql://u:word@h/d", "migrate"]) == 2
+    assert cli.main([*database, "import", str(tmp_path / "none.csv")]) == 1
+    said = capsys.readouterr().err
+    assert "column pole_id is missing" in said
+    assert "Traceback" not in said
+    assert "word" not in said
