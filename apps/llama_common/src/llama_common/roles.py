@@ -117,6 +117,50 @@ MemoryMax = Annotated[
     ),
 ]
 
+SystemUnit = Annotated[
+    str,
+    Text(
+        r"[A-Za-z0-9][A-Za-z0-9:_.@-]{0,200}\.(service|socket|timer|target)",
+        "the name of a systemd unit",
+        "write it like lmstudio.service",
+    ),
+]
+
+
+class OcrKey(BaseModel):
+    """A key of the OCR service, by its hash: what `ocr-key new NAME` prints."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[
+        str,
+        Text(
+            r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}",
+            "a key's name: letters, digits and ._@-",
+            "write it like laptop",
+        ),
+    ]
+    sha256: Annotated[
+        str, Text(r"[0-9a-fA-F]{64}", "the SHA-256 of the key, 64 hexadecimal digits", "ocr-key new NAME")
+    ]
+
+
+class OcrShare(BaseModel):
+    """A share that TRA jobs may name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    server: Annotated[
+        str, Text(r"[A-Za-z0-9][A-Za-z0-9.:-]{0,252}", "a server's name or address", "write it like nas.lan")
+    ]
+    share: Line
+    username: Line
+    password: Line
+    folder: Line = ""
+    domain: Line = ""
+    port: Annotated[int, Field(ge=1, le=65535)] = 445
+
+
 AtLeast0 = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
 UpToADay = Annotated[int, Field(ge=0, le=86400)]
@@ -208,6 +252,31 @@ LIMITS: Final[Mapping[str, Any]] = {
     "local_claude_alias_prefix": AliasPrefix,
     "llm_gateway_audit_max_size": Annotated[int, Field(ge=4096, le=2**40)],
     "llm_gateway_audit_keep": Annotated[int, Field(ge=1, le=1000)],
+    "ocr_service_user": AccountName,
+    "ocr_service_host": Annotated[
+        str, Text(r"[0-9A-Fa-f:.]+", "an address of the box, IPv4 or IPv6", "write it like 100.64.0.11")
+    ],
+    "ocr_service_port": Annotated[int, Field(ge=1024, le=65535)],
+    "ocr_service_state_dir": Annotated[
+        str,
+        Text(
+            r"/var/lib/[a-z0-9_-]+", "a folder of /var/lib, which systemd makes", "write it like /var/lib/ocr"
+        ),
+    ],
+    "ocr_service_workers": Annotated[int, Field(ge=1, le=64)],
+    "ocr_service_keys": list[OcrKey],
+    "ocr_service_shares": dict[str, OcrShare],
+    "ocr_service_queue_limit": Annotated[int, Field(ge=1, le=1_000_000)],
+    "ocr_service_job_limit": Annotated[int, Field(ge=1, le=1_000_000)],
+    "ocr_service_attempts": Annotated[int, Field(ge=1, le=20)],
+    "ocr_service_image_timeout": SomeSeconds,
+    "ocr_service_answer_timeout": SomeSeconds,
+    "ocr_service_retention": Annotated[int, Field(ge=3600, le=366 * 86400)],
+    "ocr_service_recycle_images": Annotated[int, Field(ge=1, le=1_000_000)],
+    "ocr_service_recycle_memory": Annotated[int, Field(ge=100, le=1_000_000)],
+    "ocr_service_competing_units": list[SystemUnit],
+    "ocr_service_api_memory_max": MemoryMax,
+    "ocr_service_worker_memory_max": MemoryMax,
 }
 """What a variable may hold beyond its type; `path` variables are folders without further ado."""
 
