@@ -13,7 +13,8 @@ import pytest
 from ocr_pipeline.api import keys, redact
 from ocr_pipeline.api.errors import Refusal
 
-KEY, ENTRY = keys.new("laptop")
+KEY = "ocr-" + "aB3-_" * 8 + "xyz"  # as `ocr-key new` makes them
+ENTRY = {"name": "laptop", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}
 
 
 def store(tmp_path: Path, *entries: dict[str, str]) -> keys.KeyStore:
