@@ -106,7 +106,10 @@ def of_releases(
 
 
 class Bench:
-    """One preset, two command lines: who serves now, and what was found so far."""
+    """One preset, two command lines: who serves now, and what was found so far.
+
+    `is_open` says whether more pairs could still decide it.
+    """
 
     def __init__(
         self,
@@ -118,6 +121,7 @@ class Bench:
         commands: tuple[list[str], list[str]],
         tell: Tell,
         sleep: Callable[[float], None] = time.sleep,
+        is_open: Callable[[Comparison], bool] = open_yet,
     ) -> None:
         self.held = held
         self.client = client
@@ -127,6 +131,7 @@ class Bench:
         self.commands = commands
         self.tell = tell
         self.sleep = sleep
+        self.is_open = is_open
         self._serving: int | None = None
         self._behaviour: dict[int, Behaviour] = {}
         self._health = ["", ""]
@@ -150,7 +155,7 @@ class Bench:
                 break
             pairs.append((timed[0], timed[1]))
             self._progress(number, pairs[-1])
-            if number + 1 >= LEAST_PAIRS and not open_yet(self._found(pairs)):
+            if number + 1 >= LEAST_PAIRS and not self.is_open(self._found(pairs)):
                 break
         return self._found(pairs, trouble)
 

@@ -75,7 +75,7 @@ class LlmBox:
 
     def model_sizes(self) -> dict[str, int]:
         """Bytes of each model file that must be on the box."""
-        used = {model for preset in self.names() for model in self.config.models_of(preset)}
+        used = {model for preset in self.names() for model in self.config.models_for(preset)}
         models = self.config.gguf_models if self.install_all_models else sorted(used)
         return {file.file: file.size for model in models for file in self.config.files(model)}
 

@@ -161,7 +161,7 @@ def plan_host(host: Host, *, offline: bool) -> list[Plan]:
     card = box.config.llama_presets_gpu_memory_mib * MIB
     models = headers(box)
     plans = []
-    for name, preset in box.config.llama_presets.items():
+    for name in box.config.llama_presets:
         source, taken, problem = "header", None, ""
         if not offline:
             try:
@@ -170,7 +170,7 @@ def plan_host(host: Host, *, offline: bool) -> list[Plan]:
                 print(f"plan_vram: {host.name}: {name}: {error}; using the header", file=sys.stderr)
         if taken is None:
             try:
-                taken = fit.preset_estimate(preset, box.config.models_of(name), models, gpu=bool(card))
+                taken = fit.estimate_of(box.config, name, models, gpu=bool(card))
             except NotPredicted as error:
                 problem = str(error)
         plans.append(Plan(host.name, name, card, taken, source if taken else "", problem))

@@ -1,4 +1,4 @@
-"""What the headers of models say of their memory: at most 32 MiB of each file are read, by HTTP ranges.
+"""What the headers of models say of memory and tokenizer: of each file at most 32 MiB are read, in ranges.
 
 A header that cannot be read is no failure: whether the presets of that model fit is then not checked.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llama_common.draft import tokenizer_facts
 from llama_common.model import Model
 
 from scripts._header import NoHeader, client, read_url
@@ -39,7 +40,7 @@ def resolve_all(
     with client(trust()) as web:
         for name, files in wanted.items():
             digest = files[0][2]
-            if name in old and old[name]["sha256"] == digest:
+            if name in old and old[name]["sha256"] == digest and old[name].get("tokenizer"):
                 found[name] = dict(old[name])
                 continue
             progress(f"reading the header of {name}")
@@ -48,5 +49,6 @@ def resolve_all(
             except NoHeader as error:
                 progress(f"note: {error}: whether presets of {name} fit is not checked")
                 continue
-            found[name] = {"sha256": digest, **Model.of(headers).facts()}
+            facts = Model.of(headers).facts()
+            found[name] = {"sha256": digest, **facts, "tokenizer": tokenizer_facts(headers[0])}
     return found

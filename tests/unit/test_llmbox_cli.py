@@ -271,9 +271,10 @@ def test_states_in_one_word(active: str, sub: str, health: str, state: str) -> N
 
 def test_the_running_release_is_told_not_the_installed_one() -> None:
     other = "f" * 40
-    assert status.release_commit(f"/opt/x/releases/{other}-1/bin/llama-server", PRESET["command"][0]) == other
-    assert status.release_commit("", PRESET["command"][0]) == COMMIT
-    assert status.release_commit("", "/usr/bin/llama-server") == ""
+    running = f"/opt/x/releases/{other}-1/bin/llama-server"
+    assert status.release_name(running, PRESET["command"][0]) == f"{other}-1"
+    assert status.release_name("", PRESET["command"][0]).partition("-")[0] == COMMIT
+    assert status.release_name("", "/usr/bin/llama-server") == ""
 
 
 def test_the_screen_fits_and_tells_a_shrunk_context() -> None:
@@ -288,6 +289,44 @@ def test_the_screen_fits_and_tells_a_shrunk_context() -> None:
     assert "ready since 2023-11-14T22:13:20Z (1 h 1 min)" in text
     assert "2048 tokens (the preset asks for 4096)" in text and "3 requests" in text
     assert len(text.splitlines()) <= 12
+
+
+CHOICE = {"verdict": "rejected", "reason": "0.64 times", "draft": "small", "measured": "2026-11-28T00:00Z"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"draft": "none"}, ""),
+        ({"draft": "small", "draft_type": "draft-simple"}, "small (draft-simple), not measured: the inv"),
+        ({"draft": "auto"}, "none: auto has not been measured; run scripts/choose_draft.py"),
+        (
+            {"draft": "auto", "draft_choice": {**CHOICE, "release": "r"}},
+            "small, rejected 2026-11-28T00:00Z: 0.6",
+        ),
+        ({"draft": "auto", "draft_choice": {**CHOICE, "release": "q"}}, "another release: measure again"),
+        ({"draft": "auto", "draft_choice": {**CHOICE, "draft": None}}, "its own head, rejected"),
+    ],
+)
+def test_the_screen_and_the_json_tell_of_a_draft(keys: dict[str, Any], said: str) -> None:
+    release = f"{COMMIT}-r"
+    choice = keys.get("draft_choice")
+    if choice and choice.get("release") == "r":
+        keys = {**keys, "draft_choice": {**choice, "release": release}}
+    preset = {**PRESET, **keys, "unit": "llama-coder.service"}
+    presets = PresetsFile.model_validate({"version": 1, "user": "llm", "presets": {"coder": preset}})
+    up = UnitState("llama-coder.service", active="active", sub="running", main_pid=7)
+    program = f"/opt/x/releases/{release}/bin/llama-server"
+    seen = status.collect(presets, {up.unit: up}, lambda _: status.Probe("ok", 4096), lambda _: program)
+    text = status.screen(seen, datetime.now(UTC))
+    if not said:
+        assert "draft" not in text and "draft" not in seen.as_json()
+        return
+    assert said in next(line for line in text.splitlines() if line.startswith("  draft"))
+    told = seen.as_json()["draft"]
+    assert isinstance(told, dict) and told["setting"] == keys["draft"]
+    assert told["choice"] == keys.get("draft_choice")
+    assert told["fresh"] == (None if not choice else choice.get("release") == "r")
 
 
 def test_the_screen_names_the_foreign_unit_that_has_the_card() -> None:

@@ -133,7 +133,7 @@ def test_the_roles_defaults_are_the_model_s() -> None:
         defaults |= yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text(encoding="utf-8"))
     listen = defaults["llama_presets_listen"].replace("{{ llm_user_uid }}", str(defaults["llm_user_uid"]))
     empty = HostConfig.load({}).model_dump()
-    data = {"llama_cpp_builds", "gguf_models", "llama_presets", "llama_lock"}
+    data = {"llama_cpp_builds", "gguf_models", "llama_presets", "llama_lock", "llama_drafts"}
     assert {**defaults, "llama_presets_listen": listen}.items() >= {
         name: value for name, value in empty.items() if name not in data
     }.items()

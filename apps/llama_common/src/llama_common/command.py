@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llama_common.dialect import Dialect
+from llama_common.draft import SIMPLE, DraftType
 from llama_common.fields import Address
 from llama_common.flags import is_flag, normalize
 from llama_common.presets import Preset
@@ -22,8 +23,9 @@ def command_line(
     draft_path: str | None,
     listen: str,
     dialect: Dialect | None = None,
+    draft_type: DraftType | None = None,
 ) -> list[str]:
-    """The argument vector for one preset.
+    """The argument vector for one preset. A `draft_type` without a path is the model's own head.
 
     Raises InventoryError when the preset needs something that this binary does not have.
     """
@@ -71,8 +73,8 @@ def command_line(
     # The default reflects any origin: every web page a person opens could then talk to the model.
     if dialect.knows("--cors-origins"):
         command += ["--cors-origins", "localhost"]
-    if draft_path is not None:
-        command += _draft(draft_path, name, preset, dialect)
+    if draft_path is not None or draft_type is not None:
+        command += _draft(draft_path, draft_type or SIMPLE, name, preset, dialect)
     _check_extra_args(name, preset, dialect)
     return [*command, *preset.extra_args]
 
@@ -84,21 +86,24 @@ def _flash_attention(preset: Preset, dialect: Dialect) -> list[str]:
     return ["--flash-attn"] if preset.flash_attention else []
 
 
-def _draft(path: str, name: str, preset: Preset, dialect: Dialect) -> list[str]:
-    """The draft model as this dialect names it."""
-    model = dialect.first_known("--spec-draft-model", "--model-draft")
-    if model is None:
-        raise _unsupported(
-            "--spec-draft-model", name, preset, "draft", "use a newer build, or write draft: none"
-        )
-    layers = dialect.first_known("--spec-draft-ngl", "--n-gpu-layers-draft", "--gpu-layers-draft")
-    command = [model, path]
-    if layers:
-        command += [layers, str(preset.n_gpu_layers)]
-    if dialect.knows("--spec-type") and not any(
-        normalize(item) == "--spec-type" for item in preset.extra_args
-    ):
-        command += ["--spec-type", "draft-simple"]
+def _draft(path: str | None, kind: DraftType, name: str, preset: Preset, dialect: Dialect) -> list[str]:
+    """The draft as this dialect names it."""
+    fix = "use a newer build, or write draft: none"
+    command = []
+    if path is not None:
+        model = dialect.first_known("--spec-draft-model", "--model-draft")
+        if model is None:
+            raise _unsupported("--spec-draft-model", name, preset, "draft", fix)
+        layers = dialect.first_known("--spec-draft-ngl", "--n-gpu-layers-draft", "--gpu-layers-draft")
+        command = [model, path]
+        if layers:
+            command += [layers, str(preset.n_gpu_layers)]
+    if any(normalize(item) == "--spec-type" for item in preset.extra_args):
+        return command
+    if dialect.knows_draft(kind):
+        return [*command, "--spec-type", kind]
+    if kind != SIMPLE:
+        raise _unsupported(f"--spec-type {kind}", name, preset, "draft", fix)
     return command
 
 

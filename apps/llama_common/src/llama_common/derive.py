@@ -40,7 +40,7 @@ def models_plan(config: HostConfig) -> list[dict[str, Any]]:
     """
     used_by: dict[str, list[str]] = {name: [] for name in config.gguf_models}
     for preset in config.llama_presets:
-        for model in config.models_of(preset):
+        for model in config.models_for(preset):
             used_by[model].append(preset)
     return [
         {"name": name, "used_by": used_by[name], "files": [file.model_dump() for file in config.files(name)]}
@@ -58,8 +58,9 @@ def presets_plan(
 ) -> dict[str, dict[str, Any]]:
     """Everything about every preset: its own keys, and
 
-    unit, command (argv), listen, health_url (base URL), model_path, draft_path, model_files (of both),
-    tensor_types (numbers, as far as the lock has them), conflicts, after, commit, context_per_slot.
+    unit, command (argv), listen, health_url (base URL), model_path, draft_path, draft_type, draft_choice
+    (what was measured for `auto`), model_files (of both), tensor_types (numbers, as far as the lock has
+    them), conflicts, after, commit, context_per_slot.
     `listen` is where user presets without a place of their own listen; `dialects` holds the --help text of
     each build's llama-server, where it is known. Raises InventoryError when a binary lacks what its preset
     needs.
@@ -71,6 +72,7 @@ def presets_plan(
         place = preset.listen or listen or config.llama_presets_listen
         paths = [f"{models_dir}/{config.files(model)[0].file}" for model in config.models_of(name)]
         exclusive = preset.scope == "user"
+        draft, choice = config.draft(name), config.draft_choice(name)
         plan[name] = {
             **preset.model_dump(mode="json"),
             "context_per_slot": preset.context_per_slot,
@@ -84,11 +86,14 @@ def presets_plan(
                 draft_path=paths[1] if len(paths) > 1 else None,
                 listen=place,
                 dialect=Dialect.from_help((dialects or {}).get(preset.build)),
+                draft_type=draft.type if draft else None,
             ),
             "listen": place,
             "health_url": Address.parse(place).base_url,
             "model_path": paths[0],
             "draft_path": paths[1] if len(paths) > 1 else None,
+            "draft_type": draft.type if draft else None,
+            "draft_choice": choice.model_dump(mode="json") if choice else None,
             "model_files": [
                 f"{models_dir}/{file.file}"
                 for model in config.models_of(name)

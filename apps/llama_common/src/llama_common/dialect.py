@@ -71,6 +71,11 @@ class Dialect:
             return 0
         return 2 if _TWO_VALUES.fullmatch(hint) else 1
 
+    def knows_draft(self, kind: str) -> bool:
+        """Whether --spec-type takes this kind of draft; a help that lists no kinds takes it at its word."""
+        kinds = self.hints.get("--spec-type")
+        return kinds is not None and ("," not in kinds or kind in kinds.strip("[]{}").split(","))
+
     def closest(self, flag: str) -> str | None:
         """A known flag that looks like this one."""
         return closest(flag, self.hints)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from llama_common.draft import MTP
 from llama_common.fields import AGENT_CONTEXT_FLOOR
 from llama_common.memory import (
     CONTEXT_STEP,
@@ -80,6 +81,14 @@ def preset_estimate(
     return total
 
 
+def estimate_of(config: HostConfig, name: str, known: Mapping[str, Model], *, gpu: bool = True) -> Estimate:
+    """The memory of a preset with the draft that it is started with. Raises NotPredicted."""
+    draft = config.draft(name)
+    if draft and draft.type == MTP:
+        raise NotPredicted(f"the memory of a head that predicts further tokens ({MTP}) is not predicted")
+    return preset_estimate(config.llama_presets[name], config.models_of(name), known, gpu)
+
+
 def check(config: HostConfig) -> tuple[list[Problem], list[Unchecked]]:
     """The presets that do not fit, and those that cannot be checked. Nothing without a GPU's memory."""
     problems: list[Problem] = []
@@ -91,7 +100,7 @@ def check(config: HostConfig) -> tuple[list[Problem], list[Unchecked]]:
     for name, preset in config.llama_presets.items():
         names = config.models_of(name)
         try:
-            taken = preset_estimate(preset, names, known)
+            taken = estimate_of(config, name, known)
         except NotPredicted as error:
             unchecked.append(Unchecked(name, str(error)))
             continue

@@ -6,6 +6,8 @@ but maps whole files into memory; a header that was fetched over HTTP has no fil
 
 from __future__ import annotations
 
+import hashlib
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +37,11 @@ _SCALARS: Final = {
 _STRING, _ARRAY = 8, 9
 _KEPT_ARRAY: Final = 4096
 """Longer arrays are the tokenizer's: their length is kept, not their items."""
+TOKENS: Final = "tokenizer.ggml.tokens"
+_FIRST_TOKEN: Final = 5
+"""llama.cpp compares vocabularies from this token on (SPEC_VOCAB_CHECK_START_TOKEN_ID)."""
+_FILLER: Final = re.compile(rb"\[PAD\d+\]")
+"""What converters fill a vocabulary up with, to the size of the embedding table."""
 
 
 class HeaderError(ValueError):
@@ -75,9 +82,13 @@ class Header:
 
 @dataclass(frozen=True)
 class Length:
-    """Stands for an array of that many items which were not kept."""
+    """Stands for an array of that many items which were not kept.
+
+    `digest` is the SHA-256 of a vocabulary: of its tokens from the sixth on, without filler at its end.
+    """
 
     items: int
+    digest: str = ""
 
 
 class _Reader:
@@ -105,21 +116,21 @@ class _Reader:
         start = self.take(length)
         return self.data[start : start + length].decode("utf-8", "replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, *, vocabulary: bool = False) -> Any:
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
-            return self._array()
+            return self._array(vocabulary)
         if kind not in _SCALARS:
             raise HeaderError(f"a value of the unknown kind {kind}; the file is damaged")
         return self.number(_SCALARS[kind])
 
-    def _array(self) -> Any:
+    def _array(self, vocabulary: bool) -> Any:
         kind, count = self.number("<I"), self.number("<Q")
         if kind == _STRING:
             if count > MAX_HEADER_BYTES:
                 raise HeaderError(f"an array of {count} texts; the file is damaged")
-            return self._texts(count)
+            return self._texts(count, vocabulary)
         if kind not in _SCALARS:
             raise HeaderError(f"an array of the unknown kind {kind}; the file is damaged")
         size = struct.calcsize(_SCALARS[kind])
@@ -130,18 +141,25 @@ class _Reader:
             struct.unpack_from(_SCALARS[kind], self.data, start + index * size)[0] for index in range(count)
         ]
 
-    def _texts(self, count: int) -> Any:
+    def _texts(self, count: int, vocabulary: bool) -> Length:
         """Texts are stepped over: a vocabulary has hundreds of thousands, and only their number counts."""
         data, at, end = self.data, self.at, len(self.data)
         length_of = struct.Struct("<Q").unpack_from
+        begins = []
         for _ in range(count):
             if at + 8 > end:
                 raise MoreNeeded
+            begins.append(at)
             at += 8 + length_of(data, at)[0]
         if at > end:
             raise MoreNeeded
         self.at = at
-        return Length(count)
+        if not vocabulary:
+            return Length(count)
+        first = begins[_FIRST_TOKEN] if count > _FIRST_TOKEN else at
+        while begins and _FILLER.fullmatch(data, begins[-1] + 8, at):
+            at = begins.pop()
+        return Length(count, hashlib.sha256(memoryview(data)[first : max(first, at)]).hexdigest())
 
 
 def parse(data: bytes, file_size: int) -> Header:
@@ -162,7 +180,7 @@ def parse(data: bytes, file_size: int) -> Header:
     metadata = {}
     for _ in range(key_count):
         key = reader.text()
-        metadata[key] = reader.value(reader.number("<I"))
+        metadata[key] = reader.value(reader.number("<I"), vocabulary=key == TOKENS)
     tensors = []
     for _ in range(tensor_count):
         name, dimensions = reader.text(), reader.number("<I")

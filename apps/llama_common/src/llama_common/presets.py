@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llama_common import draft as drafts
 from llama_common import rules
+from llama_common.draft import Draft, DraftType
 from llama_common.fields import (
     CONTEXT_STEP,
     KV_CACHE_TYPES,
@@ -161,8 +163,8 @@ class Preset(_Strict):
     model: ModelName = Field(description="Key of gguf_models.")
     draft: ModelName = Field(
         "none",
-        description="Draft model for speculative decoding: none, auto (none until a measured choice exists), "
-        "or a key of gguf_models.",
+        description="Draft model for speculative decoding: none, auto (what scripts/choose_draft.py measured "
+        "to be faster on this host), or a key of gguf_models.",
     )
     aliases: list[Alias] = Field(
         default_factory=list, max_length=8, description="Short names for lmswitch, unique on the host."
@@ -243,8 +245,20 @@ class LockedModel(_Strict):
     files: list[LockedFile] = Field(description="The files, in the order of the inventory.")
 
 
+class LockedTokenizer(_Strict):
+    """What decides whether one model can be the draft of another."""
+
+    model: str = Field(max_length=64, description="tokenizer.ggml.model.")
+    tokens: int = Field(ge=0, description="Number of tokens.")
+    sha256: Sha256 = Field(description="SHA-256 of the tokens from the sixth on, without filler at the end.")
+    bos: int | None = Field(None, description="Token at the beginning of a text.")
+    eos: int | None = Field(None, description="Token at its end.")
+    add_bos: bool | None = Field(None, description="Whether it is added.")
+    add_eos: bool | None = Field(None, description="Whether it is added.")
+
+
 class LockedHeader(_Strict):
-    """What the header of a model's file says about its memory."""
+    """What the header of a model's file says about its memory and its tokenizer."""
 
     sha256: Sha256 = Field(description="SHA-256 of the (first) file that it was read from.")
     architecture: str = Field(max_length=64, description="general.architecture.")
@@ -252,6 +266,7 @@ class LockedHeader(_Strict):
     tensors: dict[str, list[list[Any]]] = Field(
         description="Tensors by name, * for the layer: runs of type, shape, bytes, first layer, layers."
     )
+    tokenizer: LockedTokenizer | None = Field(None, description="The tokenizer, where the file has one.")
 
 
 class Lock(_Strict):
@@ -265,6 +280,35 @@ class Lock(_Strict):
     )
     headers: dict[ModelName, LockedHeader] = Field(
         default_factory=dict, description="One entry per model whose header could be read."
+    )
+
+
+class DraftFigure(_Strict):
+    """One speed without and with a draft: medians, and their ratio with its 95 % interval."""
+
+    without: float = Field(gt=0, description="Median without the draft.")
+    drafted: float = Field(gt=0, description="Median with the draft.")
+    ratio: float = Field(gt=0, description="With over without.")
+    low: float = Field(gt=0, description="Lower end of the ratio's interval.")
+    high: float = Field(gt=0, description="Upper end of the ratio's interval.")
+
+
+class DraftChoice(_Strict):
+    """What scripts/choose_draft.py decided about the draft of one preset on this host, and for what."""
+
+    verdict: Literal["kept", "rejected", "undecided"] = Field(description="Whether the draft is used.")
+    reason: str = Field(max_length=1000, description="Why, in one line.")
+    type: DraftType = Field(description="The kind of draft, as --spec-type names it.")
+    draft: ModelName | None = Field(description="Key of gguf_models; null: the model's own head.")
+    model_sha256: Sha256 = Field(description="SHA-256 of the (first) file of the model.")
+    draft_sha256: Sha256 | None = Field(description="SHA-256 of the (first) file of the draft model.")
+    release: str = Field(max_length=128, description="The release of llama.cpp that it was measured with.")
+    driver: str = Field(max_length=64, description="The NVIDIA driver, or none.")
+    measured: str = Field(max_length=32, description="When, in UTC.")
+    pairs: int = Field(ge=0, description="How many pairs of runs.")
+    figures: dict[Literal["answer", "generation", "prefill"], DraftFigure] = Field(
+        default_factory=dict,
+        description="Speeds in tokens per second; answer: tokens written in the time of a whole answer.",
     )
 
 
@@ -305,6 +349,10 @@ class HostConfig(_Strict):
     llama_presets: dict[PresetName, Preset] = Field(default_factory=dict, description="Presets, by name.")
     llama_lock: Lock = Field(
         default_factory=Lock, description="Written by scripts/lock_models.py; do not edit."
+    )
+    llama_drafts: dict[PresetName, DraftChoice] = Field(
+        default_factory=dict,
+        description="Written by scripts/choose_draft.py, one file a host; do not edit.",
     )
     llama_presets_listen: Listen = Field(
         DEFAULT_LISTEN,
@@ -348,7 +396,9 @@ class HostConfig(_Strict):
         keys say of each other.
         """
         data = {
-            name: value for name, value in variables.items() if not (name == "llama_lock" and value is None)
+            name: value
+            for name, value in variables.items()
+            if not (name in ("llama_lock", "llama_drafts") and value is None)
         }
         try:
             config = cls.model_validate(data)
@@ -391,15 +441,38 @@ class HostConfig(_Strict):
         ]
 
     def models_of(self, preset: str) -> list[str]:
-        """The models that a preset needs: its own, then its draft."""
+        """The models that a preset is started with: its own, then its draft."""
         entry = self.llama_presets[preset]
         draft = self.draft(preset)
-        return [entry.model, *([draft] if draft else [])]
+        return [entry.model, *([draft.model] if draft and draft.model else [])]
 
-    def draft(self, preset: str) -> str | None:
-        """The draft model of a preset, None without one. `auto` is None until a measured choice exists."""
+    def models_for(self, preset: str) -> list[str]:
+        """The models that a preset needs on its host: also those that `draft: auto` may measure."""
+        names = self.models_of(preset)
+        if self.llama_presets[preset].draft == "auto":
+            names += [one.model for one in drafts.candidates(self, preset) if one.model]
+        return list(dict.fromkeys(names))
+
+    def draft(self, preset: str) -> Draft | None:
+        """The draft of a preset, None without one. `auto` has one when it was measured and kept."""
         draft = self.llama_presets[preset].draft
-        return None if draft in ("none", "auto") else draft
+        if draft == "none":
+            return None
+        if draft != "auto":
+            return Draft(drafts.type_of(self, draft), draft)
+        choice = self.draft_choice(preset)
+        return Draft(choice.type, choice.draft) if choice and choice.verdict == "kept" else None
+
+    def draft_choice(self, preset: str) -> DraftChoice | None:
+        """What was decided for `draft: auto`; None when model or draft are others by now."""
+        choice = self.llama_drafts.get(preset)
+        if choice is None or self.llama_presets[preset].draft != "auto":
+            return None
+        wanted = [(self.llama_presets[preset].model, choice.model_sha256)]
+        if choice.draft is not None:
+            wanted.append((choice.draft, choice.draft_sha256 or ""))
+        same = all(name in self.gguf_models and self.files(name)[0].sha256 == sha for name, sha in wanted)
+        return choice if same else None
 
     def address(self, preset: str) -> Address:
         """Where a preset listens."""

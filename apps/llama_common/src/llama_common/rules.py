@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import PydanticCustomError
 
+from llama_common import draft as drafts
 from llama_common import fields, flags
 from llama_common.problems import HIDDEN, MISSING, Problem
 from llama_common.translate import closest
@@ -187,6 +188,26 @@ def references(config: HostConfig) -> Iterator[Problem]:
                 word,
                 f"'{word}' has a meaning of its own in draft:",
                 "rename the model",
+            )
+
+
+def draft_models(config: HostConfig) -> Iterator[Problem]:
+    """A draft model has its model's tokenizer, as far as the lock knows; auto needs a gateway."""
+    for name, preset in config.llama_presets.items():
+        path = ("llama_presets", name, "draft")
+        if preset.draft == "auto" and preset.scope == "system":
+            yield Problem(
+                path,
+                preset.draft,
+                "a system preset is not behind the gateway, by which drafts are measured",
+                "name a draft model, or none",
+            )
+        elif reason := drafts.refusal(config, preset.model, preset.draft):
+            yield Problem(
+                path,
+                preset.draft,
+                f"has another tokenizer than {preset.model}: {reason}",
+                "name a model of the same family, or write draft: auto",
             )
 
 
@@ -408,6 +429,7 @@ RULES: Final[tuple[Rule, ...]] = (
     model_file_names,
     model_locks,
     references,
+    draft_models,
     names,
     contexts,
     caches,

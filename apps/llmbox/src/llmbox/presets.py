@@ -43,6 +43,9 @@ class BoxPreset(BaseModel):
     model_files: list[Path] = []
     tensor_types: list[int] = []
     parallel: int = Field(default=1, gt=0)
+    draft: str = "none"
+    draft_type: str | None = None
+    draft_choice: dict[str, Any] | None = None
     start_timeout: float = Field(default=180, gt=0)
     stop_timeout: float = Field(default=15, gt=0)
 

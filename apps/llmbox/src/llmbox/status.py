@@ -13,7 +13,7 @@ from typing import Any
 from llmbox.presets import BoxPreset, PresetsFile
 from llmbox.systemd import UnitState
 
-_RELEASE = re.compile(r"/releases/([0-9a-f]{40})-[^/]+/")
+_RELEASE = re.compile(r"/releases/(([0-9a-f]{40})-[^/]+)/")
 GIB = 1024**3
 
 
@@ -41,9 +41,11 @@ class Status:
     context: int | None = None
     detail: str = ""
     last_switch: str = ""
+    release: str = ""
 
     def as_json(self) -> dict[str, object]:
-        """Exactly the keys that tools rely on."""
+        """Exactly the keys that tools rely on; for a preset with a draft also that: see draft_json."""
+        draft = draft_json(self.preset, self.release)
         return {
             "active": self.active,
             "state": self.state,
@@ -52,6 +54,7 @@ class Status:
             "commit": self.commit,
             "in_flight": self.in_flight,
             "queued": self.queued,
+            **({"draft": draft} if draft else {}),
         }
 
 
@@ -96,18 +99,20 @@ def collect(
         detail = f"the unit runs but nothing answers on {preset.listen}; look with: lmswitch logs"
     elif state == "failed":
         detail = f"{detail or 'it failed'}; look with: lmswitch logs {preset.name}"
+    release = release_name(executable(unit.main_pid) if unit.main_pid else "", preset.command[0])
     return Status(
         active=preset.name,
         state=state,
         since=iso(unit.since_s),
         build=preset.build,
-        commit=release_commit(executable(unit.main_pid) if unit.main_pid else "", preset.command[0]),
+        commit=release.partition("-")[0],
         in_flight=int(figures.get("in_flight", asked.in_flight)),
         queued=queued,
         last_switch=last_switch,
         preset=preset,
         context=asked.context,
         detail=detail,
+        release=release,
     )
 
 
@@ -120,8 +125,38 @@ def switch_text(switch: Mapping[str, Any]) -> str:
     return f"{switch['from'] or 'nothing'} to {switch['to'] or 'nothing'}{ended}: {parts}"
 
 
-def release_commit(running: str, installed: str) -> str:
-    """The llama.cpp commit in a release's path: of the running executable, otherwise of the installed one."""
+def draft_json(preset: BoxPreset | None, release: str) -> dict[str, object] | None:
+    """What writes ahead for a preset, and what was measured of it; None without a draft and without `auto`.
+
+    `fresh`: the measurement was of the release that runs; None when nothing was measured.
+    """
+    if preset is None or preset.draft == "none":
+        return None
+    choice = preset.draft_choice
+    return {
+        "setting": preset.draft,
+        "type": preset.draft_type,
+        "choice": choice,
+        "fresh": choice.get("release") == release if choice else None,
+    }
+
+
+def draft_text(preset: BoxPreset, release: str) -> str:
+    """The same in one line; "" for a preset that wants no draft."""
+    if preset.draft == "none":
+        return ""
+    if preset.draft != "auto":
+        return f"{preset.draft} ({preset.draft_type or 'draft-simple'}), not measured: the inventory names it"
+    choice = preset.draft_choice
+    if not choice:
+        return "none: auto has not been measured; run scripts/choose_draft.py on the controller"
+    what = choice.get("draft") or "its own head"
+    other = "" if choice.get("release") == release else "; that was another release: measure again"
+    return f"{what}, {choice.get('verdict')} {choice.get('measured')}: {choice.get('reason')}{other}"
+
+
+def release_name(running: str, installed: str) -> str:
+    """The llama.cpp release in a path: of the running executable, otherwise of the installed one."""
     for path in (running, str(Path(installed).resolve())):
         found = _RELEASE.search(path)
         if found:
@@ -162,6 +197,7 @@ def screen(status: Status, now: datetime, models_disk: Path | None = None) -> st
             ("build", f"{status.build} at {status.commit[:12] or 'an unknown commit'}"),
             ("model", preset.model),
             ("context", context),
+            *([("draft", text)] if (text := draft_text(preset, status.release)) else []),
             ("listens", preset.listen),
             ("in flight", f"{status.in_flight} requests, {status.queued} queued"),
         ]

@@ -1,0 +1,242 @@
+"""What choose_draft.py decides from what was measured, when it measures at all, and what it writes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from llama_common.derive import presets_plan
+from llama_common.dialect import Dialect
+from llama_common.draft import MTP, SIMPLE, Draft
+from llama_common.presets import DraftChoice, HostConfig
+
+from scripts import _draft_choice, choose_draft
+from scripts._draft_choice import Judged, answers, judge, path_of, write
+from scripts._inventory import Host, InventoryUnreadable
+from scripts._llm_box import LlmBox
+from scripts._measure import NotMeasured, Shape
+from scripts._verdict import Behaviour, Comparison
+from tests.unit.test_draft import BOTH, HELP, OLD_HELP, SIZES, choice, config, header
+
+SHAPE = Shape("short", 1536, 400)
+RELEASE = f"{'b' * 40}-abc"
+
+
+def pairs(without: float, drafted: float, noise: float = 0.003, count: int = 5) -> Any:
+    rng = random.Random(3)  # noqa: S311
+    return tuple(
+        (without * rng.uniform(1 - noise, 1 + noise), drafted * rng.uniform(1 - noise, 1 + noise))
+        for _ in range(count)
+    )
+
+
+def found(generation: float = 100.0, prefill: float = 2000.0, **more: Any) -> Comparison:
+    """A comparison with 100 tokens per second and 2000 without the draft."""
+    noise = more.pop("noise", 0.003)
+    return replace(
+        Comparison(
+            "p", generation=pairs(100, generation, noise), prefill=pairs(2000, prefill, noise), trouble=""
+        ),
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "word", "reason"),
+    [
+        (found(150), "kept", "an answer comes 1.39 times as fast (1.3"),
+        (found(103), "kept", "an answer comes 1.0"),
+        (found(100), "rejected", "an answer comes 1.00 times as fast"),
+        (found(60), "rejected", "an answer comes 0.64 times as fast"),
+        (found(120, prefill=1000), "rejected", "an answer comes 0.9"),
+        (found(110, noise=0.25), "undecided", "an answer comes 1."),
+        (found(new=Behaviour(start="vocabularies differ")), "rejected", "it does not start with it: vocab"),
+        (found(old=Behaviour(start="broken")), "undecided", "it does not start without the draft either"),
+        (found(150, new=Behaviour(tool_call="no")), "rejected", "with it the preset breaks tool calls: no"),
+        (found(150, old=Behaviour(tool_call="no"), new=Behaviour(tool_call="no")), "kept", "an answer"),
+        (found(150, new=Behaviour(health="it ended")), "rejected", "with it the preset is not healthy: it"),
+        (found(150, new=Behaviour(prompt_cache="of")), "rejected", "with it the preset loses the prompt"),
+        (Comparison("p", trouble="no run of 10"), "undecided", "it could not be measured: no run of 10"),
+    ],
+)
+def test_a_draft_is_kept_only_where_it_was_measured_to_be_faster(
+    case: Comparison, word: str, reason: str
+) -> None:
+    judged = judge(case, SHAPE)
+    assert (judged.word, judged.reason[: len(reason)]) == (word, reason)
+    if judged.figures:
+        assert set(judged.figures) == {"answer", "generation", "prefill"}
+
+
+def test_more_pairs_are_made_only_while_they_could_decide_it() -> None:
+    assert not _draft_choice.is_open(found(150), SHAPE)
+    assert not _draft_choice.is_open(found(60), SHAPE)
+    assert _draft_choice.is_open(found(110, noise=0.25), SHAPE)
+    assert not _draft_choice.is_open(replace(found(noise=0.25), trouble="busy"), SHAPE)
+    assert not _draft_choice.is_open(found(110, noise=0.25, old=Behaviour(start="broken")), SHAPE)
+
+
+def test_an_answer_counts_what_is_read_too() -> None:
+    case = Comparison("p", generation=((100.0, 200.0),), prefill=((1536.0, 768.0),))
+    ((without, drafted),) = answers(case, SHAPE)
+    assert without == pytest.approx(400 / (1 + 4)) and drafted == pytest.approx(400 / (2 + 2))
+
+
+# --- which, and whether at all ---
+
+
+def test_the_candidate_is_one_that_the_release_can_start() -> None:
+    own = config({**BOTH, "big": header("big", "attn", "head")}, SIZES)
+    assert choose_draft.candidate(own, "p", Dialect.from_help(HELP)) == Draft(MTP)
+    assert choose_draft.candidate(own, "p", Dialect.from_help(OLD_HELP)) == Draft(SIMPLE, "small")
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({}, "the lock has no header of big; run scripts/lock_models.py"),
+        ({"big": header("big"), "small": header("small", tokens=1)}, "there is no draft for it: big has no"),
+    ],
+)
+def test_what_is_missing_for_a_candidate_is_told(headers: dict[str, Any], said: str) -> None:
+    with pytest.raises(NotMeasured, match=said):
+        choose_draft.candidate(config(headers, SIZES), "p", Dialect.from_help(HELP))
+
+
+class Bench:
+    """Stands in for the measurement: counts, and says that the draft is faster."""
+
+    def __init__(self, judged: Judged) -> None:
+        self.judged = judged
+        self.seen: list[choose_draft.Commands] = []
+
+    def __call__(self, *args: Any) -> Judged:
+        self.seen.append(args[4])
+        return self.judged
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    made = Bench(judge(found(150), SHAPE))
+    monkeypatch.setattr(choose_draft, "measure", made)
+    return made
+
+
+def box(data: HostConfig, deployed: HostConfig | None = None, **more: Any) -> choose_draft.Box:
+    """A host that runs what `deployed` says."""
+    llm = LlmBox(data, "llm", "/home/llm", "/opt/llama.cpp", "/m", 0, "/etc/llmbox/presets.json", {}, {})
+    plan = presets_plan(
+        deployed or data, models_dir="/m", releases_root="/opt/llama.cpp", dialects={"b": HELP}
+    )
+    seen = {
+        "builds": {"b": {"current": f"/opt/llama.cpp/b/releases/{RELEASE}"}},
+        "presets": {"presets": plan},
+        "files": {"big.gguf": 1000, "small.gguf": 10},
+    }
+    return choose_draft.Box(Host("box"), llm, {**seen, **more}, "none", {"b": HELP})
+
+
+def decide(of: choose_draft.Box, *, again: bool = False) -> DraftChoice:
+    with httpx.Client() as client:
+        return choose_draft.choose(of, client, "p", again=again, tell=lambda _: None)
+
+
+def test_a_decision_holds_its_figures_and_what_it_is_for(bench: Bench) -> None:
+    made = decide(box(config(BOTH, SIZES)))
+    assert (made.verdict, made.draft, made.release, made.driver) == ("kept", "small", RELEASE, "none")
+    assert made.figures["generation"].drafted == pytest.approx(150, rel=0.02) and made.pairs == 5
+    ((without, drafted),) = bench.seen
+    assert without[0] == drafted[0] == f"/opt/llama.cpp/b/releases/{RELEASE}/bin/llama-server"
+    assert "--spec-type" not in without
+    assert drafted[-6:] == [
+        *("--spec-draft-model", "/m/small.gguf"),
+        *("--spec-draft-ngl", "99"),
+        *("--spec-type", "draft-simple"),
+    ]
+
+
+@pytest.mark.parametrize("verdict", ["kept", "rejected"])
+def test_what_is_decided_is_not_started_again(bench: Bench, verdict: str) -> None:
+    data = config(BOTH, SIZES, llama_drafts={"p": choice(verdict, release=RELEASE)})
+    assert decide(box(data)) is data.llama_drafts["p"]
+    assert bench.seen == []
+    decide(box(data), again=True)
+    assert len(bench.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"release": "another"},
+        {"driver": "580.1"},
+        {"model_sha256": "9" * 64},
+        {"draft_sha256": "9" * 64},
+        {"verdict": "undecided"},
+    ],
+    ids=lambda one: next(iter(one)),
+)
+def test_a_rejected_draft_is_tried_again_when_something_changed(
+    bench: Bench, changes: dict[str, Any]
+) -> None:
+    data = config(
+        BOTH, SIZES, llama_drafts={"p": choice(**{"verdict": "rejected", "release": RELEASE, **changes})}
+    )
+    assert decide(box(data)).verdict == "kept"
+    assert len(bench.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda data: box(data, files={"small.gguf": None}), "small.gguf is not on the box; fix: run site"),
+        (lambda data: box(data, presets={"presets": {"p": {"command": ["x"]}}}), "with other flags than the"),
+        (lambda data: box(data, builds={"b": {"current": None}}), "has no release on the box; fix: run"),
+    ],
+)
+def test_a_box_that_is_not_as_the_inventory_says_decides_nothing(
+    bench: Bench, make: Callable[[HostConfig], choose_draft.Box], said: str
+) -> None:
+    with pytest.raises(NotMeasured, match=said):
+        decide(make(config(BOTH, SIZES)))
+    assert bench.seen == []
+
+
+def test_a_draft_that_does_not_fit_the_card_is_never_started(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose_draft, "too_large", lambda *_: "with it the preset takes 20.00 GiB of the GPU")
+    made = decide(box(config(BOTH, SIZES)))
+    assert (made.verdict, made.reason[:22], bench.seen) == ("rejected", "with it the preset tak", [])
+
+
+# --- the file ---
+
+
+def test_the_file_says_again_what_was_decided_and_drops_what_means_nothing(tmp_path: Path) -> None:
+    path = path_of(tmp_path, "box")
+    judged = judge(found(150), SHAPE)
+    new = DraftChoice.model_validate(
+        {**choice(), "figures": {k: v.model_dump() for k, v in judged.figures.items()}}
+    )
+    old = config(BOTH, SIZES, llama_drafts={"gone": choice(), "p": choice("rejected")})
+    assert write(path, old, {"p": new}, "scripts/choose_draft.py --inventory x")
+    assert path == tmp_path / "host_vars/box/drafts.yml"
+    loaded = yaml.safe_load(path.read_text())
+    again = config(BOTH, SIZES, **loaded)
+    assert again.llama_drafts == {"p": new}
+    assert not write(path, again, {}, "scripts/choose_draft.py --inventory x")
+
+
+def test_a_file_of_the_host_that_would_be_hidden_is_named(tmp_path: Path) -> None:
+    (tmp_path / "host_vars").mkdir()
+    (tmp_path / "host_vars/box.yml").write_text("a: 1\n")
+    with pytest.raises(InventoryUnreadable, match=r"box.yml: Ansible stops reading it once .* as main.yml"):
+        path_of(tmp_path, "box")
+    (tmp_path / "host_vars/box").mkdir()
+    assert path_of(tmp_path, "box").name == "drafts.yml"
