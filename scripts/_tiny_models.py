@@ -302,6 +302,51 @@ def write_large(folder: Path) -> Path:
     return path
 
 
+def write_draft(model: Path, folder: Path) -> Path:
+    """A file of some megabytes with random weights and the tokenizer of `model`: its draft, and a bad one."""
+    path = folder / "tiny-draft.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    width, heads, ffn = 64, 2, 128
+    numbers = {
+        "context_length": 1_048_576,
+        "block_count": 1,
+        "embedding_length": width,
+        "feed_forward_length": ffn,
+        "attention.head_count": heads,
+        "attention.head_count_kv": heads,
+        "rope.dimension_count": width // heads,
+    }
+    for key, value in numbers.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
+    words = 0
+    for field in gguf.GGUFReader(model).fields.values():
+        if not field.name.startswith("tokenizer."):
+            continue
+        value = field.contents()
+        words = len(value) if field.name == "tokenizer.ggml.tokens" else words
+        kind, *sub = field.types
+        writer.add_key_value(field.name, value, kind, sub[-1] if sub else None)
+    square = (width, width)
+    shapes: Shapes = {
+        "token_embd.weight": (width, words),
+        "output_norm.weight": (width,),
+        **dict.fromkeys(("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"), (width,)),
+        **{f"blk.0.attn_{name}.weight": square for name in ("q", "k", "v", "output")},
+        **{f"blk.0.ffn_{name}.weight": (width, ffn) for name in ("gate", "up")},
+        "blk.0.ffn_down.weight": (ffn, width),
+    }
+    random = np.random.default_rng(7)
+    for name, shape in shapes.items():
+        data = random.standard_normal(shape[::-1], dtype=np.float32) * np.float32(0.05)
+        writer.add_tensor(name, data.astype(np.float32 if len(shape) == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def _vocabulary(writer: gguf.GGUFWriter) -> None:
     """A byte-level vocabulary without merges."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]

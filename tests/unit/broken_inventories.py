@@ -265,6 +265,18 @@ def renamed(place: str, name: object, file: str = "presets") -> Callable[[Files]
     return edit
 
 
+def header(sha256: str, tokens: int) -> dict[str, Any]:
+    """A header in the lock, of a model with so many tokens."""
+    tokenizer = {"model": "gpt2", "tokens": tokens, "sha256": SHA_C}
+    return {
+        "sha256": sha256,
+        "architecture": "qwen3",
+        "numbers": {},
+        "tensors": {},
+        "tokenizer": tokenizer,
+    }
+
+
 def preset(key: str, value: object) -> Callable[[Files], None]:
     """An edit of the preset coder."""
     return put(f"llama_presets.coder.{key}", value)
@@ -676,6 +688,26 @@ CASES = (
         "cannot be its own draft",
         "smaller model, or none",
         gate=True,
+    ),
+    Case(
+        "draft-tokenizer",
+        put(
+            "llama_lock.headers",
+            {"qwen-coder-q4": header(SHA_A, 151_936), "qwen-draft-q8": header(SHA_B, 262_144)},
+            "lock",
+        ),
+        f"{CODER}.draft",
+        "has another tokenizer than qwen-coder-q4: 262144 tokens beside 151936",
+        "name a model of the same family, or write draft: auto",
+        gate=True,
+    ),
+    Case(
+        "draft-auto-of-the-system",
+        put("llama_presets.vision.draft", "auto", "ocr"),
+        "llama_presets.vision.draft",
+        "not behind the gateway",
+        "name a draft model, or none",
+        "ocr",
     ),
     Case(
         "model-named-auto",
