@@ -23,11 +23,15 @@ MARK = "#d9822b"
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: its parts end to end from 0, and a whisker from one value to another where there is one."""
+    """One bar: its parts end to end from 0, and a whisker from one value to another where there is one.
+
+    A bar with a `limit` has a line there, and says how much of it is taken.
+    """
 
     label: str
     parts: tuple[float, ...]
     whisker: tuple[float, float] | None = None
+    limit: float | None = None
 
     @classmethod
     def of(cls, label: str, values: Sequence[float]) -> Bar:
@@ -41,8 +45,13 @@ class Bar:
 
     @property
     def reach(self) -> float:
-        """Where the bar or its whisker ends."""
-        return max(self.length, self.whisker[1]) if self.whisker else self.length
+        """Where the bar, its whisker or its limit ends."""
+        return max(self.length, self.whisker[1] if self.whisker else 0.0, self.limit or 0.0)
+
+    def text(self, unit: str, digits: int) -> str:
+        """`13.6 of 16.0 GiB`."""
+        of = f" of {self.limit:.{digits}f}" if self.limit is not None else ""
+        return f"{self.length:.{digits}f}{of} {unit}"
 
 
 def bar_chart(title: str, unit: str, bars: Sequence[Bar], parts: Sequence[str] = ()) -> bytes:
@@ -59,7 +68,7 @@ def bar_chart(title: str, unit: str, bars: Sequence[Bar], parts: Sequence[str] =
     if top <= 0:
         raise ValueError("a chart needs at least one positive value")
     text = ImageFont.load_default(TEXT)
-    values = [f"{bar.length:.{2 if top < 10 else 1}f} {unit}" for bar in bars]
+    values = [bar.text(unit, 2 if top < 10 else 1) for bar in bars]
     left = 2 * MARGIN + max(text.getlength(bar.label) for bar in bars)
     right = WIDTH - 2 * MARGIN - max(text.getlength(value) for value in values)
     scale = (right - left) / top
@@ -80,6 +89,9 @@ def bar_chart(title: str, unit: str, bars: Sequence[Bar], parts: Sequence[str] =
             _box(draw, (low, middle - WHISKER / 2, high, middle + WHISKER / 2), MARK)
             for end in (low, high):
                 _box(draw, (end - WHISKER / 2, middle - CAP, end + WHISKER / 2, middle + CAP), MARK)
+        if bar.limit is not None:
+            end = left + bar.limit * scale
+            _box(draw, (end - WHISKER / 2, y - CAP, end + WHISKER / 2, y + BAR + CAP), INK)
         draw.text((left + bar.reach * scale + MARGIN / 2, middle), value, INK, text, "lm")
     _foot(draw, left, height - FOOT_HEIGHT / 2, parts)
     file = io.BytesIO()

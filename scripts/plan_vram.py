@@ -47,7 +47,7 @@ from scripts._server_memory import NoFigure, as_served, parse_fit
 from scripts.verify_health import Check, HostReport, as_json, ensure_writable, naming_the_option
 
 ASK_TIMEOUT_S = 120
-PARTS = ("weights", "KV cache", "compute buffers", "free")
+PARTS = ("weights", "KV cache", "compute buffers")
 GROUP = "llama_hosts"
 
 
@@ -205,14 +205,14 @@ def screen(plans: Sequence[Plan]) -> str:
 
 
 def chart(plans: Sequence[Plan]) -> bytes:
-    """Stacked bars of the GPU's memory, each as long as the card where the preset fits. Raises ValueError."""
+    """Stacked bars of the GPU's memory, a line where the card ends. Raises ValueError."""
     bars = []
     for plan in plans:
         if plan.taken is not None and plan.card:
             gpu = plan.taken.gpu
-            parts = (gpu.weights, gpu.cache, gpu.compute, max(0, plan.card - gpu.total))
-            bars.append(Bar(f"{plan.host} {plan.preset}", tuple(part / 2**30 for part in parts)))
-    return bar_chart("GPU memory of each preset", "GiB", bars, PARTS)
+            parts = tuple(part / 2**30 for part in (gpu.weights, gpu.cache, gpu.compute))
+            bars.append(Bar(f"{plan.host} {plan.preset}", parts, limit=plan.card / 2**30))
+    return bar_chart("GPU memory of each preset, and where the card ends", "GiB", bars, PARTS)
 
 
 def report(args: argparse.Namespace) -> int:

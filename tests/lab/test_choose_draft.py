@@ -96,6 +96,7 @@ def choose(
     """Exit code, the entry of the preset in the report, and what was told."""
     code = choose_draft.main(["--inventory", str(inventory), "--json", "-", *more])
     said = capsys.readouterr()
+    assert said.out, said.err
     (report,) = (one for one in json.loads(said.out)["hosts"] if one["host"] == LLM)
     assert report["error"] is None, report
     (check,) = report["checks"]

@@ -53,6 +53,20 @@ def test_parts_are_stacked_and_named() -> None:
     assert [runs(image, colour, foot) for colour in _chart.PARTS[:3]] == [[_chart.SMALL], [_chart.SMALL], []]
 
 
+def test_a_limit_is_a_line_inside_or_behind_the_bar() -> None:
+    image = picture(
+        bar_chart("VRAM", "GiB", [Bar("a", (4.0,), limit=2.0), Bar("b", (1.0,), limit=2.0)], ["w"])
+    )
+    left, right = runs(image, _chart.PARTS[0], row(0))
+    assert left == pytest.approx(right, abs=_chart.WHISKER)
+    ends = []
+    for number in (0, 1):
+        line = [image.getpixel((x, row(number))) for x in range(image.width)]
+        ends.append(line.index(tuple(bytes.fromhex(_chart.INK[1:])), int(image.width / 4)))
+    assert ends[0] == ends[1]
+    assert Bar("a", (4.0,), limit=2.0).text("GiB", 1) == "4.0 of 2.0 GiB"
+
+
 def test_the_same_figures_give_the_same_file() -> None:
     bars = [Bar.of("a", [1, 2, 3])]
     assert bar_chart("t", "s", bars) == bar_chart("t", "s", bars)
