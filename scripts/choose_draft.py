@@ -55,10 +55,10 @@ from scripts._inventory import Host, InventoryUnreadable, load
 from scripts._llm_box import GROUP, LlmBox
 from scripts._lock import lockfile
 from scripts._measure import Meter, NotMeasured, Shape, shapes
+from scripts._refusal import KEY_VARIABLE
 from scripts._trial import TrialFailed, trial
 from scripts.plan_vram import run as run_on
 from scripts.verify_health import (
-    KEY_VARIABLE,
     Check,
     HostReport,
     as_json,
