@@ -131,7 +131,6 @@ def test_a_draft_is_measured_and_the_box_follows(
 
     # A draft that guesses wrong makes it slower: really started, measured, rejected, and never started again.
     code, check, said = choose(inventory, capsys)
-    print(said)
     assert (code, check["ok"]) == (0, True), said
     assert check["value"] < 1 and f"{DRAFT} rejected: an answer comes 0." in check["detail"]
     rejected = file.read_text()
@@ -156,7 +155,6 @@ def test_a_draft_is_measured_and_the_box_follows(
 
     monkeypatch.setattr(choose_draft, "commands", synthetic)
     code, check, said = choose(inventory, capsys, "--again")
-    print(said)
     assert (code, check["ok"]) == (0, True), said
     assert check["value"] > 1 and f"{DRAFT} kept: an answer comes" in check["detail"]
 
