@@ -329,6 +329,19 @@ def test_the_screen_and_the_json_tell_of_a_draft(keys: dict[str, Any], said: str
     assert told["fresh"] == (None if not choice else choice.get("release") == "r")
 
 
+@pytest.mark.parametrize("state", ["active", "activating", "inactive"])
+def test_the_screen_says_that_a_preset_is_on_trial(state: str) -> None:
+    presets = PresetsFile.model_validate(
+        {"version": 1, "user": "llm", "presets": {"coder": {**PRESET, "unit": "llama-coder.service"}}}
+    )
+    trial = UnitState("llmbox-trial.service", active=state, sub="running")
+    for unit in (UnitState("llama-coder.service"), UnitState("llama-coder.service", active="active")):
+        states = {unit.unit: unit, trial.unit: trial}
+        seen = status.collect(presets, states, lambda _listen: status.Probe("ok"), lambda _pid: "")
+        text = status.screen(seen, datetime.now(UTC))
+        assert ("to end it: systemctl --user stop llmbox-trial.service" in text) is (state != "inactive")
+
+
 def test_the_screen_names_the_foreign_unit_that_has_the_card() -> None:
     presets = PresetsFile.model_validate(
         {

@@ -257,6 +257,7 @@ def show_status(presets: PresetsFile, systemd: Systemd, runtime: Path, *, as_jso
 
     from llmbox.gateway.client import ask_status
     from llmbox.status import Probe, collect, screen
+    from llmbox.systemd import TRIAL_UNIT
 
     def probe(listen: str) -> Probe:
         from llmbox.server import LlamaServer
@@ -272,7 +273,8 @@ def show_status(presets: PresetsFile, systemd: Systemd, runtime: Path, *, as_jso
             return str(Path(f"/proc/{pid}/exe").readlink())
         return ""
 
-    states = systemd.show([*(preset.unit for preset in presets.exclusive), *presets.foreign_units])
+    units = (preset.unit for preset in presets.exclusive)
+    states = systemd.show([*units, *presets.foreign_units, TRIAL_UNIT])
     status = collect(presets, states, probe, executable, ask_status(runtime))
     print(json.dumps(status.as_json()) if as_json else screen(status, datetime.now(UTC), Path.home()))
     return EXIT_DONE

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from llmbox.presets import BoxPreset, PresetsFile
-from llmbox.systemd import UnitState
+from llmbox.systemd import TRIAL_UNIT, UnitState
 
 _RELEASE = re.compile(r"/releases/(([0-9a-f]{40})-[^/]+)/")
 GIB = 1024**3
+ON_TRIAL = f"a measurement tries other flags or releases; to end it: systemctl --user stop {TRIAL_UNIT}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Status:
     detail: str = ""
     last_switch: str = ""
     release: str = ""
+    on_trial: bool = False
 
     def as_json(self) -> dict[str, object]:
         """Exactly the keys that tools rely on; for a preset with a draft also that: see draft_json."""
@@ -79,6 +81,7 @@ def collect(
     `queue` are the gateway's figures (llmbox.gateway.control.status), None without one.
     """
     figures = queue or {}
+    on_trial = TRIAL_UNIT in states and states[TRIAL_UNIT].occupied
     queued, last_switch = int(figures.get("queued", 0)), switch_text(figures.get("last_switch") or {})
     rank = {"active": 0, "reloading": 0, "activating": 1, "deactivating": 2, "failed": 3}
     shown = [
@@ -89,7 +92,9 @@ def collect(
         detail = (
             f"{foreign[0]} has the card; stop it with: systemctl --user stop {foreign[0]}" if foreign else ""
         )
-        return Status(None, "stopped", queued=queued, last_switch=last_switch, detail=detail)
+        return Status(
+            None, "stopped", queued=queued, last_switch=last_switch, detail=detail, on_trial=on_trial
+        )
     preset = min(shown, key=lambda one: 3 if states[one.unit].failed else rank[states[one.unit].active])
     unit = states[preset.unit]
     asked = probe(preset.listen) if unit.active == "active" else Probe()
@@ -113,6 +118,7 @@ def collect(
         context=asked.context,
         detail=detail,
         release=release,
+        on_trial=on_trial,
     )
 
 
@@ -206,6 +212,8 @@ def screen(status: Status, now: datetime, models_disk: Path | None = None) -> st
             lines.append(f"  {'switched':<10}{status.last_switch}")
         if status.detail:
             lines.append(f"  {'why':<10}{status.detail}")
+    if status.on_trial:
+        lines.append(f"  {'trial':<10}{ON_TRIAL}")
     if models_disk is not None and models_disk.is_dir():
         disk = shutil.disk_usage(models_disk)
         lines.append(f"  {'disk':<10}{disk.free / GIB:.1f} GiB free of {disk.total / GIB:.1f} GiB for models")

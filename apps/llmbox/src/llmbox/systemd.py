@@ -19,6 +19,7 @@ COMMAND_TIMEOUT_S = 30
 TICK_S = 0.1
 JOURNAL_SETTLE_S = 0.6
 WAIT_PREFIX = "llmbox-wait-ready:"
+TRIAL_UNIT = "llmbox-trial.service"
 NOISE_FACTOR = 20
 PROPERTIES = (
     "Id,LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ActiveEnterTimestamp,StateChangeTimestamp,"

@@ -34,9 +34,9 @@ from llama_common.units import systemd_quote
 
 from llmbox.errors import EXIT_DONE, EXIT_LOCKED, LlmboxError, UsageError
 from llmbox.presets import BoxPreset, PresetsFile, load, presets_path
-from llmbox.systemd import Systemd, UnitState, runtime_dir
+from llmbox.systemd import TRIAL_UNIT, Systemd, UnitState, runtime_dir
 
-UNIT = "llmbox-trial.service"
+UNIT = TRIAL_UNIT
 # After every drop-in of a person's.
 DROP_IN = "zz-llmbox-trial.conf"
 SILENCE_S = 300.0
