@@ -41,8 +41,10 @@ def test_every_part_runs(
     binaries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench_gpu, "RUNS", 1)
-    monkeypatch.setattr(bench_gpu, "CACHES", (("q8_0", "q8_0"), ("q8_0", "q4_0")))
-    monkeypatch.setattr(bench_gpu, "LENGTHS", (2, 4))
+    monkeypatch.setattr(bench_gpu, "SHARES", (0.75,))
+    monkeypatch.setattr(bench_gpu, "CACHES", (("q8_0", "q4_0"),))
+    monkeypatch.setattr(bench_gpu, "LENGTHS", (4,))
+    monkeypatch.setattr(bench_gpu, "SWEEP", 2)
     words = ["--device", "cpu", "--shapes", "tiny", "--binaries", str(binaries)]
     words += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
     code = bench_gpu.main(words)
