@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab lab-down lint test test-unit test-lab test-long test-gpu test-gpu-inputs bench
+.PHONY: help setup lab lab-down lint test test-unit test-ocr test-lab test-long test-gpu test-gpu-inputs bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: setup ## the gate: lint, unit tests, a lab of its own, deploy tests
 
 test-unit: setup ## unit tests: no root, no network
 	@$(BIN)/python tests/run.py unit
+
+test-ocr: setup ## the OCR service with real Redis, PostgreSQL and Samba
+	@$(BIN)/python tests/run.py ocr
 
 test-lab: setup ## the lab part of the gate
 	@$(BIN)/python tests/run.py lab

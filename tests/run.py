@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The runner behind `make lint`, `make test`, `make test-unit`, `make test-lab`, `test-long` and `test-gpu`.
+"""The runner behind `make lint`, `make test` and the targets `test-*`.
 
-    python tests/run.py lint|unit|lab|gate [--keep]
+    python tests/run.py lint|unit|ocr|lab|gate [--keep]
     python tests/run.py gpu
     python tests/run.py long [--from CASE] [--issue NAME]
 
@@ -304,6 +304,21 @@ def unit() -> Outcome:
     return pytest("unit", "tests/unit", "--numprocesses=3", timeout=5 * MINUTE)
 
 
+# --- ocr ---
+
+# What shows that a server is there -> its Debian package; a test whose server is missing is skipped.
+OCR_SERVERS = {"redis-server": "redis-server", "pg_createcluster": "postgresql", "smbd": "samba"}
+
+
+def ocr() -> Outcome:
+    """The OCR service with real servers on loopback."""
+    try:
+        packages.ensure(config.from_environment(), OCR_SERVERS)
+    except LabError as error:
+        print(error, file=sys.stderr)
+    return pytest("ocr", "tests/ocr", "-m", "not long", timeout=10 * MINUTE)
+
+
 # --- lab ---
 
 
@@ -559,7 +574,18 @@ def to_run(
 def long_tests() -> list[str]:
     """Node ids of the tests that are marked long."""
     listed = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "long", "tests/unit", "tests/lab"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--collect-only",
+            "-m",
+            "long",
+            "tests/unit",
+            "tests/ocr",
+            "tests/lab",
+        ],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -690,7 +716,7 @@ def alone(folder: Path) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=["lint", "unit", "lab", "gate", "long", "gpu"])
+    parser.add_argument("what", choices=["lint", "unit", "ocr", "lab", "gate", "long", "gpu"])
     parser.add_argument("--from", dest="start", metavar="CASE", help="long: run CASE and all after it")
     parser.add_argument(
         "--issue",
@@ -707,13 +733,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     signal.signal(signal.SIGTERM, on_terminate)
     report = Report()
-    fast = [Stage("lint", lint), Stage("unit", unit)]
+    fast = [Stage("lint", lint), Stage("unit", unit), Stage("ocr", ocr)]
     lab = lab_stages(GATE_LAB, keep=args.keep)  # never the lab that LAB_NAME chooses: it is made anew
-    plans = {"lint": fast[:1], "unit": fast[1:], "lab": lab, "gate": [*fast, *lab]}
+    plans = {"lint": fast[:1], "unit": fast[1:2], "ocr": fast[2:], "lab": lab, "gate": [*fast, *lab]}
     if args.what == "gpu":
         plans["gpu"] = gpu_stages()
     try:
-        if args.what not in ("lint", "unit", "gpu"):
+        if args.what not in ("lint", "unit", "ocr", "gpu"):
             alone(config.from_environment().cache)
         if args.what == "long":
             report = run_long(args.start, args.issue, keep=args.keep)
