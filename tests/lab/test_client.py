@@ -49,7 +49,8 @@ def play(name: str, *args: str) -> support.PlaybookRun:
 @pytest.fixture(scope="module")
 def person() -> Iterator[str]:
     """A client as a person has it, before anything of ours: its files. Afterwards as site.yml has it."""
-    on_client("command -v zsh || sudo apt-get install -qq -y zsh", ZSH_TIMEOUT_S).check()
+    install = "{ sudo apt-get update -qq && sudo apt-get install -qq -y zsh; }"  # a client has no lists yet
+    on_client(f"command -v zsh || {install}", ZSH_TIMEOUT_S).check()
     play("remove")
     keep = on_client("mktemp -d").check().stdout.strip()
     files = ".zshrc .ssh .config dotfiles"
