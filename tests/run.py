@@ -359,7 +359,7 @@ def lab_stages(name: str, *, suite: str | None = None, keep: bool = False) -> li
         )
 
     def tests() -> Outcome:
-        return pytest("lab", "tests/lab", "-m", "not long", timeout=30 * MINUTE, env=env)
+        return pytest("lab", "tests/lab", "-m", "not long", timeout=45 * MINUTE, env=env)
 
     def down() -> Outcome:
         if needs_root():
