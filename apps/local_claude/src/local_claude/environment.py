@@ -52,10 +52,8 @@ BLANK = (
 )
 
 
-def variables(
-    url: str, key: str, model: str, context: int | None, *, chat_only: bool = False
-) -> dict[str, str]:
-    """The variables for one server and model. `context` None: Claude Code's own assumption of 200K stays."""
+def variables(url: str, key: str, model: str, context: int, *, chat_only: bool = False) -> dict[str, str]:
+    """The variables for one server and model."""
     token = key or PLACEHOLDER
     found = {
         "ANTHROPIC_BASE_URL": url,
@@ -70,16 +68,13 @@ def variables(
         "CLAUDE_STREAM_IDLE_TIMEOUT_MS": str(REQUEST_TIMEOUT_MS),
         "CLAUDE_STREAM_FIRST_BYTE_TIMEOUT_MS": str(REQUEST_TIMEOUT_MS),
         **SLIM,
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context),
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(max(512, min(MAX_OUTPUT, context // 8))),
     }
     if chat_only:
         found["ANTHROPIC_API_KEY"] = token  # what counts with --bare
-    if context is not None:
-        found |= {
-            "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context),
-            "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(max(512, min(MAX_OUTPUT, context // 8))),
-        }
-        if context >= COMPACT_FLOOR:
-            found["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(context)
+    if context >= COMPACT_FLOOR:
+        found["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(context)
     return found
 
 

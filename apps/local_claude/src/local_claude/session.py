@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from local_claude.keeping import Kept
 
 LISTED = 12
+FLOOR = (
+    options.CONTEXT_FLOOR
+)  # what is assumed where a server does not say: Claude Code would assume a million
 
 
 def run(wanted: Options) -> int:
@@ -48,7 +51,7 @@ def run(wanted: Options) -> int:
 
         server = found.server
         variables = environment.kept(
-            environment.variables(server.url, server.key, model.name, context, chat_only=chat_only),
+            environment.variables(server.url, server.key, model.name, context or FLOOR, chat_only=chat_only),
             os.environ,
         )
         for line in environment.overriding(folder, Path.cwd(), variables, server.key):

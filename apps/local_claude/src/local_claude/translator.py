@@ -21,10 +21,21 @@ START_TIMEOUT_S = 120.0
 FIX = "type: pipx install 'litellm[proxy]' (or set LOCAL_CLAUDE_LITELLM to the program)"
 PLACES = ("~/.local/bin/litellm", "~/.local/share/pipx/venvs/litellm/bin/litellm", "/opt/litellm/bin/litellm")
 # What Claude Code sends and servers of OpenAI's shape answer with 422.
-DROPPED = ("cache_control", "context_management", "metadata", "output_config", "thinking", "betas")
-# Nothing of this may ask the network: no table of prices, no telemetry.
-QUIET = {
+DROPPED = (
+    "betas",
+    "cache_control",
+    "context_management",
+    "metadata",
+    "output_config",
+    "prompt_cache_key",  # LiteLLM's own addition
+    "reasoning_effort",
+    "thinking",
+)
+# Nothing may ask the network: no table of prices, no telemetry.
+SETTINGS = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    # Otherwise it asks for OpenAI's /v1/responses, which few local servers have.
+    "LITELLM_USE_CHAT_COMPLETIONS_URL_FOR_ANTHROPIC_MESSAGES": "True",
     "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",
     "LITELLM_LOG": "ERROR",
     "LITELLM_TELEMETRY": "False",
@@ -80,7 +91,7 @@ def start(server: Server, model: str, folder: Path, tell: Callable[[str], None])
     port = free_port()
     argv = (program, "--config", str(place), "--host", LOCAL, "--port", str(port), "--telemetry", "False")
     keys = {"LOCAL_CLAUDE_UPSTREAM_KEY": server.key or environment.PLACEHOLDER, "LOCAL_CLAUDE_PROXY_KEY": key}
-    kept = Kept(Order("LiteLLM", argv, {**QUIET, **keys}, place.with_suffix(".log"), remove=(place,)))
+    kept = Kept(Order("LiteLLM", argv, {**SETTINGS, **keys}, place.with_suffix(".log"), remove=(place,)))
     proxy = Server("http", LOCAL, port, key)
     try:
         tell("starting LiteLLM, because the server does not speak Anthropic's API")
