@@ -22,6 +22,7 @@ from llama_common.plain import plain
 from llama_common.presets import HostConfig
 from llama_common.problems import InventoryError
 from local_claude.environment import variables as claude_variables
+from local_claude.options import CONTEXT_FLOOR
 
 DATA = tuple(HostConfig.model_fields)
 
@@ -130,7 +131,7 @@ def _start_files(shell: str, mac: bool) -> list[str]:
 
 def _vscode(box: Box, model: str, home: str) -> list[dict[str, str]]:
     """The extension's variables: those that local-claude sets. A key is nobody's to write into a file."""
-    context = box.presets[model].context_per_slot if model else None
+    context = box.presets[model].context_per_slot if model else CONTEXT_FLOOR
     wanted = {"CLAUDE_CONFIG_DIR": f"{home}/.claude-local", **claude_variables(box.url, "", model, context)}
     if box.keyed:
         del wanted["ANTHROPIC_AUTH_TOKEN"]

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from local_claude.keeping import Kept
 
 LISTED = 12
-FLOOR = (
-    options.CONTEXT_FLOOR
-)  # what is assumed where a server does not say: Claude Code would assume a million
+# What is assumed where a server does not say: Claude Code would assume a million.
+ASSUMED_CONTEXT = options.CONTEXT_FLOOR
 
 
 def run(wanted: Options) -> int:
@@ -51,7 +50,9 @@ def run(wanted: Options) -> int:
 
         server = found.server
         variables = environment.kept(
-            environment.variables(server.url, server.key, model.name, context or FLOOR, chat_only=chat_only),
+            environment.variables(
+                server.url, server.key, model.name, context or ASSUMED_CONTEXT, chat_only=chat_only
+            ),
             os.environ,
         )
         for line in environment.overriding(folder, Path.cwd(), variables, server.key):
