@@ -25,7 +25,7 @@ from scripts._header import client, read_file, read_url
 from scripts._lock import lockfile
 from tests.support import LAB_INVENTORY, LLM, ROOT, Run, ansible_playbook, expected, expected_host, on_host
 
-pytestmark = pytest.mark.usefixtures("lab")
+pytestmark = [pytest.mark.usefixtures("lab"), pytest.mark.long]
 
 NAME, LIKE, DRAFT = "drafted", "smol-upstream", "tiny-draft"
 MODELS, PRESETS = "group_vars/llama_hosts/models.yml", "group_vars/llm_servers/presets.yml"

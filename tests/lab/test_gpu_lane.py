@@ -12,7 +12,7 @@ import pytest
 from scripts import bench_gpu
 from tests.support import LLM, ROOT
 
-pytestmark = pytest.mark.usefixtures("lab")
+pytestmark = [pytest.mark.usefixtures("lab"), pytest.mark.long]
 
 RELEASE = "/opt/llama.cpp/upstream/current/"
 

@@ -275,6 +275,7 @@ def test_claude_is_killed(session: Session) -> None:
     assert not any(alive(pid) for pid in left)
 
 
+@pytest.mark.long
 def test_ctrl_c_twice(session: Session) -> None:
     os.write(session.terminal, b"\x03")
     time.sleep(0.3)
@@ -284,6 +285,7 @@ def test_ctrl_c_twice(session: Session) -> None:
     print(f"gone after {ends(session):.1f} s")
 
 
+@pytest.mark.long
 def test_the_ssh_connection_is_killed(session: Session) -> None:
     ssh = [pid for pid in session.children() if "ssh" in Path(f"/proc/{pid}/comm").read_text()]
     assert ssh
@@ -293,6 +295,7 @@ def test_the_ssh_connection_is_killed(session: Session) -> None:
     assert alive(session.pid), "claude goes on, and tells that its server is gone"
 
 
+@pytest.mark.long
 def test_the_keeper_is_killed(session: Session) -> None:
     keeper = session.children()[0]
     os.kill(keeper, signal.SIGKILL)
