@@ -134,7 +134,8 @@ def old(lab: str) -> Iterator[str]:
     lmswitch(PRESET).check()
     yield release
     host(
-        f"systemctl stop 'llama-build-*'; cd {DIRECTORY} && rm -rf rejected previous"
+        "systemctl stop 'llama-build-*'; systemctl reset-failed 'llama-build-*';"  # one that was killed
+        f" cd {DIRECTORY} && rm -rf rejected previous"
         f" && ln -sfn releases/{release} .current && mv -T .current current"
     )
     lmswitch(f"--restart {PRESET}").check()

@@ -177,8 +177,8 @@ def test_a_refusal_ends_the_whole_run(tmp_path: Path, bait: Bait) -> None:
     assert bait.touched() == []
 
 
-# One only looks, and tells of such a host like of any other fault; one goes back whatever the inventory says.
-WITHOUT = {"verify.yml", "rollback_llama_cpp.yml"}
+# One only looks, and tells of such a host like of any other fault; two go back whatever the inventory says.
+WITHOUT = {"verify.yml", "rollback_llama_cpp.yml", "remove.yml"}
 PLAYBOOKS = [
     str(file.relative_to(ROOT)) for file in sorted(ROOT.glob("playbooks/*.yml")) if file.name not in WITHOUT
 ]
