@@ -52,7 +52,7 @@ TRAIN := build/train-detector
 DETECTOR := apps/ocr_pipeline/src/ocr_pipeline/data/plates
 train-detector: ## the plate detector, anew: an environment with torch for the CPU, synthetic photos, ONNX
 	@test -x $(TRAIN)/bin/python || $(PYTHON) -m venv $(TRAIN)
-	@$(TRAIN)/bin/pip install -q torch==2.13.0 onnx onnxscript numpy==2.4.6 pillow==13.0.0 \
+	@$(TRAIN)/bin/pip install -q torch==2.13.0 onnx==1.23.2 onnxscript==0.7.2 numpy==2.4.6 pillow==13.0.0 \
 	  opencv-python-headless==5.0.0.93 onnxruntime==1.32.0 PyYAML==6.0.3 pydantic==2.14.3
 	@PYTHONPATH=apps/ocr_pipeline/src $(TRAIN)/bin/python scripts/train_detector.py \
 	  --out $(DETECTOR).onnx --metrics $(DETECTOR).json

@@ -362,7 +362,7 @@ def test_the_doctor_touches_nothing(world: Path, capsys: pytest.CaptureFixture[s
     assert sorted(world.rglob("*")) == before
 
 
-# --- macOS, by recorded facts ---
+# --- macOS: paths and files as its documentation has them; no Mac was at hand ---
 
 
 def test_claude_is_found_where_homebrew_and_its_own_installer_put_it(

@@ -200,6 +200,7 @@ def test_the_box_with_the_fewest_requests_in_flight_is_asked(world: Any) -> None
 @pytest.mark.parametrize(
     ("more", "status"),
     [
+        ({"model": ""}, 400),
         ({"model": "cloud"}, 404),
         ({"model": "coder@messages"}, 404),
         ({"api_base": "http://evil"}, 400),

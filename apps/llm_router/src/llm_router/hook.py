@@ -112,7 +112,9 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         return data
 
     def _refuse_inside(self, key: Key, model: str, sent: Mapping[str, Any]) -> None:
-        """Raises Refused for what only the router itself may say."""
+        """Raises Refused for what only the router itself may say, and for a request that names no model."""
+        if not model:
+            raise Refused(400, "the request names no model; /v1/models lists them")
         if MESSAGES in model or (model == self.settings.cloud and not self.ledger.may_leave(key)):
             raise Refused(404, f"{model}: no such model; /v1/models lists them")
         inside = sorted(
