@@ -19,7 +19,7 @@ from plugins.filter.clients import client_files, client_hosts
 from roles.local_claude.library import local_claude_files as module
 from tests.support import ROOT
 
-# As Ansible's setup module told them (subset min) of a Mac with Homebrew's Python, and of Debian 12.
+# Written by hand in the form of Ansible's setup module; no Mac was at hand.
 MAC = {"system": "Darwin", "user_dir": "/Users/you", "user_shell": "/bin/zsh", "machine": "arm64"}
 LINUX = {"system": "Linux", "user_dir": "/home/you", "user_shell": "/bin/bash", "machine": "x86_64"}
 DEFAULTS = yaml.safe_load((ROOT / "roles/local_claude/defaults/main.yml").read_text())
