@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 a step failed, 2 this machine cannot run it (the line says
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from lab import config, packages  # noqa: E402 - found through the line above
 from lab.shell import LabError  # noqa: E402
 
 VENV = ROOT / ".venv"
+LOCK = ROOT / ".venv.lock"
 STAMP = VENV / "setup.sha256"
 REQUIREMENTS = ROOT / "requirements.txt"
 PIP_TIMEOUT_S = 1200
@@ -58,7 +60,18 @@ def ensure_venv_module() -> None:
 
 
 def main() -> int:
-    """Make or refresh the environment."""
+    """Make or refresh the environment; of two at once, the second waits and finds it made."""
+    with LOCK.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("setup: waiting for another setup of this checkout", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return make()
+
+
+def make() -> int:
+    """Make the environment, or find it as it should be."""
     wanted = fingerprint()
     if STAMP.is_file() and STAMP.read_text().strip() == wanted:
         return 0

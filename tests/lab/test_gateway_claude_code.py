@@ -14,13 +14,15 @@ import pytest
 
 from lab import config
 from tests import support
+from tests.lab import rote_model
 from tests.lab.test_lmswitch import Box
 from tests.lab.test_lmswitch import box as box  # the fixture
-from tests.lab.tool_template import tool_template
+from tests.lab.tool_template import calling, tool_template
 
 VERSION = "2.1.330"
 INSTALL_TIMEOUT_S = 600
 TURN_TIMEOUT_S = 900
+SAID = "made by a tool"
 OUTPUT_TOKENS = 200
 TOOLS_TOKENS = 5_000  # the descriptions of its own tools are longer than this, everything else is shorter
 
@@ -97,6 +99,24 @@ def agent(claude: Path, box: Box, tmp_path: Path) -> Iterator[Agent]:
     url = box.wanted.url(box.hostvars["ansible_host"])
     with tool_template(box, preset, "Qwen3-Coder"):
         yield Agent(claude, url, preset, tmp_path, box.on_host)
+
+
+def test_a_tool_is_called_and_its_answer_comes_back(claude: Path, box: Box, tmp_path: Path) -> None:
+    """Call, grammar, stream, the tool run by Claude Code, its answer in the next request: all of it."""
+    presets = box.wanted.config.llama_presets
+    preset = next(name for name, data in presets.items() if data.agent)
+    url = box.wanted.url(box.hostvars["ansible_host"])
+    made = {"command": f"echo {SAID} > made.txt", "description": "Write a file"}
+    with calling(box, preset, tmp_path, "Bash", made):
+        agent = Agent(claude, url, preset, tmp_path, box.on_host)
+        before = len(agent.audited())
+        result = agent.turn(
+            "Make it.", "--bare", "--tools", "Bash", "--allowedTools", "Bash", "--max-turns", "3"
+        )
+        asked = agent.audited()[before:]
+    assert (tmp_path / "made.txt").read_text() == f"{SAID}\n", result
+    assert result["result"] == rote_model.ANSWER and result["num_turns"] == 2, result
+    assert [entry["status"] for entry in asked] == [200, 200]
 
 
 def two_turns(agent: Agent, *options: str) -> int:

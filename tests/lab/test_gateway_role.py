@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests import support
 from tests.lab.test_lmswitch import play_of
 
 Host = Callable[..., support.Run]
+IDLE_S, UNLOAD_LIMIT_S = 4, 15
 NOT_THERE_YET = "203.0.113.7"  # TEST-NET-3
 
 
@@ -126,6 +128,33 @@ def test_a_key_that_cannot_be_meant_changes_nothing(box: Box) -> None:
     assert "refused: --extra-vars: llm_gateway_keys.0.sha256" in refused.stdout + refused.stderr
     assert "pasted" not in refused.stdout + refused.stderr
     assert box.models().status_code == 200
+
+
+@pytest.mark.long
+def test_an_idle_preset_is_unloaded_and_the_next_request_loads_it_again(box: Box) -> None:
+    def ask() -> dict[str, Any]:
+        body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 2}
+        answer = httpx.post(f"{box.url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
+        found: dict[str, Any] = answer.raise_for_status().json()
+        return found
+
+    def active() -> str | None:
+        command = f"sudo -u {box.wanted.user} lmswitch status --json"
+        name: str | None = json.loads(box.run(command).stdout)["active"]
+        return name
+
+    preset = box.wanted.names("user")[0]
+    box.run(f"sudo -u {box.wanted.user} lmswitch {preset}")
+    box.play(llm_gateway_idle_unload=IDLE_S)
+    assert ask()["choices"]
+    assert active() == preset
+    deadline = time.monotonic() + IDLE_S + UNLOAD_LIMIT_S
+    while active() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert active() is None, f"nobody asked for {IDLE_S} s and {preset} still serves"
+    assert not box.on_host(support.LLM, "pgrep -x llama-server").stdout, "its memory is not free"
+    assert ask()["choices"]
+    assert active() == preset
 
 
 def test_a_service_manager_that_starts_anew_has_the_port_again(box: Box) -> None:

@@ -236,7 +236,9 @@ def test_ctrl_c_in_mid_switch_goes_back(box: Box) -> None:
     box.write_drop_in(box.second, "[Service]\nExecStart=\nExecStart=/bin/sleep 60\n")
     try:
         done = box.run(
-            f"sudo -u llm sh -c 'lmswitch {box.second} & sleep 2; kill -TERM $!; wait $!; echo rc=$?'"
+            f"sudo -u llm sh -c 'lmswitch {box.second} & "
+            'until pgrep -x -f "/bin/sleep 60" >/dev/null || ! kill -0 $!; do sleep 0.1; done; '
+            "kill -TERM $!; wait $!; echo rc=$?'"
         )
     finally:
         box.remove_drop_in(box.second)

@@ -1,4 +1,4 @@
-"""A small model that calls tools, in the hands of the real llama-server.
+"""Models that call tools, in the hands of the real llama-server.
 
 No model of the lab was ever taught tools, and the templates in their files know none. A drop-in gives a
 preset one of the templates of llama.cpp's own tree. What the model does with it is poor; how llama-server
@@ -7,13 +7,20 @@ renders the tools, constrains the answer, parses the call and tells it in two pr
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+from lab import config
+from tests.lab import rote_model
 from tests.lab.test_lmswitch import Box
 
+VOCABULARY = "smollm2-*.gguf"
 TEMPLATES = "/opt/llama.cpp/upstream/src/models/templates"
 # Gemma's <eos> and <end_of_turn>: a base model hardly ever stops by itself, with this after a few words.
 STOPS = ("-l", "1+8", "-l", "106+8")
@@ -26,9 +33,30 @@ ONLY_TOOLS = ("-l", "236746-100", "-l", "514-100", "-l", "712-100")
 @contextmanager
 def tool_template(box: Box, preset: str, template: str, *flags: str) -> Iterator[None]:
     """The preset serves with this template and these flags; afterwards nothing serves."""
+    with _serving(box, preset, "--chat-template-file", f"{TEMPLATES}/{template}.jinja", *STOPS, *flags):
+        yield
+
+
+@contextmanager
+def calling(box: Box, preset: str, folder: Path, name: str, arguments: dict[str, Any]) -> Iterator[None]:
+    """The preset serves a model that calls this tool (rote_model.py); afterwards nothing serves."""
+    file = folder / "rote.gguf"
+    models = config.from_environment().cache / "sources/models"
+    rote_model.write(file, next(models.glob(VOCABULARY)), name, arguments)
+    packed = base64.b64encode(gzip.compress(file.read_bytes())).decode()
+    place = f"{box.wanted.home}/rote.gguf"
+    box.run(f"base64 -d | gzip -d | sudo -u {box.wanted.user} tee {place} > /dev/null", stdin=packed).check()
+    try:
+        with _serving(box, preset, "--model", place):
+            yield
+    finally:
+        box.run(f"sudo rm {place}").check()
+
+
+@contextmanager
+def _serving(box: Box, preset: str, *flags: str) -> Iterator[None]:
     presets = json.loads(box.run(f"cat {box.wanted.presets_json}").check().stdout)["presets"]
-    file = f"{TEMPLATES}/{template}.jinja"
-    command = shlex.join([*presets[preset]["command"], "--chat-template-file", file, *STOPS, *flags])
+    command = shlex.join([*presets[preset]["command"], *flags])
     box.write_drop_in(preset, f"[Service]\nExecStart=\nExecStart={command}\n")
     try:
         box.lmswitch("--restart", preset).check()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import shutil
 import subprocess
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -19,6 +21,7 @@ Usage = namedtuple("Usage", "total used free")
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Another `.venv`, which does not exist."""
     monkeypatch.setattr(setup, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(setup, "LOCK", tmp_path / ".venv.lock")
     monkeypatch.setattr(setup, "STAMP", tmp_path / ".venv/setup.sha256")
     monkeypatch.setattr(setup, "ensure_venv_module", lambda: None)
     return tmp_path
@@ -61,3 +64,20 @@ def test_a_full_disk_is_named(
     assert setup.run() == 1
     said = capsys.readouterr().err
     assert "0 MiB free" in said and said.count("\n") == 1
+
+
+def test_the_second_of_two_waits_and_finds_it_made(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_with(monkeypatch, AssertionError("made twice"))
+    with (place / ".venv.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = threading.Thread(target=setup.run)
+        second.start()
+        second.join(timeout=0.1)
+        assert second.is_alive()
+        setup.VENV.mkdir()
+        setup.STAMP.write_text(setup.fingerprint())
+    second.join(timeout=10)
+    assert not second.is_alive()
+    assert "waiting for another setup" in capsys.readouterr().out
