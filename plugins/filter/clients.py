@@ -5,6 +5,7 @@ A thin wrapper of llama_common.clients; the variables for Claude Code come from 
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from llama_common.plain import plain
 from llama_common.presets import HostConfig
 from llama_common.problems import InventoryError
 from local_claude.environment import variables as claude_variables
+from local_claude.llama import PRESETS
 from local_claude.options import CONTEXT_FLOOR
 
 DATA = tuple(HostConfig.model_fields)
@@ -78,6 +80,12 @@ def client_files(
             "kind": "own",
             "text": clients.shell_text(entries, f"{home}/.local/bin"),
             "wanted": bool(shells),
+        },
+        {
+            "path": PRESETS[0].replace("~", home, 1),
+            "kind": "own",
+            "text": f"{json.dumps(clients.local_presets(found), indent=1)}\n",
+            "wanted": bool(found),
         },
         *(
             {

@@ -14,6 +14,7 @@ import yaml
 from llama_common import clients
 from llama_common.clients import Box
 from llama_common.presets import HostConfig
+from local_claude import llama, options
 
 from plugins.filter.clients import client_files, client_hosts
 from roles.local_claude.library import local_claude_files as module
@@ -128,6 +129,32 @@ def test_opencode_is_told_the_context_of_a_request() -> None:
     assert found["options"] == {"baseURL": "http://100.64.0.10:1234/v1"}
     keyed = box(llm_gateway_keys=[{"name": "laptop", "sha256": "1" * 64}])
     assert clients.opencode_providers([keyed])["llmbox-ancalagon"]["options"]["apiKey"] == "{env:LLMBOX_KEY}"
+
+
+@pytest.mark.parametrize("facts", [LINUX, MAC], ids=["linux", "mac"])
+def test_local_claude_starts_what_the_role_wrote(
+    facts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = llama.PRESETS[0].replace("~", facts["user_dir"])
+    (tmp_path / "presets.json").write_text(files(facts)[place]["text"])
+    monkeypatch.setattr(llama, "PRESETS", (str(tmp_path / "presets.json"),))
+    header = {"general.architecture": "llama", "llama.context_length": 262144}
+    there = [{"path": f"/m/{name}.gguf", "size": 1, "values": header, "lengths": {}} for name in ("m", "n")]
+    found = {"program": "/bin/llama-server", "help": "", "files": there}
+
+    for words in ("--preset qwen36", "--model qwen36", "--model m"):
+        wanted = options.parse(["--backend", "llama", *words.split()])
+        plan = llama.plan(found, wanted, lambda _: None)
+        name = "coder" if words.endswith(" m") else "qwen36"  # several presets of one file: the first
+        assert (plan.alias, plan.model) == (name, "/m/m.gguf")
+        not_its = {"build": "local", "model": "local", "aliases": []}
+        assert plan.preset == box().presets[name].model_copy(update=not_its)
+
+
+def test_of_two_boxes_with_one_preset_the_first_counts() -> None:
+    other = {**DATA["llama_presets"], "coder": preset(context=65536), "more": preset()}
+    made = clients.local_presets([box(), box("smaug", llama_presets=other)])["presets"]
+    assert made["coder"]["context"] == 98304 and "more" in made and "vision" not in made
 
 
 def test_files_of_a_mac_and_of_linux() -> None:

@@ -141,6 +141,26 @@ def client_problems(variables: Mapping[str, Any], servers: Mapping[str, Sequence
     return [Problem(("local_claude_model",), model, what, f"there is: {presets}")]
 
 
+# What a preset says about a server that a client starts for itself; the rest is the box's own affair.
+LOCAL: Final = (
+    *("description", "context", "kv_cache_type", "n_gpu_layers", "n_cpu_moe", "threads", "flash_attention"),
+    *("parallel", "agent", "jinja", "extra_args"),
+)
+
+
+def local_presets(boxes: Sequence[Box]) -> dict[str, Any]:
+    """What `local-claude --backend llama` reads: each preset's flags and its model's file, by name.
+
+    Of two boxes with a preset of one name the first counts.
+    """
+    found: dict[str, Any] = {}
+    for box in boxes:
+        for name, preset in box.presets.items():
+            said = preset.model_dump(mode="json", include=set(LOCAL), exclude_none=True)
+            found.setdefault(name, {"file": box.config.files(preset.model)[0].file, **said})
+    return {"version": 1, "presets": found}
+
+
 def opencode_providers(boxes: Sequence[Box]) -> dict[str, Any]:
     """Providers for OpenCode, one a box, with the context that each preset really gives a request."""
     return {

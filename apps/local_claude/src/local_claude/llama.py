@@ -22,6 +22,7 @@ SAME = ("model", "pre", "bos_token_id", "eos_token_id")
 MOST_TOKENS_APART = 128  # llama.cpp's SPEC_VOCAB_MAX_SIZE_DIFFERENCE
 DEFAULT_CONTEXT = 65536
 CONTEXT_STEP = 256
+VERSION = 1  # of the file, as llama_common.clients.local_presets writes it
 PRESETS = ("~/.config/local-claude/presets.json", "/etc/local-claude/presets.json")
 
 
@@ -227,8 +228,10 @@ def load_presets() -> dict[str, dict[str, Any]]:
         if not place or not path.is_file():
             continue
         try:
-            presets = json.loads(path.read_text(encoding="utf-8"))["presets"]
-            return {str(name): dict(keys) for name, keys in presets.items()}
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["version"] != VERSION:
+                raise ValueError
+            return {str(name): dict(keys) for name, keys in content["presets"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise LocalClaudeError(
                 EXIT_SETTINGS, f"{path} is no file of presets", "run the playbook client.yml, which writes it"
