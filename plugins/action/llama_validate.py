@@ -30,6 +30,7 @@ from llama_common.plain import plain, scalar
 from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem, redact
 from llama_common.roles import RoleVariables
+from llama_common.router import base_url, router_problems
 from llama_common.rules import LOCK_COMMAND
 from llama_common.source import Document, locked, shown
 
@@ -129,6 +130,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             values = self._role_variables(raw)
             wrong = self._roles.check(values)
             problems += wrong or client_problems(values, self._llm_servers(hostvars))
+            if not wrong and host in self._members("routers", hostvars):
+                yield from self._of_router(values, files, host, hostvars)
             if with_data:
                 refused, unchecked = fit.check(HostConfig.load(self._data(raw)))
                 problems += refused
@@ -145,9 +148,38 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _llm_servers(self, hostvars: Any) -> dict[str, list[str]]:
         """The presets of each LLM box, as they stand in the inventory."""
-        group = hostvars._inventory.groups.get("llm_servers")
-        hosts = [host.name for host in group.get_hosts()] if group else []
+        hosts = self._members("llm_servers", hostvars)
         return {host: list(hostvars.raw_get(host).get("llama_presets") or {}) for host in hosts}
+
+    def _members(self, name: str, hostvars: Any) -> list[str]:
+        """The hosts of a group, none where there is no such group."""
+        group = hostvars._inventory.groups.get(name)
+        return [host.name for host in group.get_hosts()] if group else []
+
+    def _of_router(
+        self, values: Mapping[str, Any], files: list[Path], router: str, hostvars: Any
+    ) -> Iterator[str]:
+        """One line for each problem of a router beside the LLM boxes, at the host whose value it is."""
+        boxes = [self._box(host, hostvars) for host in self._members("llm_servers", hostvars)]
+        prefix = "litellm_router_"
+        known = {**self._defaults, **values}
+        options = {name.removeprefix(prefix): known[name] for name in known if name.startswith(prefix)}
+        for box, problem in router_problems(boxes, options):
+            own = list(self._files(box, hostvars)) if box else files
+            yield self._line(problem, own, box or router, hostvars)
+
+    def _box(self, host: str, hostvars: Any) -> dict[str, Any]:
+        """What a router needs of a box. What cannot be read is left out: the box's own lines tell of it."""
+        raw = hostvars.raw_get(host)
+        presets = raw.get("llama_presets")
+        try:
+            listen = _resolve(raw.get("llm_gateway_listen"), ("llm_gateway_listen",), self._templar_of(raw))
+            base_url(host, listen or ())
+        except (UnreadableError, ValueError, TypeError):
+            listen = None
+        named = presets.items() if isinstance(presets, Mapping) else ()
+        usable = {name: data for name, data in named if isinstance(data, Mapping)}
+        return {"name": host, "listen": listen, "presets": usable}
 
     @cached_property
     def _roles(self) -> RoleVariables:

@@ -241,6 +241,29 @@ def test_every_host_s_role_variables_are_checked_with_the_defaults_at_hand(
     assert bait.touched() == []
 
 
+def test_a_router_that_does_not_fit_the_boxes_is_refused(tmp_path: Path, bait: Bait) -> None:
+    """Each line leads to the value that is to be changed: the router's own, or the box's."""
+    files = broken.inventory()
+    presets = files["presets"]["llama_presets"]
+    presets["cloud"] = {**presets["gemma"], "aliases": []}
+    files["presets"]["llm_gateway_listen"] = ["127.0.0.1:1234"]
+    broken.write(files, tmp_path, bait.variables)
+    (tmp_path / "routers.yml").write_text("routers: {hosts: {router: }}\n")
+    own = tmp_path / "group_vars/routers.yml"
+    own.write_text("litellm_router_cloud_model: anthropic/x\nlitellm_router_box_keys: {smaug: s3cret}\n")
+    run = ansible_playbook("playbooks/router.yml", "-v", inventory=tmp_path, timeout=TIMEOUT_S)
+    found = "\n".join(refusals(run))
+    assert run.rc != 0 and bait.touched() == []
+    for part in (
+        f'{own}:1: litellm_router_cloud_model = "anthropic/x": has no key; fix: set litellm_router_cloud_key',
+        f'{own}:2: litellm_router_box_keys.smaug = "***": is no host of llm_servers; fix: name one of box',
+        f'{tmp_path / broken.PATHS["presets"]}:3: llm_gateway_listen = ["127.0.0.1:1234"]: can be reached',
+        'llama_presets.cloud = "…": is what the router\'s cloud model anthropic/x is called; fix: give',
+    ):
+        assert part in found
+    assert "s3cret" not in run.stdout + run.stderr
+
+
 def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, bait: Bait) -> None:
     broken.write(broken.inventory(), tmp_path, bait.variables)
     file = tmp_path / "group_vars/ocr_servers/name.yml"

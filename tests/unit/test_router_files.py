@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from llama_common.roles import RoleVariables
-from llama_common.router import RouterProblem, base_url, router_files
+from llama_common.router import RouterProblem, base_url, router_files, router_problems
 from llm_router.ledger import Settings
 
 from tests.support import ROOT
@@ -66,15 +66,40 @@ def test_no_cloud_unless_it_is_named_with_its_key() -> None:
     assert "fallbacks" not in str(made["config.yaml"]), "each request gets its own, when its key may"
 
 
-def test_what_cannot_be_routed_is_one_line_with_its_fix() -> None:
-    with pytest.raises(RouterProblem, match=r"litellm_router_box_keys = .three.: .* name one of one, two"):
-        router_files(BOXES, options(box_keys={"three": "k"}))
-    with pytest.raises(RouterProblem, match="can be reached from the box itself only"):
-        base_url("one", "10.0.0.1", ["127.0.0.1:1234", "[::1]:1234"])
-    boxes = [{**BOXES[0], "presets": {"cloud": {}}}]
-    with pytest.raises(RouterProblem, match="is what the cloud model is called"):
-        router_files(boxes, options(cloud_model="a/b", cloud_key="k"))
-    assert base_url("six", "fd00::1", ["[::]:1234"]) == "http://[fd00::1]:1234"
+@pytest.mark.parametrize(
+    ("boxes", "more", "where", "key", "fix"),
+    [
+        (BOXES, {"box_keys": {"three": "k"}}, "", "litellm_router_box_keys.three", "name one of one, two"),
+        (BOXES, {"cloud_model": "a/b"}, "", "litellm_router_cloud_model", "Vault"),
+        (
+            [{**BOXES[0], "listen": ["127.0.0.1:1234", "[::1]:1234"]}],
+            {},
+            *("one", "llm_gateway_listen", "add an address of one"),
+        ),
+        (
+            [{**BOXES[0], "presets": {"cloud": {}}}],
+            {"cloud_model": "a/b", "cloud_key": "k"},
+            *("one", "llama_presets.cloud", "another name"),
+        ),
+    ],
+)
+def test_what_cannot_be_routed_is_one_line_with_its_fix(
+    boxes: list[dict[str, Any]], more: dict[str, Any], where: str, key: str, fix: str
+) -> None:
+    [(box, problem)] = router_problems(boxes, options(**more))
+    assert (box, problem.key) == (where, key) and fix in problem.fix
+    with pytest.raises(RouterProblem, match=key):
+        router_files(boxes, options(**more))
+
+
+def test_a_system_preset_may_be_called_what_it_likes() -> None:
+    boxes = [{**BOXES[0], "presets": {"cloud": {"scope": "system"}}}]
+    assert not list(router_problems(boxes, options(cloud_model="a/b", cloud_key="k")))
+
+
+def test_where_a_gateway_is_reached() -> None:
+    assert base_url("fd00::1", ["[::]:1234"]) == "http://[fd00::1]:1234"
+    assert base_url("10.0.0.1", ["127.0.0.1:1234"]) == ""
 
 
 def problems(**values: Any) -> list[str]:

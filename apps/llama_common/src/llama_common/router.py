@@ -7,12 +7,12 @@ preset of the same name share its requests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any, Final
 
 from llama_common.fields import Address
-from llama_common.problems import Problem
+from llama_common.problems import HIDDEN, Problem
 
 MESSAGES: Final = "@messages"
 CLOUD: Final = "cloud"
@@ -26,60 +26,65 @@ class RouterProblem(Exception):
     """What cannot be routed; the message is one line."""
 
 
-def base_url(name: str, address: str, listen: Sequence[str]) -> str:
-    """Where other machines reach the gateway of a box. Raises RouterProblem."""
+def base_url(address: str, listen: Sequence[str]) -> str:
+    """Where other machines reach the gateway of a box; "" when only the box itself does."""
     fronts = [Address.parse(one) for one in listen]
-    outside = [front for front in fronts if not ip_address(front.host).is_loopback]
-    if not outside:
-        text = Problem(
-            ("llm_gateway_listen",),
-            list(listen),
-            f"the gateway of {name} can be reached from the box itself only, and a router is to use it",
-            "add an address of the box",
-        ).line("llm_servers")
-        raise RouterProblem(text)
-    host = address if ip_address(outside[0].host).is_unspecified else outside[0].host
-    return f"http://[{host}]:{outside[0].port}" if ":" in host else f"http://{host}:{outside[0].port}"
+    front = next((front for front in fronts if not ip_address(front.host).is_loopback), None)
+    if front is None:
+        return ""
+    host = address if ip_address(front.host).is_unspecified else front.host
+    return f"http://[{host}]:{front.port}" if ":" in host else f"http://{host}:{front.port}"
+
+
+def router_problems(
+    boxes: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> Iterator[tuple[str, Problem]]:
+    """What is wrong with a router beside the boxes there are, each with the box that it is about, or "".
+
+    `boxes` are {name, address, listen, presets}.
+    """
+    names = [str(box["name"]) for box in boxes]
+    for name in options["box_keys"]:
+        if name not in names:
+            known = ", ".join(names) or "none"
+            path = ("litellm_router_box_keys", str(name))
+            yield "", Problem(path, HIDDEN, "is no host of llm_servers", f"name one of {known}")
+    cloud = str(options["cloud_model"])
+    if cloud and not options["cloud_key"]:
+        fix = "set litellm_router_cloud_key from Ansible Vault"
+        yield "", Problem(("litellm_router_cloud_model",), cloud, "has no key", fix)
+    for name, box in zip(names, boxes, strict=True):
+        listen = list(box["listen"] or DEFAULT_LISTEN)
+        if not base_url(name, listen):
+            message = "can be reached from the box itself only, and a router is to use it"
+            yield name, Problem(("llm_gateway_listen",), listen, message, f"add an address of {name}")
+        if cloud and CLOUD in _user_presets(box):
+            message = f"is what the router's cloud model {cloud} is called"
+            yield name, Problem(("llama_presets", CLOUD), "…", message, "give the preset another name")
 
 
 def router_files(boxes: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
     """`config.yaml` and `router.json`. `boxes` are {name, address, listen, presets}. Raises RouterProblem."""
+    for name, problem in router_problems(boxes, options):
+        raise RouterProblem(problem.line(name or "routers"))
     keys, cloud = dict(options["box_keys"]), str(options["cloud_model"])
-    if unknown := keys.keys() - {box["name"] for box in boxes}:
-        known = ", ".join(str(box["name"]) for box in boxes) or "none"
-        fix = f"name one of {known}"
-        raise RouterProblem(
-            Problem(("litellm_router_box_keys",), min(unknown), "is no host of llm_servers", fix).line(
-                "routers"
-            )
-        )
-    if cloud and not options["cloud_key"]:
-        fix = "set litellm_router_cloud_key from Ansible Vault"
-        raise RouterProblem(
-            Problem(("litellm_router_cloud_model",), cloud, "has no key", fix).line("routers")
-        )
     models: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
     names: list[str] = []
     for box in boxes:
-        url = base_url(str(box["name"]), str(box["address"]), list(box["listen"] or DEFAULT_LISTEN))
+        url = base_url(str(box["address"]), list(box["listen"] or DEFAULT_LISTEN))
         key = str(keys.get(box["name"]) or "")
         listed.append({"name": box["name"], "url": url, "key": key})
-        for preset, data in box["presets"].items():
-            if data.get("scope", "user") != "user":
-                continue
-            if cloud and preset == CLOUD:
-                fix = "give the preset another name"
-                raise RouterProblem(
-                    Problem(("llama_presets",), preset, "is what the cloud model is called", fix).line(
-                        box["name"]
-                    )
-                )
-            names.append(str(preset))
+        for preset in _user_presets(box):
+            names.append(preset)
             models += _of_preset(str(box["name"]), preset, url, key or UNUSED_KEY)
     if cloud:
         models += _of_cloud(cloud, str(options["cloud_api_base"]), str(options["cloud_key"]))
     return {"config.yaml": _litellm(models, options), "router.json": _settings(listed, names, options)}
+
+
+def _user_presets(box: Mapping[str, Any]) -> list[str]:
+    return [str(name) for name, data in box["presets"].items() if data.get("scope", "user") == "user"]
 
 
 def _of_preset(box: str, preset: str, url: str, key: str) -> list[dict[str, Any]]:
