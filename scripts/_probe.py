@@ -12,6 +12,7 @@ import http.client
 import ipaddress
 import json
 import os
+import platform
 import pwd
 import shutil
 import socket
@@ -312,9 +313,13 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     seen: dict[str, Any] = {
         "time": time.time(),
         "root": os.geteuid() == 0,
+        "system": platform.system(),
+        "systemd": Path("/run/systemd/system").is_dir(),
         "failed_units": failed_units(),
         "disk": disk("/"),
     }
+    if request.get("client"):
+        seen["local_claude"] = command([str(Path(request["client"]["local_claude"]).expanduser()), "--help"])
     llm = request.get("llm")
     if llm:
         user = llm["user"]

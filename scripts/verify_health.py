@@ -51,6 +51,8 @@ HOSTS_AT_ONCE = 8
 HEALTH_TIMEOUT_S = 10.0
 CHAT_TIMEOUT_S = 120.0
 CLOCK_LIMIT_S = 5.0
+SET_CLOCK = {"Linux": "timedatectl set-ntp true", "Darwin": "sudo sntp -sS time.apple.com"}
+CLIENTS, LOCAL_CLAUDE = "clients", "~/.local/bin/local-claude"
 CHAT = {
     "messages": [{"role": "user", "content": "Count from one to five in words."}],
     "max_tokens": 12,
@@ -128,23 +130,30 @@ def equal(name: str, value: Value, wanted: Value, detail: str, unit: str = "") -
     return Check(name, value == wanted, value, unit, wanted, "" if value == wanted else detail)
 
 
-def host_checks(seen: Mapping[str, Any], offset_s: float) -> list[Check]:
-    """What every host must fulfil."""
-    failed = seen["failed_units"]
+def host_checks(seen: Mapping[str, Any], offset_s: float, *, client: bool = False) -> list[Check]:
+    """What every host must fulfil. A client may be a Mac, or a Linux without systemd: it has no units."""
+    checks = [] if client and not seen["systemd"] else [units_check(seen["failed_units"])]
+    offset = round(abs(offset_s), 1)
+    set_clock = SET_CLOCK.get(seen["system"], SET_CLOCK["Linux"])
+    detail = "" if offset <= CLOCK_LIMIT_S else f"its clock and this machine's differ; fix: {set_clock}"
+    return [*checks, Check("clock_offset", not detail, offset, "s", CLOCK_LIMIT_S, detail)]
+
+
+def units_check(failed: Sequence[str] | None) -> Check:
+    """No system unit has failed."""
     if failed is None:
         detail = "systemctl on the host gave no answer; look with: systemctl list-units --failed"
     else:
         detail = f"{', '.join(failed)}; look with: systemctl status {failed[0]}" if failed else ""
     count = None if failed is None else len(failed)
-    checks = [Check("failed_units", count == 0, count, "units", 0, detail)]
-    offset = round(abs(offset_s), 1)
-    detail = (
-        ""
-        if offset <= CLOCK_LIMIT_S
-        else "its clock and this machine's differ; fix: timedatectl set-ntp true"
-    )
-    checks.append(Check("clock_offset", not detail, offset, "s", CLOCK_LIMIT_S, detail))
-    return checks
+    return Check("failed_units", count == 0, count, "units", 0, detail)
+
+
+def client_checks(answer: Mapping[str, Any] | None) -> list[Check]:
+    """What a client must fulfil besides: its local-claude runs. `answer` is what it said to --help."""
+    code = answer["rc"] if answer else None
+    detail = f"{LOCAL_CLAUDE}: {(answer or {}).get('err') or 'is missing'}; fix: run playbooks/client.yml"
+    return [equal("local_claude", code, 0, " ".join(detail.split()), "exit code")]
 
 
 def llm_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers) -> list[Check]:
@@ -478,9 +487,15 @@ def verify(host: Host, *, drift: bool = False) -> HostReport:
     try:
         box = LlmBox.of(host.variables) if llm else None
         before = time.time()
-        seen = ask(host, {"llm": box.request()} if box else {}, become=llm)
+        request: dict[str, Any] = {"llm": box.request()} if box else {}
+        client = CLIENTS in host.groups and host.variables.get("local_claude_state") != "absent"
+        if client:
+            request["client"] = {"local_claude": LOCAL_CLAUDE}
+        seen = ask(host, request, become=llm)
         offset = max(before - seen["time"], seen["time"] - time.time(), 0.0)
-        checks = host_checks(seen, offset)
+        checks = host_checks(seen, offset, client=CLIENTS in host.groups and not llm)
+        if client:
+            checks += client_checks(seen["local_claude"])
         if box:
             checks += llm_checks(box, seen["llm"], over_http(host, box, seen["llm"]))
         if box and drift:

@@ -222,12 +222,35 @@ def test_answers_that_fall_short(answers: Answers, names: set[str]) -> None:
 
 def test_what_every_host_must_fulfil() -> None:
     def bad(units: list[str] | None, offset: float) -> set[str]:
-        return {one.name for one in verify_health.host_checks({"failed_units": units}, offset) if not one.ok}
+        said = {"failed_units": units, "system": "Linux", "systemd": True}
+        return {one.name for one in verify_health.host_checks(said, offset) if not one.ok}
 
     assert bad([], 0.2) == set()
     assert bad(["x.service"], 0.2) == {"failed_units"}
     assert bad([], -60) == {"clock_offset"}
     assert bad(None, 0) == {"failed_units"}, "systemctl that fails or hangs is no proof of health"
+
+
+def test_a_mac_is_judged_by_what_it_has() -> None:
+    said = {"failed_units": None, "system": "Darwin", "systemd": False}
+    (clock,) = verify_health.host_checks(said, 9, client=True)
+    assert clock.name == "clock_offset" and clock.detail.endswith("fix: sudo sntp -sS time.apple.com")
+    box = verify_health.host_checks({**said, "system": "Linux"}, 0)
+    assert [one.ok for one in box] == [False, True], "a box without systemd serves nothing"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (None, "is missing; fix: "),
+        ({"rc": 1, "out": "", "err": "no module\nnamed x"}, "no module named x; fix: run playbooks/"),
+        ({"rc": None, "out": "", "err": "timeout after 20 s"}, "timeout after 20 s"),
+        ({"rc": 0, "out": "usage", "err": ""}, None),
+    ],
+)
+def test_a_client_has_local_claude(answer: dict[str, Any] | None, said: str | None) -> None:
+    (check,) = verify_health.client_checks(answer)
+    assert check.ok == (said is None) and (said or "") in check.detail
 
 
 def test_exit_codes_and_json() -> None:
