@@ -29,6 +29,7 @@ class LlmBox:
     base_options: Mapping[str, str]
     owned_options: Mapping[str, str]
     install_all_models: bool = False
+    gpu_guard: bool = False
 
     @classmethod
     def of(cls, variables: Mapping[str, Any]) -> LlmBox:
@@ -45,6 +46,7 @@ class LlmBox:
             base_options=variables["_llama_cpp_base_options"],
             owned_options=variables["_llama_cpp_owned_options"],
             install_all_models=variables["gguf_models_install"] == "all",
+            gpu_guard=bool(variables.get("gpu_guard_enabled")),
         )
 
     def names(self, scope: str | None = None) -> list[str]:
@@ -112,6 +114,7 @@ class LlmBox:
             "user_units": [self.unit(name) for name in self.names("user")],
             "system_units": [self.unit(name) for name in self.names("system")],
             "gateway_units": list(GATEWAY_UNITS),
+            "gpu_guard": self.gpu_guard,
             "ports": sorted({front.port for front in self.fronts if front.port}),
             "listen": self.config.llama_presets_listen,
             "builds_root": self.builds_root,

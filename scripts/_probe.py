@@ -230,6 +230,13 @@ def units(names: list[str], user: str | None) -> dict[str, dict[str, str]] | Non
     return {block["Id"]: block for block in blocks if "Id" in block}
 
 
+def gpu_guard(user: str) -> dict[str, Any]:
+    """The unit of the GPU guard, and what the guard says."""
+    unit = "gpu-guard.service"
+    says = parsed(as_user(user, ["gpu-guard", "status", "--json"]))
+    return {"unit": (units([unit], user) or {}).get(unit) or {}, "says": says}
+
+
 def boot_links(user: str) -> list[str] | None:
     """Preset units that a hand-made link starts at boot: `UnitFileState` is silent on those."""
     try:
@@ -333,6 +340,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
             "boot_links": boot_links(user),
             "system_units": units(llm["system_units"], None),
             "gateway_units": units(llm["gateway_units"], user),
+            "gpu_guard": gpu_guard(user) if llm["gpu_guard"] else None,
             "ports": holders(llm["ports"]),
             "server": server(llm["listen"]),
             "builds": builds(llm["builds_root"], llm["builds"]),

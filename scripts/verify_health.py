@@ -166,6 +166,7 @@ def llm_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers) -> list[C
         *serving_checks(box, seen),
         *server_checks(box, seen),
         *gateway_checks(box, seen),
+        *guard_checks(box, seen),
         *answer_checks(box, seen, answers),
     ]
 
@@ -409,6 +410,37 @@ def gateway_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
     value, limit = ", ".join(sorted(found)), ", ".join(sorted(wanted_addresses))
     checks.append(Check("gateway_port", not faults, value, "", limit, detail))
     return checks
+
+
+def guard_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
+    """Where there is an NVIDIA card, its guard runs, now and after a boot, and has nothing to object to."""
+    if not box.gpu_guard:
+        return []
+    found = as_dict(seen["gpu_guard"])
+    unit, says = as_dict(found.get("unit")), as_dict(found.get("says"))
+    stopped, level = says.get("stopped"), says.get("level")
+    if not says.get("running"):
+        detail = "nobody watches the card; look with: journalctl --user -u gpu-guard; fix: run site.yml"
+    elif stopped:
+        detail = f"{stopped}; fix: mend that, then as {box.user}: gpu-guard clear"
+    else:
+        detail = "" if level in ("ok", "warning") else f"{says.get('reason')}; look with: gpu-guard status"
+    value = "out of service" if stopped else level
+    return [
+        equal(
+            "gpu_guard_active",
+            unit.get("ActiveState"),
+            "active",
+            "fix: systemctl --user start gpu-guard",
+        ),
+        equal(
+            "gpu_guard_enabled",
+            unit.get("UnitFileState"),
+            "enabled",
+            "fix: systemctl --user enable gpu-guard",
+        ),
+        Check("gpu_guard", not detail, value, "", "ok or warning", detail),
+    ]
 
 
 def is_gateway(group: str) -> bool:

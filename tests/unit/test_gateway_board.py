@@ -503,3 +503,25 @@ def test_random_traffic_loses_nobody() -> None:
             assert served == 240 and board.queued == 0 and board.in_flight == 0
 
     run(body)
+
+
+def test_blocked_everybody_is_refused_with_the_reason_until_it_serves_again() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box) as board:
+            running_one = await turn(board.ask(None, "k", slot=True))
+            waiting = board.ask(None, "k", slot=True)
+            board.block("the card is hot")
+            assert running_one.ended and running_one.ended.status == 503
+            board.lost(running_one)
+            for refused in (waiting, board.again(running_one)):
+                with pytest.raises(Refusal, match="the card is hot"):
+                    await turn(refused)
+            board.release(running_one)
+            with pytest.raises(Refusal, match="the card is hot") as caught:
+                board.ask(None, "k", slot=False)
+            assert caught.value.status == 503 and caught.value.headers["Retry-After"]
+            board.block("")
+            await turn(board.ask(None, "k", slot=True))
+
+    run(body)

@@ -132,3 +132,14 @@ def test_without_a_gateway_nothing_is_held(tmp_path: Path) -> None:
     with client.requests_held(tmp_path, "b", lambda _figures: None) as switched:
         switched(True, {})
     assert client.ask_status(tmp_path) is None
+
+
+def test_the_guard_has_requests_refused_and_served_again(place: Place) -> None:
+    def guard(board: Board) -> None:
+        assert client.set_blocked(place.runtime, "the card is hot")
+        assert board.blocked == "the card is hot"
+        assert client.set_blocked(place.runtime, "")
+        assert board.blocked == ""
+
+    place.run(guard)
+    assert not client.set_blocked(place.runtime, ""), "nobody answers any more"

@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 from llmbox import cli, status
+from llmbox.guard import report
 from llmbox.lock import held
 from llmbox.presets import PresetsFile
 from llmbox.systemd import UnitState
@@ -289,6 +290,14 @@ def test_the_screen_fits_and_tells_a_shrunk_context() -> None:
     assert "ready since 2023-11-14T22:13:20Z (1 h 1 min)" in text
     assert "2048 tokens (the preset asks for 4096)" in text and "3 requests" in text
     assert len(text.splitlines()) <= 12
+
+
+def test_the_status_says_what_the_guard_says_where_there_is_one() -> None:
+    presets = PresetsFile.model_validate({"version": 1, "user": "llm", "presets": {}})
+    guard = report.Report(running=True, level="ok", temperature=61)
+    seen = status.collect(presets, {}, lambda _listen: status.Probe(), lambda _pid: "", None, guard)
+    assert seen.as_json()["gpu_guard"] == guard.as_json()
+    assert "  card      61 °C, ok" in status.screen(seen, datetime.now(UTC)).splitlines()
 
 
 CHOICE = {"verdict": "rejected", "reason": "0.64 times", "draft": "small", "measured": "2026-11-28T00:00Z"}

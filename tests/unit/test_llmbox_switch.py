@@ -158,10 +158,12 @@ def systemd() -> FakeSystemd:
     return FakeSystemd()
 
 
-def make(systemd: FakeSystemd, health: str = "ok") -> tuple[Switcher, Notes]:
+def make(
+    systemd: FakeSystemd, health: str = "ok", barred: Callable[[], str] = lambda: ""
+) -> tuple[Switcher, Notes]:
     """A switcher whose servers all answer `health`."""
     notes = Notes(systemd.calls)
-    return Switcher(presets(), systemd, lambda _listen: health, notes), notes
+    return Switcher(presets(), systemd, lambda _listen: health, notes, barred=barred), notes
 
 
 def test_switch_starts_the_unit_after_clearing_its_start_limit(systemd: FakeSystemd) -> None:
@@ -341,3 +343,27 @@ def test_a_crashed_preset_that_systemd_starts_again_is_the_one_to_go_back_to(sys
     systemd.refuses["llama-coder.service"] = "it failed"
     outcome = make(systemd)[0].switch("coder")
     assert not outcome.ok and outcome.serving == "gemma" and systemd.active() == [gemma]
+
+
+def test_nothing_is_started_while_the_card_is_out_of_service(systemd: FakeSystemd) -> None:
+    outcome = make(systemd, barred=lambda: "the card is hot")[0].switch("coder")
+    assert not outcome.ok and outcome.message == "coder is refused: the card is hot"
+    assert not any(call.startswith(("start", "reset")) for call in systemd.calls)
+
+
+def test_a_switch_that_the_guard_breaks_off_does_not_go_back_to_the_former_preset(
+    systemd: FakeSystemd,
+) -> None:
+    systemd.up("llama-gemma.service")
+    systemd.refuses["llama-coder.service"] = "the start ended as 'canceled'"
+    reasons = iter(["", "the card is hot"])
+    outcome = make(systemd, barred=lambda: next(reasons))[0].switch("coder")
+    assert not outcome.ok and outcome.serving is None and systemd.active() == []
+
+
+def test_a_switch_that_is_interrupted_then_goes_back_to_nothing(systemd: FakeSystemd) -> None:
+    systemd.up("llama-gemma.service")
+    systemd.raises["llama-coder.service"] = Interrupted
+    reasons = iter(["", "the card is hot"])
+    outcome = make(systemd, barred=lambda: next(reasons))[0].switch("coder")
+    assert outcome.serving is None and "start-soon llama-gemma.service" not in systemd.calls

@@ -30,6 +30,7 @@ VARIABLES: dict[str, Any] = {
     "gguf_models_dir": "/home/llm/models/gguf",
     "gguf_models_reserve_bytes": 1000,
     "gguf_models_install": "used",
+    "gpu_guard_enabled": True,
     "llama_presets_dir": "/etc/llmbox",
     "llama_presets_listen": "/run/user/1500/llama/server.sock",
     "llm_gateway_listen": ["0.0.0.0:1234"],
@@ -80,6 +81,8 @@ def seen() -> dict[str, Any]:
         "system_units": {},
         "gateway_units": {name: {"ActiveState": "active", "UnitFileState": "enabled"}
                           for name in GATEWAY_UNITS},
+        "gpu_guard": {"unit": {"ActiveState": "active", "UnitFileState": "enabled"},
+                      "says": {"running": True, "level": "ok", "reason": "", "stopped": ""}},
         "ports": [{"address": "0.0.0.0:1234", "groups": [f"{MANAGER}/app.slice/llm-gateway.service",
                                                          f"{MANAGER}/init.scope"]}],
         "server": {"health": 200, "n_ctx": 4096, "error": ""},
@@ -130,6 +133,14 @@ def test_a_box_as_its_inventory_wants_it_is_well() -> None:
         (("gateway_units",), None, {"gateway_active", "gateway_enabled"}),
         (("gateway_units", "llm-gateway.service", "ActiveState"), "failed", {"gateway_active"}),
         (("gateway_units", "llm-gateway.socket", "UnitFileState"), "disabled", {"gateway_enabled"}),
+        (("gpu_guard",), None, {"gpu_guard_active", "gpu_guard_enabled", "gpu_guard"}),
+        (("gpu_guard", "unit", "ActiveState"), "failed", {"gpu_guard_active"}),
+        (("gpu_guard", "unit", "UnitFileState"), "disabled", {"gpu_guard_enabled"}),
+        (("gpu_guard", "says"), None, {"gpu_guard"}),
+        (("gpu_guard", "says", "running"), False, {"gpu_guard"}),
+        (("gpu_guard", "says", "level"), "critical", {"gpu_guard"}),
+        (("gpu_guard", "says", "level"), "starting", {"gpu_guard"}),
+        (("gpu_guard", "says", "stopped"), "it was hot", {"gpu_guard"}),
         (("ports",), [], {"gateway_port"}),
         (("ports", 0, "address"), "127.0.0.1:1234", {"gateway_port"}),
         (("ports", 0, "groups"), [], {"gateway_port"}),
@@ -186,11 +197,18 @@ def test_no_check_is_absent_when_nothing_serves(status: object) -> None:
     nothing: dict[str, Any] = {
         **seen(), "account": None, "status": status, "list": None, "presets": None, "servers": [],
         "user_units": None, "boot_links": None, "builds": {}, "files": {}, "disk": None,
-        "gateway_units": None, "ports": [], "server": {"health": None, "n_ctx": None, "error": ""},
+        "gateway_units": None, "gpu_guard": None, "ports": [],
+        "server": {"health": None, "n_ctx": None, "error": ""},
     }  # fmt: skip
     checks = verify_health.llm_checks(BOX, nothing, Answers())
     assert [check.name for check in checks] == wanted
     assert not [check.name for check in checks if check.ok]
+
+
+def test_a_box_without_a_card_needs_no_guard() -> None:
+    box = LlmBox.of({**VARIABLES, "gpu_guard_enabled": False})
+    names = [check.name for check in verify_health.llm_checks(box, {**seen(), "gpu_guard": None}, GOOD)]
+    assert not any("guard" in name for name in names)
 
 
 def test_two_servers_are_one_too_many_but_those_of_others_do_not_count() -> None:

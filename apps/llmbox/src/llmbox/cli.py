@@ -170,8 +170,9 @@ def run(options: argparse.Namespace) -> int:
     return change(verb, preset, presets, systemd, runtime, options)
 
 
-def require_user(user: str) -> None:
+def require_user(user: str, command: str = "") -> None:
     """Raise UsageError with the command to type when another user than the presets' owner runs this."""
+    command = command or f"lmswitch {' '.join(sys.argv[1:])}"
     try:
         wanted = pwd.getpwnam(user).pw_uid
     except KeyError:
@@ -181,8 +182,7 @@ def require_user(user: str) -> None:
     if os.getuid() != wanted:
         me = pwd.getpwuid(os.getuid()).pw_name
         raise UsageError(
-            f"the presets belong to the user {user}, you are {me}; type: sudo -u {user} lmswitch "
-            f"{' '.join(sys.argv[1:])}"
+            f"the presets belong to the user {user}, you are {me}; type: sudo -u {user} {command}"
         )
 
 
@@ -196,6 +196,7 @@ def change(
 ) -> int:
     """The verbs that change what serves, under the lock and with signals turned into a way back."""
     from llmbox.gateway.client import requests_held
+    from llmbox.guard import latch
     from llmbox.lock import held
     from llmbox.server import LlamaServer
     from llmbox.switch import Interrupted, Outcome, Switcher
@@ -205,7 +206,7 @@ def change(
             return server.health()
 
     reporter = ConsoleReporter()
-    switcher = Switcher(presets, systemd, health, reporter)
+    switcher = Switcher(presets, systemd, health, reporter, barred=lambda: latch.refusal(runtime))
     began = time.monotonic()
 
     def tell(figures: Mapping[str, Any]) -> None:
@@ -256,6 +257,7 @@ def show_status(presets: PresetsFile, systemd: Systemd, runtime: Path, *, as_jso
     from datetime import UTC, datetime
 
     from llmbox.gateway.client import ask_status
+    from llmbox.guard import report
     from llmbox.status import Probe, collect, screen
     from llmbox.systemd import TRIAL_UNIT
 
@@ -275,7 +277,8 @@ def show_status(presets: PresetsFile, systemd: Systemd, runtime: Path, *, as_jso
 
     units = (preset.unit for preset in presets.exclusive)
     states = systemd.show([*units, *presets.foreign_units, TRIAL_UNIT])
-    status = collect(presets, states, probe, executable, ask_status(runtime))
+    guard = report.report(runtime, time.monotonic()) if report.installed() else None
+    status = collect(presets, states, probe, executable, ask_status(runtime), guard)
     print(json.dumps(status.as_json()) if as_json else screen(status, datetime.now(UTC), Path.home()))
     return EXIT_DONE
 

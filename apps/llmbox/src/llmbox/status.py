@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llmbox.guard import report
 from llmbox.presets import BoxPreset, PresetsFile
 from llmbox.systemd import TRIAL_UNIT, UnitState
 
@@ -44,9 +45,12 @@ class Status:
     last_switch: str = ""
     release: str = ""
     on_trial: bool = False
+    guard: report.Report | None = None
 
     def as_json(self) -> dict[str, object]:
-        """Exactly the keys that tools rely on; for a preset with a draft also that: see draft_json."""
+        """Exactly the keys that tools rely on; for a preset with a draft also that (see draft_json), and on a
+        box with a GPU guard what that says.
+        """
         draft = draft_json(self.preset, self.release)
         return {
             "active": self.active,
@@ -57,6 +61,7 @@ class Status:
             "in_flight": self.in_flight,
             "queued": self.queued,
             **({"draft": draft} if draft else {}),
+            **({"gpu_guard": self.guard.as_json()} if self.guard else {}),
         }
 
 
@@ -75,10 +80,12 @@ def collect(
     probe: Callable[[str], Probe],
     executable: Callable[[int], str],
     queue: Mapping[str, Any] | None = None,
+    guard: report.Report | None = None,
 ) -> Status:
     """The status of the box from systemd's states, the server's own answers and the running executable.
 
-    `queue` are the gateway's figures (llmbox.gateway.control.status), None without one.
+    `queue` are the gateway's figures (llmbox.gateway.control.status), None without one; `guard` is what the
+    GPU guard says, None on a box without one.
     """
     figures = queue or {}
     on_trial = TRIAL_UNIT in states and states[TRIAL_UNIT].occupied
@@ -93,7 +100,13 @@ def collect(
             f"{foreign[0]} has the card; stop it with: systemctl --user stop {foreign[0]}" if foreign else ""
         )
         return Status(
-            None, "stopped", queued=queued, last_switch=last_switch, detail=detail, on_trial=on_trial
+            None,
+            "stopped",
+            queued=queued,
+            last_switch=last_switch,
+            detail=detail,
+            on_trial=on_trial,
+            guard=guard,
         )
     preset = min(shown, key=lambda one: 3 if states[one.unit].failed else rank[states[one.unit].active])
     unit = states[preset.unit]
@@ -119,6 +132,7 @@ def collect(
         detail=detail,
         release=release,
         on_trial=on_trial,
+        guard=guard,
     )
 
 
@@ -212,6 +226,8 @@ def screen(status: Status, now: datetime, models_disk: Path | None = None) -> st
             lines.append(f"  {'switched':<10}{status.last_switch}")
         if status.detail:
             lines.append(f"  {'why':<10}{status.detail}")
+    if status.guard is not None:
+        lines.append(f"  {'card':<10}{report.text(status.guard)}")
     if status.on_trial:
         lines.append(f"  {'trial':<10}{ON_TRIAL}")
     if models_disk is not None and models_disk.is_dir():

@@ -81,6 +81,7 @@ class Switcher:
 
     `watch` gives, before a start at a listen address, the question whether the new server answers there.
     With it a switch is over when that is so; without it when systemd's own wait has found it, a moment later.
+    `barred` says why nothing may be started now (the GPU guard has the card out of service), else "".
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Switcher:
         reporter: Reporter,
         clock: Callable[[], float] = time.monotonic,
         watch: Callable[[str], Callable[[], bool]] = lambda _listen: lambda: False,
+        barred: Callable[[], str] = lambda: "",
     ) -> None:
         self.presets = presets
         self.manager = manager
@@ -98,6 +100,7 @@ class Switcher:
         self.reporter = reporter
         self.clock = clock
         self.watch = watch
+        self.barred = barred
 
     def serves(self, name: str) -> bool:
         """Whether this preset is up and answers."""
@@ -121,6 +124,8 @@ class Switcher:
                 name,
                 self._name(former),
             )
+        if barred := self.barred():
+            return Outcome(False, f"{name} is refused: {barred}", name, self._name(former))
         if state.active == "active" and not restart:
             if self.health(wanted.listen) == "ok":
                 return Outcome(True, f"{name} is ready already", name, name, seconds=self.clock() - began)
@@ -251,6 +256,8 @@ class Switcher:
 
     def _give_up(self, wanted: BoxPreset, back_to: str | None, began: float) -> Outcome:
         """Hand the way back to systemd first, then wait for it, so that a second Ctrl-C harms nothing."""
+        if self.barred():
+            back_to = None
         to = self._name(back_to)
         if back_to:
             self.manager.reset_failed(back_to)
@@ -287,6 +294,9 @@ class Switcher:
         if unit is None:
             return None
         name = self._name(unit)
+        if barred := self.barred():
+            self.reporter.note(f"{name} is not started again: {barred}")
+            return None
         self.reporter.note(f"going back to {name}")
         self.manager.reset_failed(unit)
         if self._is_preset(unit):

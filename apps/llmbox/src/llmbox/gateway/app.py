@@ -124,10 +124,10 @@ class Gateway:
 
     async def _ready(self, _: Request) -> Response:
         board = self.board
-        if board.serving:
+        if board.serving and not board.blocked:
             return JSONResponse({"status": "ready", "preset": board.serving.preset})
-        reason = REASONS.get(board.phase, "")
-        if board.phase == "failed" and board.failed:
+        reason = board.blocked or REASONS.get(board.phase, "")
+        if board.phase == "failed" and board.failed and not board.blocked:
             reason = max(board.failed.values())[1]
         body = {"status": "unavailable", "phase": board.phase, "reason": reason}
         return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})

@@ -116,6 +116,7 @@ class Board:
         self.box = box
         self.clock = clock or asyncio.get_running_loop().time
         self.serving: Seen | None = None
+        self.blocked = ""  # why every request is refused
         self.phase = "starting"
         self.target: str | None = None  # the preset that is loading
         self.since = self.clock()
@@ -151,8 +152,11 @@ class Board:
     ) -> Ticket:
         """Join the queue; the ticket's `granted` is done at once when the server is free.
 
-        Raises Refusal: 429 when the queue is full, 503 for a preset that just failed or may not be started.
+        Raises Refusal: 429 when the queue is full, 503 for a preset that just failed or may not be started,
+        and while the gateway is blocked.
         """
+        if self.blocked:
+            raise Refusal(503, self.blocked, {"Retry-After": str(int(FAILED_AGAIN_S))})
         ticket = Ticket(preset, account, slot, may_use, alone, self.clock(), _future())
         self._last_used = ticket.arrived
         if self._fits(ticket) and self._free(ticket) and not self._before(ticket):
@@ -181,6 +185,8 @@ class Board:
         ticket.switch = old.switch
         ticket.unserved_since = self.clock()
         self.waiting = {ticket: None, **self.waiting}
+        if self.blocked:
+            self._refuse(ticket, 503, self.blocked)
         self._wake.set()
         return ticket
 
@@ -213,6 +219,19 @@ class Board:
             self.serving = None
             self._suspect = True
             self._wake.set()
+
+    def block(self, reason: str) -> None:
+        """Refuse everything that waits, runs and comes, with this reason; "" serves again."""
+        if reason == self.blocked:
+            return
+        log.warning("every request is refused: %s", reason or "no longer")
+        self.blocked = reason
+        if reason:
+            for ticket in list(self.waiting):
+                self._refuse(ticket, 503, reason)
+            for lease in list(self.leases):
+                lease.end(Refusal(503, reason, {"Retry-After": str(int(FAILED_AGAIN_S))}))
+        self._wake.set()
 
     def overdue(self, ticket: Ticket) -> bool:
         """Whether the ticket has waited for longer than `hold_timeout` for its preset, or to be alone."""

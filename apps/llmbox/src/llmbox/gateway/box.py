@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llmbox.errors import Locked
 from llmbox.gateway.board import Busy, Moved, Seen
+from llmbox.guard import latch
 from llmbox.lock import held
 from llmbox.prefetch import prefetch
 from llmbox.presets import BoxPreset, PresetsFile
@@ -72,7 +73,9 @@ class SystemdBox:
         self.systemd = systemd
         self.runtime = runtime
         self._active: str | None = None
-        self.switcher = Switcher(presets, systemd, health, LogReporter(), watch=newcomer)
+        self.switcher = Switcher(
+            presets, systemd, health, LogReporter(), watch=newcomer, barred=lambda: latch.refusal(runtime)
+        )
 
     async def look(self) -> Seen:
         """What runs, and whether it answers."""

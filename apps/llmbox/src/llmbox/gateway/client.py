@@ -1,4 +1,4 @@
-"""How lmswitch talks to the gateway (llmbox.gateway.control), without asyncio, which takes long to import."""
+"""How lmswitch and gpu-guard talk to the gateway (llmbox.gateway.control), without asyncio: a slow import."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from llmbox.errors import LlmboxError
 
 SOCKET = "llmbox/control.sock"  # in the user's runtime directory
 ANSWER_TIMEOUT_S = 5.0
+BLOCK_TIMEOUT_S = 1.0  # whoever blocks has a server to stop
 
 
 def ask_status(runtime: Path) -> dict[str, Any] | None:
@@ -27,6 +28,21 @@ def ask_status(runtime: Path) -> dict[str, Any] | None:
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
+
+
+def set_blocked(runtime: Path, reason: str) -> bool:
+    """Have the gateway refuse every request, with this reason, or ("") serve again. False: none answers."""
+    connection = _connect(runtime, BLOCK_TIMEOUT_S)
+    if connection is None:
+        return False
+    asked = {"do": "block", "reason": reason} if reason else {"do": "unblock"}
+    with connection:
+        try:
+            connection.sendall(line(asked))
+            found = json.loads(connection.makefile("rb").readline() or b"null")
+        except (OSError, ValueError):
+            return False
+    return isinstance(found, dict) and found.get("blocked") == bool(reason)
 
 
 @contextmanager
@@ -66,9 +82,9 @@ def requests_held(
         yield switched
 
 
-def _connect(runtime: Path) -> socket.socket | None:
+def _connect(runtime: Path, timeout_s: float = ANSWER_TIMEOUT_S) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(ANSWER_TIMEOUT_S)
+    connection.settimeout(timeout_s)
     try:
         connection.connect(str(runtime / SOCKET))
     except OSError:

@@ -3,7 +3,9 @@
 JSON, one object a line. `{"do": "status"}` is answered with the figures of the queue. `{"do": "hold",
 "preset": NAME}` is answered with the figures once a second while the present server is drained, and with
 `{"held": true}` when it is; from then on requests wait until the connection closes, however that happens.
-Before that lmswitch may say how it went: `{"ok": BOOL, "parts": {NAME: SECONDS}}`.
+Before that lmswitch may say how it went: `{"ok": BOOL, "parts": {NAME: SECONDS}}`. `{"do": "block", "reason":
+TEXT}` has every request refused with the reason, `{"do": "unblock"}` ends that: the GPU guard takes the card
+out of service.
 """
 
 from __future__ import annotations
@@ -31,8 +33,11 @@ async def serve(board: Board, listener: socket.socket) -> asyncio.Server:
                 writer.write(line(status(board)))
             elif asked.get("do") == "hold":
                 await _hold(board, asked.get("preset"), reader, writer)
+            elif asked.get("do") in ("block", "unblock"):
+                board.block(str(asked.get("reason") or "") if asked["do"] == "block" else "")
+                writer.write(line({"blocked": bool(board.blocked)}))
             else:
-                writer.write(line({"error": "do: status or hold"}))
+                writer.write(line({"error": "do: status, hold, block or unblock"}))
             await writer.drain()
         except (OSError, ValueError, AttributeError):
             pass  # whoever asked has gone, or never meant us

@@ -23,6 +23,7 @@ from uvicorn.server import ServerState
 from llmbox.errors import UsageError
 from llmbox.gateway.refusals import Refusal, error_body
 from llmbox.gateway.settings import Settings
+from llmbox.notify import notify
 
 FIRST_FD = 3  # sd_listen_fds(3): passed sockets begin behind stderr
 KEEP_ALIVE_S = 300  # longer than clients keep a connection, so that it is they who close it
@@ -64,18 +65,6 @@ def split(sockets: Sequence[socket.socket]) -> tuple[list[socket.socket], socket
             "ListenStream= with the HTTP port, and at most one path (the control socket)"
         )
     return http, control[0] if control else None
-
-
-def notify(state: str) -> None:
-    """Tell systemd the state of the service (sd_notify(3)); nothing where nobody listens."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
-    except OSError as error:
-        log.warning("systemd was not told %s: %s", state, error)
 
 
 class State(ServerState):

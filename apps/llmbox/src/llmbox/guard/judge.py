@@ -1,0 +1,126 @@
+"""The verdict, from what the looks delivered and when. Pure: time comes in with every call.
+
+There is one rule for heat, for failures and for a hang: without a good look for `hold` seconds the card is
+taken out of service. A look that never comes back is no good look: nothing has to notice that it hangs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmbox.guard.card import Reading
+from llmbox.guard.command import Unreadable
+from llmbox.guard.kernel_log import News, Xid
+from llmbox.guard.settings import Settings
+
+Level = Literal["starting", "ok", "warning", "critical"]
+LATE_S = 1.0  # beyond interval and timeout, for a busy machine
+GRACE_S = 2.0  # at least, for the first looks of a guard that goes on where a killed one was
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What there is to say, and whether the card must be taken out of service."""
+
+    level: Level
+    reason: str = ""
+    stop: bool = False
+
+
+@dataclass
+class _Source:
+    """What one kind of look has delivered. `fault` is the trouble that the last one found."""
+
+    name: str
+    good: float
+    heard: float
+    fault: str = ""
+    begun: bool = False
+
+    def hear(self, fault: str, now: float) -> None:
+        self.begun = True
+        self.heard = now
+        self.fault = fault
+        if not fault:
+            self.good = now
+
+
+class Judge:
+    """Takes looks in, gives the verdict."""
+
+    def __init__(self, settings: Settings, now: float) -> None:
+        self._settings = settings
+        self._limit = settings.hold + settings.interval
+        self._card = _Source("nvidia-smi", now, now)
+        self._log = _Source("the look at the kernel log", now, now)
+        self._fatal = ""
+        self.reading: Reading | None = None
+
+    def card(self, found: Reading | Unreadable, now: float) -> None:
+        """A look at the card came back."""
+        self.reading = None if isinstance(found, Unreadable) else found
+        self._card.hear(str(found) if isinstance(found, Unreadable) else self._heat(found), now)
+
+    def log(self, found: News | Unreadable, now: float) -> list[Xid]:
+        """A look at the kernel log came back. Returns the errors in it that a card survives."""
+        if isinstance(found, Unreadable):
+            self._log.hear(str(found), now)
+            return []
+        self._log.hear("", now)
+        fatal = [xid for xid in found.xids if xid.number in self._settings.fatal_xids and not xid.recovered]
+        if fatal and not self._fatal:
+            self._fatal = f"the kernel log tells of Xid {fatal[0].number}: {fatal[0].text or 'no word why'}"
+        return [xid for xid in found.xids if xid not in fatal]
+
+    def verdict(self, now: float) -> Verdict:
+        """What is to be said and done now."""
+        if self._fatal:
+            return Verdict("critical", self._fatal, stop=True)
+        late = min(self._settings.interval + self._settings.timeout + LATE_S, self._limit)
+        troubles = []
+        for source in (self._card, self._log):
+            since, silent, fault = now - source.good, now - source.heard, source.fault
+            if not source.begun:
+                fault = f"{source.name} has not answered yet"
+                if since < self._limit:
+                    return Verdict("starting", fault)
+            elif silent > late:
+                fault = f"{source.name} hangs: no answer for {silent:.0f} s"
+            if fault and since >= self._limit:
+                return Verdict("critical", f"{fault} (for {since:.0f} s)", stop=True)
+            troubles += [fault] if fault else []
+        if troubles:
+            return Verdict("critical", troubles[0])
+        warning = self._warmth()
+        return Verdict("warning" if warning else "ok", warning)
+
+    @property
+    def good(self) -> float:
+        """When all was well for the last time."""
+        return min(self._card.good, self._log.good)
+
+    def resume(self, good: float, now: float) -> None:
+        """Go on where a former guard was: one that is killed again and again must not begin to count anew."""
+        self._card.good = self._log.good = min(now, max(good, now - self._limit + GRACE_S))
+
+    def clear(self, now: float) -> None:
+        """Somebody says that the cause is gone: everything counts from now on."""
+        self._fatal = ""
+        self._card.good = self._log.good = now
+
+    def _heat(self, reading: Reading) -> str:
+        """Why a reading is critical; empty when it is not."""
+        limit = self._settings.temperature_critical
+        if reading.temperature >= limit:
+            return f"the card has {reading.temperature} °C, {limit} °C are critical"
+        thermal = reading.throttle & self._settings.throttle_mask
+        if thermal:
+            return f"the card slows down for heat (throttle reasons {thermal:#x}) at {reading.temperature} °C"
+        return ""
+
+    def _warmth(self) -> str:
+        limit = self._settings.temperature_warning
+        if self.reading and self.reading.temperature >= limit:
+            return f"the card has {self.reading.temperature} °C, {limit} °C are a warning"
+        return ""

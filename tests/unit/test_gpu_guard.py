@@ -1,0 +1,623 @@
+"""gpu-guard: the verdict by a fake clock, what nvidia-smi and the kernel log say, hangs, what follows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmbox.errors import LlmboxError, UsageError
+from llmbox.guard import card, cli, enforce, kernel_log, latch, report, watch
+from llmbox.guard import settings as settings_module
+from llmbox.guard.card import Card, Reading
+from llmbox.guard.command import Command, Unreadable
+from llmbox.guard.enforce import Enforcer
+from llmbox.guard.judge import Judge, Verdict
+from llmbox.guard.kernel_log import KernelLog, News, Xid
+from llmbox.guard.settings import Settings
+from llmbox.systemd import UnitState
+
+from tests.support import ROOT
+from tests.unit.test_llmbox_switch import presets
+
+HOLD, INTERVAL, TIMEOUT = 30.0, 2.0, 10.0
+FATAL = [48, 62, 79, 95, 119, 120, 154]
+QUIET = News((), "c1")
+FELL = "pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
+LINES = {  # as the driver writes them
+    79: f"NVRM: Xid (PCI:0000:01:00): 79, {FELL}",
+    62: "NVRM: Xid (PCI:0000:01:00): 62, pid=4711, name=llama-server, 2a3b(1f0c) 00000000 00000000",
+    154: "NVRM: Xid (PCI:0000:01:00): 154, GPU recovery action changed from 0x0 (None) to 0x1 (GPU Reset "
+    "Required)",
+}
+RECOVERED = (
+    "NVRM: Xid (PCI:0000:01:00): 154, GPU recovery action changed from 0x1 (GPU Reset Required) to 0x0 (None)"
+)
+
+
+def limits(**changes: Any) -> Settings:
+    """The settings of the role's defaults."""
+    return Settings.model_validate(
+        {
+            "interval": INTERVAL,
+            "timeout": TIMEOUT,
+            "hold": HOLD,
+            "temperature_warning": 82,
+            "temperature_critical": 86,
+            "thermal_throttle_reasons": [0x20, 0x40],
+            "fatal_xids": FATAL,
+            "hook": [],
+            "hook_timeout": 5.0,
+            "events_dir": "/nonexistent",
+            "events_keep": 3,
+            **changes,
+        }
+    )
+
+
+class World:
+    """A judge, and looks that come back every interval as a test wants them; time is a number."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.judge = Judge(limits(), self.now)
+
+    def during(
+        self, seconds: float, found: Reading | Unreadable | None, log: News | Unreadable | None = QUIET
+    ) -> Verdict:
+        """The world is like this for so long; None: the look never comes back. Ends at the first stop."""
+        end = self.now + seconds
+        verdict = self.judge.verdict(self.now)
+        while self.now < end and not verdict.stop:
+            if found is not None:
+                self.judge.card(found, self.now)
+            if log is not None:
+                self.judge.log(log, self.now)
+            verdict = self.judge.verdict(self.now)
+            self.now += INTERVAL
+        return verdict
+
+
+@pytest.fixture
+def world() -> World:
+    """A card at 60 °C for a minute."""
+    world = World()
+    assert world.judge.verdict(world.now).level == "starting"
+    assert world.during(60, Reading(60, 0)) == Verdict("ok")
+    return world
+
+
+COOL = Reading(60, 0)
+CRITICAL: dict[str, Reading | Unreadable | None] = {
+    "hot": Reading(91, 0),
+    "at the limit": Reading(86, 0x4),
+    "slowed down by the driver for heat": Reading(70, 0x24),
+    "slowed down by the card for heat": Reading(70, 0x40),
+    "cannot be read": Unreadable("nvidia-smi failed with status 1"),
+    "hangs, the look as well": None,
+}
+
+
+@pytest.mark.parametrize("found", CRITICAL.values(), ids=CRITICAL.keys())
+def test_what_lasts_takes_the_card_out_of_service(world: World, found: Reading | Unreadable | None) -> None:
+    began = world.now
+    verdict = world.during(120, found)
+    assert verdict.stop and verdict.level == "critical"
+    assert HOLD <= world.now - began <= 1.5 * HOLD
+
+
+@pytest.mark.parametrize("found", CRITICAL.values(), ids=CRITICAL.keys())
+def test_what_passes_does_not(world: World, found: Reading | Unreadable | None) -> None:
+    for _ in range(3):
+        assert not world.during(HOLD - INTERVAL, found).stop
+        assert world.during(INTERVAL, COOL) == Verdict("ok")
+
+
+@pytest.mark.parametrize(
+    ("found", "level"),
+    [
+        (Reading(81, 0), "ok"),
+        (Reading(82, 0), "warning"),
+        (Reading(85, 0x4), "warning"),
+        (Reading(76, 0x4), "ok"),
+        (Reading(60, 0x1), "ok"),
+    ],
+    ids=["below the warning", "warm", "warm for an hour", "power cap", "idle"],
+)
+def test_what_is_no_fault_never_stops_anything(world: World, found: Reading, level: str) -> None:
+    verdict = world.during(3600, found)
+    assert not verdict.stop and verdict.level == level
+
+
+def test_another_fault_in_between_does_not_begin_anew(world: World) -> None:
+    """Hot, then unreadable: the card was not well for a moment."""
+    world.during(HOLD / 2, Reading(90, 0))
+    verdict = world.during(HOLD, Unreadable("nvidia-smi failed with status 1"))
+    assert verdict.stop and world.now <= 1000 + 60 + 1.5 * HOLD
+
+
+def test_a_kernel_log_that_cannot_be_read_is_critical(world: World) -> None:
+    verdict = world.during(HOLD / 2, COOL, Unreadable("the kernel log cannot be read"))
+    assert verdict.level == "critical" and not verdict.stop
+    assert world.during(HOLD, COOL, Unreadable("the kernel log cannot be read")).stop
+
+
+def test_a_kernel_log_whose_look_hangs_is_critical(world: World) -> None:
+    verdict = world.during(120, COOL, None)
+    assert verdict.stop and "kernel log" in verdict.reason
+
+
+def test_a_guard_whose_first_look_never_comes_back() -> None:
+    world = World()
+    verdict = world.during(120, None, None)
+    assert verdict.stop and world.now - 1000 <= 1.5 * HOLD
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=map(str, LINES))
+def test_a_fatal_error_is_acted_on_at_once(world: World, line: str) -> None:
+    xid = kernel_log.xid_in(line)
+    assert xid is not None
+    assert world.judge.log(News((xid,), "c2"), world.now) == []
+    verdict = world.judge.verdict(world.now)
+    assert verdict.stop and f"Xid {xid.number}" in verdict.reason
+
+
+def test_an_error_of_a_program_and_a_card_that_recovered_are_told_only(world: World) -> None:
+    lines = ["NVRM: Xid (PCI:0000:01:00): 13, pid=4711, Graphics Exception", RECOVERED]
+    found = tuple(xid for line in lines if (xid := kernel_log.xid_in(line)))
+    assert [xid.number for xid in world.judge.log(News(found, "c2"), world.now)] == [13, 154]
+    assert world.judge.verdict(world.now) == Verdict("ok")
+
+
+def test_cleared_it_counts_anew(world: World) -> None:
+    world.judge.log(News((Xid(79, FELL),), "c2"), world.now)
+    world.during(HOLD, Reading(91, 0))
+    world.judge.clear(world.now)
+    assert not world.judge.verdict(world.now).stop
+    assert world.during(2 * HOLD, Reading(91, 0)).stop
+
+
+def test_a_guard_that_is_killed_again_and_again_still_acts() -> None:
+    now = good = 1000.0
+    for _ in range(20):
+        judge = Judge(limits(), now)
+        judge.resume(good, now)
+        assert not judge.verdict(now).stop, "its first look has a moment"
+        for _ in range(3):
+            now += 1
+            judge.card(Unreadable("nvidia-smi failed with status 1"), now)
+            judge.log(QUIET, now)
+            if judge.verdict(now).stop:
+                assert HOLD <= now - 1000 <= 1.5 * HOLD
+                return
+        good = judge.good
+    pytest.fail("never acted")
+
+
+# --- what nvidia-smi says ---
+
+
+def smi(*answers: tuple[int, str, str]) -> tuple[Card, list[list[str]]]:
+    """A card whose nvidia-smi answers these, one after the other, and what it was asked."""
+    asked: list[list[str]] = []
+
+    class Answers(Command):
+        def run(self, argv: Any) -> tuple[int, str, str]:
+            asked.append(list(argv))
+            return answers[len(asked) - 1]
+
+    return Card(Answers(1.0)), asked
+
+
+@pytest.mark.parametrize(
+    ("text", "reading"),
+    [
+        ("61, 0x0000000000000004\n", Reading(61, 4)),
+        ("61, 0x0000000000000001\n74, 0x0000000000000024\n", Reading(74, 0x25, 2)),
+    ],
+)
+def test_readings(text: str, reading: Reading) -> None:
+    assert card.parse(text) == reading
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "No devices were found\n",
+        "[N/A], 0x0000000000000000\n",
+        "0, 0x0000000000000000\n",
+        "-1, 0x0000000000000000\n",
+        "250, 0x0000000000000000\n",
+        "61\n",
+        "61, Not Active\n",
+        "[GPU is lost], [GPU is lost]\n",
+        "61, 0x0000000000000000\nUnable to determine the device handle for GPU0000:01:00.0: Unknown Error\n",
+        "\x00\xff garbage",
+    ],
+)
+def test_what_is_no_reading_is_none_and_never_a_cool_card(text: str) -> None:
+    with pytest.raises(Unreadable):
+        card.parse(text)
+
+
+def test_a_failure_is_told_in_its_own_words() -> None:
+    found, _ = smi((9, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", ""))
+    with pytest.raises(Unreadable, match="status 9: NVIDIA-SMI has failed"):
+        found.look()
+
+
+def test_an_older_driver_names_the_field_otherwise() -> None:
+    unknown = (2, 'Field "clocks_event_reasons.active" is not a valid field to query.\n', "")
+    found, asked = smi(unknown, (0, "61, 0x4\n", ""), (0, "62, 0x4\n", ""))
+    assert found.look() == Reading(61, 4)
+    assert found.look() == Reading(62, 4)
+    fields = [argv[1].rpartition(",")[2] for argv in asked]
+    assert fields == ["clocks_event_reasons.active", *2 * ["clocks_throttle_reasons.active"]]
+
+
+def test_a_card_of_two_that_is_gone() -> None:
+    found, _ = smi((0, "61, 0x1\n60, 0x1\n", ""), (0, "61, 0x1\n", ""))
+    assert found.look().cards == 2
+    with pytest.raises(Unreadable, match="names 1 cards, it named 2 before"):
+        found.look()
+
+
+# --- what the kernel log says ---
+
+
+def journal(*answers: tuple[int, list[tuple[str, str]]]) -> tuple[Command, list[list[str]]]:
+    """A journalctl that answers with these statuses and entries (cursor, message)."""
+    asked: list[list[str]] = []
+
+    class Answers(Command):
+        def run(self, argv: Any) -> tuple[int, str, str]:
+            asked.append(list(argv))
+            code, entries = answers[len(asked) - 1]
+            lines = [json.dumps({"__CURSOR": cursor, "MESSAGE": text}) for cursor, text in entries]
+            return code, "\n".join(lines), "Failed to open files: Permission denied" if code else ""
+
+    return Answers(1.0), asked
+
+
+def test_the_log_is_read_from_where_it_was_read_last() -> None:
+    command, asked = journal((0, [("c1", LINES[79])]), (0, [("c2", "usb"), ("c3", LINES[62])]), (0, []))
+    log = KernelLog(command)
+    assert log.look() == News((), "c1"), "what was before is not news"
+    assert [xid.number for xid in log.look().xids] == [62]
+    assert log.look() == News((), "c3")
+    assert [word for argv in asked for word in argv if word.startswith("--after")] == [
+        "--after-cursor=c1",
+        "--after-cursor=c3",
+    ]
+
+
+def test_a_log_that_shows_nothing_cannot_be_read() -> None:
+    """journalctl ends with 0 and no line where the user has no right to the system's journal."""
+    command, _ = journal((0, []))
+    with pytest.raises(Unreadable, match="systemd-journal"):
+        KernelLog(command).look()
+
+
+def test_a_log_that_is_refused_cannot_be_read() -> None:
+    command, _ = journal((1, []))
+    with pytest.raises(Unreadable, match="Permission denied"):
+        KernelLog(command).look()
+
+
+@pytest.mark.parametrize("text", ["no JSON", '{"MESSAGE": "without a cursor"}', '{"__CURSOR": 1', "[]"])
+def test_an_answer_that_is_not_journalctls(text: str) -> None:
+    with pytest.raises(Unreadable):
+        kernel_log.parse(text)
+
+
+def test_a_message_that_is_not_utf8() -> None:
+    entry = json.dumps({"__CURSOR": "c", "MESSAGE": [*b"NVRM: Xid (PCI:0000:01:00): 79, \xff"]})
+    assert kernel_log.xid_in(kernel_log.parse(entry)[0][1]) == Xid(79, "\ufffd")
+
+
+# --- what hangs ---
+
+
+def program(folder: Path, text: str) -> Path:
+    """An executable Python script."""
+    file = folder / "program"
+    file.write_text(f"#!{sys.executable} -IS\n{text}\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_a_child_that_ignores_sigterm_is_abandoned_and_not_joined_by_another(tmp_path: Path) -> None:
+    stubborn = program(
+        tmp_path, "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
+    )
+    command = Command(0.1)
+    with pytest.raises(Unreadable, match=r"no answer in 0\.1 s"):
+        command.run([str(stubborn)])
+    with pytest.raises(Unreadable, match="gave no answer"):  # SIGKILL has reached it: the next one may come
+        time.sleep(0.05)
+        command.run([str(stubborn)])
+
+
+class Undead:
+    """A child in uninterruptible sleep, which cannot be made here: nothing that is asked of it comes back."""
+
+    pid = 4711
+    made = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        Undead.made += 1
+        self.reaped = threading.Event()  # never set
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.reaped.wait()
+        raise AssertionError
+
+    kill = wait = poll = communicate
+
+
+class Unkillable(Undead):
+    """A milder one: it takes a signal, which has no effect, and says so when asked."""
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        raise subprocess.TimeoutExpired("nvidia-smi", timeout or 0)
+
+    def kill(self) -> None:  # type: ignore[override]
+        pass
+
+    def poll(self) -> None:  # type: ignore[override]
+        return None
+
+
+def test_one_that_cannot_be_killed_stays_the_only_one() -> None:
+    Undead.made = 0
+    command = Command(0.1, popen=Unkillable)  # type: ignore[arg-type]
+    for expected in ("gave no answer", "hangs and cannot be killed", "hangs and cannot be killed"):
+        with pytest.raises(Unreadable, match=expected):
+            command.run(["nvidia-smi"])
+    assert Undead.made == 1
+
+
+# --- what follows ---
+
+
+class FakeManager:
+    """Units that are up until they are stopped."""
+
+    def __init__(self, *up: str) -> None:
+        self.up = set(up)
+        self.stopped: list[str] = []
+        self.says = ""
+
+    def look(self, units: list[str]) -> dict[str, UnitState]:
+        return {unit: UnitState(unit, active="active" if unit in self.up else "inactive") for unit in units}
+
+    def stop(self, unit: str, *, timeout_s: float) -> str:
+        self.stopped.append(unit)
+        if not self.says:
+            self.up.discard(unit)
+        return self.says
+
+
+class Place:
+    """A guard in a runtime directory of its own; `card_look` and `log_look` are what its threads do."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        self.runtime = folder
+        self.events = folder / "events"
+        self.limits = limits(
+            **{"interval": 0.02, "timeout": 0.2, "hold": 0.3, "events_dir": str(self.events), **changes}
+        )
+        self.manager = FakeManager("llama-coder.service")
+        self.told: list[str] = []
+        self.card_look: Callable[[], Reading] = lambda: Reading(61, 4)
+        self.news = News((), "c1")
+        self.began_at: list[str] = []
+
+    def guard(self) -> watch.Guard:
+        """A new guard, as after a start of the program."""
+
+        def block(reason: str) -> bool:
+            self.told.append(reason)
+            return True
+
+        def kernel_log(cursor: str) -> Callable[[], News]:
+            self.began_at.append(cursor)
+            return self.take_news
+
+        enforcer = Enforcer(self.limits, presets(), self.manager, block)
+        return watch.Guard(self.limits, self.runtime, lambda: self.card_look(), kernel_log, enforcer)
+
+    def take_news(self) -> News:
+        """What the kernel log says, once."""
+        news, self.news = self.news, News((), "c1")
+        return news
+
+    def watches(self, guard: watch.Guard, until: Callable[[], bool], patience_s: float = 5.0) -> float:
+        """The guard runs until this is so. Returns the seconds that it took."""
+        began = time.monotonic()
+        thread = threading.Thread(target=guard.run)
+        thread.start()
+        try:
+            while not until():
+                assert time.monotonic() - began < patience_s, "it never came"
+                time.sleep(0.005)
+            return time.monotonic() - began
+        finally:
+            guard.ending = True
+            thread.join()
+
+    def kinds(self) -> list[str]:
+        """What the events tell."""
+        return [json.loads(file.read_text())["kind"] for file in sorted(self.events.glob("*.json"))]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A box whose preset coder serves."""
+    monkeypatch.setattr(watch, "TICK_S", 0.01)
+    monkeypatch.setattr(watch, "WRITE_S", 0.0)
+    monkeypatch.setattr(enforce, "AGAIN_S", 0.05)
+    yield Place(tmp_path)
+
+
+def test_a_look_that_never_comes_back_stops_the_preset(place: Place) -> None:
+    command = Command(0.05, popen=Undead)  # type: ignore[arg-type]
+    place.card_look = Card(command).look
+    took = place.watches(place.guard(), lambda: place.kinds() == ["stop"])
+    assert 0.3 <= took <= 1.0, "hold, and a little for a busy machine"
+    assert place.manager.stopped == ["llama-coder.service"]
+    assert place.told[-1].startswith("the GPU guard has taken the card out of service: nvidia-smi has not")
+    (event,) = place.events.glob("*.json")
+    assert json.loads(event.read_text())["stopped"] == ["coder"]
+    assert "nvidia-smi" in latch.refusal(place.runtime)
+
+
+def test_a_card_that_is_well_is_left_alone_and_the_gateway_told_once(place: Place) -> None:
+    place.watches(place.guard(), lambda: report.report(place.runtime, time.monotonic()).level == "ok")
+    assert place.manager.stopped == [] and place.told == [""] and latch.refusal(place.runtime) == ""
+
+
+def test_a_fatal_error_stops_the_preset_and_clear_serves_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.news = News((Xid(79, FELL),), "c9")
+    guard = place.guard()
+    monkeypatch.setattr(cli, "runtime_dir", lambda: place.runtime)
+
+    def cleared() -> bool:
+        if place.kinds() == ["stop"]:
+            cli.clear()
+        return "clear" in place.kinds() and place.told[-1] == ""
+
+    place.watches(guard, cleared)
+    assert latch.refusal(place.runtime) == ""
+    assert "Xid 79" in next(reason for reason in place.told if reason)
+
+
+def test_a_preset_that_somebody_starts_meanwhile_is_stopped_again(place: Place) -> None:
+    latch.close(place.runtime, "it was hot", 0.0)
+
+    def again() -> bool:
+        place.manager.up.add("llama-gemma.service")
+        return place.manager.stopped.count("llama-gemma.service") >= 2
+
+    place.watches(place.guard(), again)
+
+
+def test_what_cannot_be_stopped_is_told(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    place.manager.says = "the stop of llama-coder.service ended as 'timeout'"
+    place.news = News((Xid(79, FELL),), "c9")
+    place.watches(place.guard(), lambda: place.kinds() == ["stop"])
+    (event,) = place.events.glob("*.json")
+    assert "could not be stopped" in json.loads(event.read_text())["trouble"]
+    assert "could not be stopped" in caplog.text
+
+
+def test_a_service_manager_that_does_not_answer_is_told(place: Place) -> None:
+    def silent(_units: list[str]) -> dict[str, UnitState]:
+        raise LlmboxError("it does not answer")
+
+    place.manager.look = silent  # type: ignore[method-assign,assignment]
+    place.news = News((Xid(79, FELL),), "c9")
+    place.watches(place.guard(), lambda: place.kinds() == ["stop"])
+
+
+def test_a_guard_that_was_killed_says_so_and_goes_on_where_it_was(place: Place) -> None:
+    first = place.guard()
+    place.watches(first, lambda: report.report(place.runtime, time.monotonic()).running)
+    state = json.loads((place.runtime / latch.STATE).read_text())
+    assert state["ended"] and not report.report(place.runtime, time.monotonic()).running
+    second = place.guard()
+    assert place.kinds() == [], "one that ended by itself is no event"
+    latch.write(place.runtime / latch.STATE, {**state, "ended": False, "updated": time.monotonic() - 3})
+    third = place.guard()
+    place.watches(third, lambda: place.kinds() == ["restart"])
+    assert place.began_at == ["", "c1", "c1"] and second is not first
+    found = report.report(place.runtime, time.monotonic() - 10)
+    assert found.restarts == 1
+
+
+def test_the_hook_gets_the_event_and_its_failure_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "copy"
+    hook = [
+        sys.executable,
+        "-ISc",
+        f"import os, shutil; shutil.copy(os.environ['GPU_GUARD_EVENT'], {str(copy)!r}); os._exit(3)",
+    ]
+    place = Place(tmp_path, hook=hook)
+    enforcer = Enforcer(place.limits, presets(), place.manager, lambda _reason: True)
+    enforcer.event("restart", reason="as a test")
+    enforcer.once()
+    assert json.loads(copy.read_text())["reason"] == "as a test"
+    assert "status 3" in caplog.text
+
+
+def test_old_events_make_room(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    enforcer = Enforcer(place.limits, presets(), place.manager, lambda _reason: True, clock=lambda: 0.0)
+    for number in range(5):
+        enforcer.event("restart", reason=str(number))
+    enforcer.once()
+    assert len(list(place.events.glob("*.json"))) == 3
+
+
+def test_a_gateway_that_is_not_there_is_told_when_it_is(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    answers = iter([False, True])
+    enforcer = Enforcer(place.limits, presets(), place.manager, lambda _reason: next(answers))
+    for _ in range(4):
+        enforcer.once()
+    assert next(answers, None) is None
+
+
+# --- what a person sees ---
+
+
+def test_the_report(tmp_path: Path) -> None:
+    assert "does not run" in report.text(report.report(tmp_path, 100.0))
+    state = {"level": "warning", "reason": "warm", "temperature": 84, "updated": 99.0}
+    latch.write(tmp_path / latch.STATE, state)
+    assert report.text(report.report(tmp_path, 100.0)) == "84 °C, warning: warm"
+    assert not report.report(tmp_path, 110.0).running, "it has written nothing for too long"
+    latch.close(tmp_path, "it was hot", 0.0)
+    found = report.report(tmp_path, 100.0)
+    assert not found.serves and report.text(found).startswith("out of service: it was hot; now: 84 °C")
+
+
+def test_a_latch_that_cannot_be_understood_holds(tmp_path: Path) -> None:
+    (tmp_path / "llmbox").mkdir()
+    (tmp_path / latch.LATCH).write_text("{")
+    assert latch.refusal(tmp_path) and report.report(tmp_path, 0.0).stopped
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"temperature_warning": 86}, "temperature_warning = 86 is not below"),
+        ({"interval": 20.0}, "hold = 30 must be at least"),
+        ({"timeout": 31.0}, "hold = 30 must be at least"),
+        ({"hold": 0.0}, "hold = 0.0"),
+        ({"more": 1}, "more = 1"),
+    ],
+)
+def test_settings_that_cannot_be_meant(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    file = tmp_path / "gpu-guard.json"
+    file.write_text(json.dumps({**limits().model_dump(), **changes}))
+    with pytest.raises(UsageError) as caught:
+        settings_module.load(file)
+    assert said in str(caught.value)
+
+
+def test_the_units_program_is_the_installed_one() -> None:
+    unit = (ROOT / "roles/gpu_guard/templates/gpu-guard.service.j2").read_text()
+    assert "bin/gpu-guard run" in unit and os.access(Path(sys.executable).with_name("gpu-guard"), os.X_OK)
