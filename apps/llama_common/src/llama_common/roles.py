@@ -165,6 +165,8 @@ AtLeast0 = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
 UpToADay = Annotated[int, Field(ge=0, le=86400)]
 SomeSeconds = Annotated[int, Field(ge=1, le=86400)]
+GuardSeconds = Annotated[float, Field(gt=0, le=3600)]
+Celsius = Annotated[int, Field(ge=1, le=120)]
 
 
 class RouterKey(BaseModel):
@@ -248,6 +250,17 @@ LIMITS: Final[Mapping[str, Any]] = {
     "llm_gateway_max_body": Annotated[int, Field(ge=1024, le=2**31)],
     "llm_gateway_max_buffered": Annotated[int, Field(ge=1024, le=2**36)],
     "llm_gateway_networks": list[Network],
+    "gpu_guard_interval": GuardSeconds,
+    "gpu_guard_timeout": GuardSeconds,
+    "gpu_guard_hold": GuardSeconds,
+    "gpu_guard_temperature_warning": Celsius,
+    "gpu_guard_temperature_critical": Celsius,
+    "gpu_guard_thermal_throttle_reasons": list[AtLeast1],
+    "gpu_guard_fatal_xids": list[AtLeast1],
+    "gpu_guard_hook": list[Line],
+    "gpu_guard_hook_timeout": GuardSeconds,
+    "gpu_guard_events_keep": Annotated[int, Field(ge=1, le=10_000)],
+    "gpu_guard_watchdog": Annotated[int, Field(ge=2, le=600)],
     "local_claude_shells": list[Literal["bash", "zsh"]],
     "local_claude_alias_prefix": AliasPrefix,
     "llm_gateway_audit_max_size": Annotated[int, Field(ge=4096, le=2**40)],
