@@ -26,6 +26,7 @@ GPU_TIMEOUT_S = 5
 SERVER_TIMEOUT_S = 10
 SERVER_ANSWER_LIMIT = 4 * 1024 * 1024
 TCP_LISTEN = "0A"
+FIREWALL_TABLE = ("inet", "llmbox")
 
 
 def command(argv: list[str], timeout: float = COMMAND_TIMEOUT_S) -> dict[str, Any] | None:
@@ -307,6 +308,18 @@ def gpu() -> str | None:
     return lines[0] if answer["rc"] == 0 and lines else "failed"
 
 
+def firewall(rules: str) -> dict[str, str] | None:
+    """The firewall's table as it is loaded, and as `rules` would be, both in nft's own words."""
+    table = " ".join(FIREWALL_TABLE)
+    loaded = command(["nft", "--stateless", "list", "table", *FIREWALL_TABLE])
+    # In a network namespace of its own, which ends with the program.
+    script = f'printf %s "$0" | nft -f - && nft --stateless list table {table}'
+    wanted = command(["unshare", "--net", "--", "sh", "-c", script, rules])
+    if loaded is None or wanted is None or wanted["rc"] != 0:
+        return None
+    return {"loaded": loaded["out"], "wanted": wanted["out"]}
+
+
 def read_json(path: str) -> Any:
     """The object in a JSON file, or None."""
     try:
@@ -327,6 +340,8 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     }
     if request.get("client"):
         seen["local_claude"] = command([str(Path(request["client"]["local_claude"]).expanduser()), "--help"])
+    if request.get("firewall"):
+        seen["firewall"] = firewall(request["firewall"])
     llm = request.get("llm")
     if llm:
         user = llm["user"]

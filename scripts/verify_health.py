@@ -26,6 +26,7 @@ if __name__ == "__main__":
     _venv.enter()
 
 import argparse
+import difflib
 import json
 import os
 import time
@@ -154,6 +155,17 @@ def client_checks(answer: Mapping[str, Any] | None) -> list[Check]:
     code = answer["rc"] if answer else None
     detail = f"{LOCAL_CLAUDE}: {(answer or {}).get('err') or 'is missing'}; fix: run playbooks/client.yml"
     return [equal("local_claude", code, 0, " ".join(detail.split()), "exit code")]
+
+
+def firewall_check(seen: Mapping[str, str] | None) -> Check:
+    """The table that is loaded is, whole, what the inventory's rules make."""
+    if seen is None:
+        return Check("firewall", False, None, "lines", 0, "nft gave no answer; fix: run site.yml")
+    lines = difflib.unified_diff(seen["wanted"].splitlines(), seen["loaded"].splitlines(), n=0, lineterm="")
+    differing = [one for one in lines if one[:1] in "+-" and one[:3] not in ("+++", "---")]
+    shown = "; ".join(" ".join(one.split()) for one in differing[:2])
+    detail = f"the loaded rules differ from the inventory's: {shown}; fix: run site.yml" if differing else ""
+    return Check("firewall", not differing, len(differing), "lines", 0, detail)
 
 
 def llm_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers) -> list[Check]:
@@ -523,11 +535,15 @@ def verify(host: Host, *, drift: bool = False) -> HostReport:
         client = CLIENTS in host.groups and host.variables.get("local_claude_state") != "absent"
         if client:
             request["client"] = {"local_claude": LOCAL_CLAUDE}
-        seen = ask(host, request, become=llm)
+        if rules := str(host.variables.get("_firewall_rules") or ""):
+            request["firewall"] = rules
+        seen = ask(host, request, become=llm or bool(rules))
         offset = max(before - seen["time"], seen["time"] - time.time(), 0.0)
         checks = host_checks(seen, offset, client=CLIENTS in host.groups and not llm)
         if client:
             checks += client_checks(seen["local_claude"])
+        if rules:
+            checks.append(firewall_check(seen["firewall"]))
         if box:
             checks += llm_checks(box, seen["llm"], over_http(host, box, seen["llm"]))
         if box and drift:

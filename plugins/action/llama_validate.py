@@ -8,7 +8,7 @@ Nothing but files of the inventory is read, and no connection is opened.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ansible.utils.display import Display  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/src"))
 
-from llama_common import fit
+from llama_common import firewall, fit
 from llama_common.clients import client_problems
 from llama_common.plain import plain, scalar
 from llama_common.presets import HostConfig
@@ -129,7 +129,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         try:
             values = self._role_variables(raw)
             wrong = self._roles.check(values)
-            problems += wrong or client_problems(values, self._llm_servers(hostvars))
+            problems += wrong or [
+                *client_problems(values, self._llm_servers(hostvars)),
+                *firewall.problems(self._with_defaults(raw, values, firewall.VARIABLES)),
+            ]
             if not wrong and host in self._members("routers", hostvars):
                 yield from self._of_router(values, files, host, hostvars)
             if with_data:
@@ -194,7 +197,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         """The roles' defaults, which templates of the inventory may name."""
         found: dict[str, Any] = {}
         for file in sorted(ROOT.glob("roles/*/defaults/main.yml")):
-            found |= self._loader.load_from_file(str(file)) or {}
+            found |= self._loader.load_from_file(str(file), trusted_as_template=True) or {}
         return found
 
     def _templar_of(self, raw: Mapping[str, Any]) -> Any:
@@ -212,6 +215,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             ):
                 values[name] = yaml.safe_load(values[name])
         return values
+
+    def _with_defaults(
+        self, raw: Mapping[str, Any], values: Mapping[str, Any], names: Iterable[str]
+    ) -> dict[str, Any]:
+        """These variables of a host: as they are set, or the role's defaults. Raises UnreadableError."""
+        templar = self._templar_of(raw)
+        missing = [name for name in names if name not in values]
+        return {**values, **{name: _resolve(self._defaults[name], (name,), templar) for name in missing}}
 
     def _data(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The data of a host, templated value by value. Raises UnreadableError."""

@@ -2071,6 +2071,16 @@ CASES = (
         playbook_only=True,
     ),
     Case(
+        "firewall-without-ssh",
+        role("firewall_enabled", True),
+        "firewall_allow.ssh",
+        "SSH is missing from the rules",
+        "name the network that this machine comes from",
+        "all",
+        gate=True,
+        playbook_only=True,
+    ),
+    Case(
         "template-syntax",
         preset("context", "{{ 1 + }}"),
         f"{CODER}.context",

@@ -24,6 +24,7 @@ from llama_common.fields import (
     refuse,
     refuse_control_characters,
 )
+from llama_common.firewall import FirewallNetwork, NetworkName
 from llama_common.presets import HostConfig
 from llama_common.problems import HIDDEN, Problem
 from llama_common.translate import closest, misspelt, problems_of
@@ -261,6 +262,12 @@ LIMITS: Final[Mapping[str, Any]] = {
     "gpu_guard_hook_timeout": GuardSeconds,
     "gpu_guard_events_keep": Annotated[int, Field(ge=1, le=10_000)],
     "gpu_guard_watchdog": Annotated[int, Field(ge=2, le=600)],
+    "firewall_networks": dict[NetworkName, FirewallNetwork],
+    "firewall_allow": dict[str, list[str]],
+    "firewall_ports": dict[NetworkName, list[int | str]],
+    "firewall_services": dict[NetworkName, list[int | str]],
+    # Long enough for three attempts of ssh on a slow link, short enough to wait for.
+    "firewall_confirm_timeout": Annotated[int, Field(ge=10, le=50)],
     "local_claude_shells": list[Literal["bash", "zsh"]],
     "local_claude_alias_prefix": AliasPrefix,
     "llm_gateway_audit_max_size": Annotated[int, Field(ge=4096, le=2**40)],

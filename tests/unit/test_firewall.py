@@ -1,0 +1,155 @@
+"""The firewall's rules from data, what of it is refused, and what the module takes for another firewall."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from llama_common import firewall
+from llama_common.roles import RoleVariables
+
+from roles.firewall.library import firewall_rules as module
+from tests.support import ROOT
+
+ROLE = ROOT / "roles/firewall"
+
+
+def variables(**changes: Any) -> dict[str, Any]:
+    """A sound host's, with `changes`."""
+    return {
+        "firewall_enabled": True,
+        "firewall_networks": {
+            "lan": {"interface": "eno1", "addresses": ["192.168.1.0/24", "192.168.0.0/24", "fd00:1::/64"]},
+            "tailnet": {"interface": "tailscale0"},
+        },
+        "firewall_services": {
+            "ssh": [22],
+            "llm_gateway": ["100.64.0.10:1234", "127.0.0.1:1234", "[::1]:1234"],
+            "system_presets": ["127.0.0.1:8090", "/run/vision.sock"],
+            "tailscale": ["41641/udp"],
+        },
+        "firewall_ports": {},
+        "firewall_allow": {"ssh": ["lan", "tailnet"], "llm_gateway": ["tailnet"], "tailscale": ["lan"]},
+        **changes,
+    }
+
+
+def accepted(text: str) -> list[str]:
+    """The lines of the table that let a network in."""
+    return [line.strip() for line in text.splitlines() if "comment" in line]
+
+
+def test_each_network_reaches_its_ports_in_both_families_and_nothing_else_does() -> None:
+    text = firewall.rules(variables())
+    assert accepted(text) == [
+        'iifname "eno1" ip saddr { 192.168.0.0/23 } tcp dport { 22 } accept comment "lan"',
+        'iifname "eno1" ip saddr { 192.168.0.0/23 } udp dport { 41641 } accept comment "lan"',
+        'iifname "eno1" ip6 saddr { fd00:1::/64 } tcp dport { 22 } accept comment "lan"',
+        'iifname "eno1" ip6 saddr { fd00:1::/64 } udp dport { 41641 } accept comment "lan"',
+        'iifname "tailscale0" tcp dport { 22, 1234 } accept comment "tailnet"',
+    ]
+    assert "policy drop" in text
+    # What is loaded is replaced in one step, and no other table is touched.
+    assert text.startswith("table inet llmbox\ndelete table inet llmbox\ntable inet llmbox {")
+    assert "flush" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"firewall_allow": {"llm_gateway": ["lan"]}}, "firewall_allow.ssh", "SSH is missing"),
+        ({"firewall_allow": {"ssh": []}}, "firewall_allow.ssh", "SSH is missing"),
+        ({"firewall_allow": {"ssh": ["lan", "wan"]}}, "firewall_allow.ssh.1", "no network of"),
+        ({"firewall_allow": {"ssh": ["lan"], "web": ["lan"]}}, "firewall_allow.web", "no service"),
+        (
+            {
+                "firewall_allow": {"ssh": ["lan"], "llm_gateway": ["lan"], "lmstudio": ["lan"]},
+                "firewall_ports": {"lmstudio": [1234]},
+            },
+            "firewall_allow.lmstudio",
+            "1234/tcp is there twice: llm_gateway has it",
+        ),
+        (
+            {"firewall_allow": {"ssh": ["lan"], "system_presets": ["lan"]}},
+            "firewall_allow.system_presets",
+            "listens nowhere that other machines reach",
+        ),
+        ({"firewall_ports": {"web": ["80/sctp"]}}, "firewall_ports.web.0", "no port"),
+        ({"firewall_ports": {"web": [0]}}, "firewall_ports.web.0", "no port"),
+        ({"firewall_ports": {"web": [65536]}}, "firewall_ports.web.0", "no port"),
+        ({"firewall_ports": {"web": ["http"]}}, "firewall_ports.web.0", "no port"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], key: str, words: str) -> None:
+    wrong = firewall.problems(variables(**changes))
+    assert [problem.key for problem in wrong] == [key]
+    assert words in wrong[0].message and wrong[0].fix
+    with pytest.raises(ValueError, match="refused"):
+        firewall.rules(variables(**changes))
+
+
+def test_a_host_without_the_firewall_has_nothing_to_refuse() -> None:
+    assert firewall.problems(variables(firewall_enabled=False, firewall_allow={})) == []
+    assert firewall.problems(variables()) == []
+
+
+def test_the_same_port_for_tcp_and_udp_is_none_twice() -> None:
+    changes = {"firewall_ports": {"quic": ["22/udp"]}, "firewall_allow": {"ssh": ["lan"], "quic": ["lan"]}}
+    assert firewall.problems(variables(**changes)) == []
+
+
+def test_the_specification_repeats_the_defaults_and_knows_the_limits() -> None:
+    specs = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text())
+    options = specs["argument_specs"]["main"]["options"]
+    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    assert {name: option["default"] for name, option in options.items()} == defaults
+    roles = RoleVariables.of({"firewall": specs})
+    assert roles.check({"firewall_networks": variables()["firewall_networks"]}) == []
+    wrong = roles.check({"firewall_networks": {"lan": {}, "Wan!": {"addresses": ["1.2.3.4/24"]}}})
+    assert {problem.path[1] for problem in wrong} == {"lan", "Wan!"}
+
+
+def chain(family: str, table: str, name: str, policy: str = "drop", hook: str = "input") -> dict[str, Any]:
+    return {"chain": {"family": family, "table": table, "name": name, "hook": hook, "policy": policy}}
+
+
+DOCKER = {"chain": {"family": "ip", "table": "filter", "name": "DOCKER-USER"}}
+UFW = {"chain": {"family": "ip", "table": "filter", "name": "ufw-before-input"}}
+
+
+@pytest.mark.parametrize(
+    ("chains", "ufw", "active", "legacy", "words"),
+    [
+        ([], "ENABLED=yes\n", set(), {}, "ufw disable"),
+        ([chain("ip", "filter", "INPUT"), UFW], "", set(), {}, "ufw disable"),
+        ([], "", {"firewalld.service"}, {}, "disable --now firewalld"),
+        ([], "", {"nftables.service"}, {}, "disable nftables.service"),
+        ([chain("ip", "filter", "FORWARD", hook="forward"), DOCKER], "", set(), {}, "docker.socket"),
+        ([chain("ip6", "mine", "in")], "", set(), {}, "chain ip6 mine in"),
+        (
+            [],
+            "",
+            set(),
+            {"iptables-legacy-save": "*filter\n:FORWARD DROP [0:0]\n"},
+            "iptables-legacy FORWARD",
+        ),
+        ([], "", set(), {"iptables-legacy-save": ":FORWARD DROP\n:DOCKER-USER - \n"}, "docker.socket"),
+    ],
+)
+def test_another_firewall_is_refused_with_the_fix(
+    chains: list[dict[str, Any]], ufw: str, active: set[str], legacy: dict[str, str], words: str
+) -> None:
+    (reason,) = module.others({"nftables": chains}, ufw, active, legacy)
+    assert words in reason and "fix: " in reason and "\n" not in reason
+
+
+def test_our_own_table_and_chains_that_accept_are_no_other_firewall() -> None:
+    chains = [
+        {"metainfo": {"version": "1.0.6"}},
+        chain("inet", "llmbox", "input"),
+        chain("ip", "filter", "ts-input", policy="accept"),
+        chain("ip", "nat", "out", hook="output"),
+    ]
+    legacy = {"iptables-legacy-save": ":INPUT ACCEPT [0:0]\n"}
+    assert list(module.others({"nftables": chains}, "ENABLED=no\n", set(), legacy)) == []
