@@ -161,6 +161,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     printed = sum(outcome.printed for outcome in outcomes)
     right = sum(len(outcome.right) for outcome in outcomes)
     correct = [outcome for outcome in outcomes if outcome.correct and outcome.photo.fields]
+    whole = [outcome for outcome in correct if not outcome.photo.illegible]
     seconds = sorted(outcome.seconds for outcome in outcomes)
     return {
         "photos": len(outcomes),
@@ -176,6 +177,8 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "guessed": sum(len(outcome.guessed) for outcome in outcomes),
         "correct_plates": len(correct),
         "correct_reviewed": sum(outcome.review for outcome in correct),
+        "whole_plates": len(whole),
+        "whole_reviewed": sum(outcome.review for outcome in whole),
         "seconds_median": seconds[len(seconds) // 2] if seconds else 0.0,
     }
 

@@ -9,7 +9,7 @@ import pytest
 from ocr_pipeline import filters, grounding, normal, templates
 from ocr_pipeline.errors import SettingsError
 from ocr_pipeline.geometry import Box
-from ocr_pipeline.parser import Parser
+from ocr_pipeline.parser import Parser, sureness
 from ocr_pipeline.reading import FIELDS, Reading
 from ocr_pipeline.stages import Candidate, Deadline, Extraction, Line, LineClass, PoleIdContext
 from ocr_pipeline.words import alike, distance, fold
@@ -49,6 +49,16 @@ def column(*texts: str) -> list[Line]:
 )
 def test_power(text: str, value: float | None) -> None:
     assert normal.power(text) == value
+
+
+@pytest.mark.parametrize("text", ["CB/2002", "/2002"])
+def test_a_year_beside_a_month_that_cannot_be_read_is_no_date(text: str) -> None:
+    assert normal.date(text) is None
+
+
+def test_a_voltage_whose_second_half_is_covered_is_none() -> None:
+    assert normal.secondary("380/2") is None
+    assert normal.secondary("380 /") is None
 
 
 @pytest.mark.parametrize(
@@ -155,6 +165,8 @@ def test_code(text: str, value: str | None) -> None:
         ("potencia_kva", 112.5, False),
         ("potencia_kva", 111.0, True),
         ("tensao_primaria", 13800.0, False),
+        ("tensao_primaria", 34509.0, True),
+        ("tensao_primaria", 7967.0, False),
         ("tensao_primaria", 99000.0, True),
         ("tensao_secundaria", "220/127", False),
         ("tensao_secundaria", "221/127", True),
@@ -291,6 +303,77 @@ def test_a_label_without_a_value_is_told_and_stays_null() -> None:
 def test_two_values_for_one_field_are_told() -> None:
     _, reasons = parsed(*column("Nº DE SÉRIE: 1234567", "SÉRIE: 7654321"))
     assert "ambiguous:numero_serie" in reasons
+
+
+def test_the_end_of_a_label_that_the_photo_cut_off_still_names_its_field() -> None:
+    values, _ = parsed(*column("TÊNCIA (kVA): 75", "DE FABRICAÇÃO: 11/1995", "RÍCULA 12345", "ÁRIO: 13800 V"))
+    assert (values["potencia_kva"], values["data_fabricacao"], values["matricula"]) == (
+        75,
+        "1995-11",
+        "12345",
+    )
+    assert values["numero_serie"] is None, "the rest of `DATA DE FABRICAÇÃO` is no `Nº FABRICAÇÃO`"
+    assert values["tensao_primaria"] is None, "`ÁRIO` ends the primary's and the secondary's label"
+
+
+def test_what_is_left_of_a_label_is_no_value() -> None:
+    values, _ = parsed(at("DATA F", 100, 100), at("24/11/2023", 340, 100))
+    assert values["data_fabricacao"] == "2023-11-24"
+
+
+def test_voltages_are_known_by_their_form_where_the_label_is_gone() -> None:
+    values, _ = parsed(*column("WEG", "POTÊNCIA: 75 kVA", "13200/12600/12000 V", "220/127 V"))
+    assert (values["tensao_primaria"], values["tensao_secundaria"]) == (13200, "220/127")
+
+
+def test_a_number_whose_label_cannot_be_read_is_for_a_person() -> None:
+    assert "value_without_label" in parsed(*column("WEG", "POTÊNCIA: 75 kVA", "W63167"))[1]
+    assert "value_without_label" not in parsed(*column("WEG", "POTÊNCIA: 75 kVA", "SÉRIE W63167"))[1]
+
+
+def test_of_two_numbers_the_one_on_the_plate_is_taken() -> None:
+    beside = at("PATRIMÔNIO 2639751", 500, 0)
+    plate = column("WEG", "POTÊNCIA: 75 kVA", "PATRIMÔNIO: 78885", "SÉRIE: 123456")
+    values, reasons = parsed(beside, *plate)
+    assert values["patrimonio"] == "78885"
+    assert "ambiguous:patrimonio" in reasons
+
+
+@pytest.mark.parametrize(
+    ("heading", "name"), [("Líder Transformadores Ltda", "LIDER"), ("TRANSFORMADOR TRIFÁSICO", None)]
+)
+def test_a_manufacturer_in_no_template_is_read_for_a_person(heading: str, name: str | None) -> None:
+    values, reasons = parsed(*column(heading, "POTÊNCIA: 75 kVA", "SÉRIE: 123456", "DATA: 2010"))
+    assert values["fabricante"] == name
+    assert ("unknown_manufacturer:fabricante" in reasons) is (name is not None)
+
+
+def test_a_word_is_as_sure_as_most_of_its_letters() -> None:
+    sure = (1.0,) * 8 + (0.5,)
+    word, digits = Line("TRIFASICO", None, 0.9, 0.5, sure), Line("123456789", None, 0.9, 0.5, sure)
+    assert sureness(word, 0, word.text) > 0.9
+    assert sureness(digits, 0, digits.text) == 0.5
+
+
+def test_a_rated_voltage_may_be_less_sure_than_a_number_that_nothing_confirms() -> None:
+    lines = [at("TENSÃO SEC.: 220/127 V", 100, 100, sure=0.8), at("SÉRIE: 123456", 100, 160, sure=0.88)]
+    assert parsed(*lines)[1] == ["low_confidence:numero_serie"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("MEDIDOR ELETRÔNICO kWh|Nº 93550125", False),
+        ("ATENÇÃO|TELECOM 9871", False),
+        ("112,5 kVA|PATRIMÔNIO 9626755", True),
+        ("9626755", True),
+        ("WEG|Nº DE SÉRIE 1|TENSÃO 13800|IMPEDÂNCIA 3|75 kVA", False),
+        ("", False),
+    ],
+)
+def test_a_utilitys_plate_says_what_such_a_plate_says(text: str, told: bool) -> None:
+    lines = filters.classify(column(*text.split("|")), PoleIdContext.TRANSFORMER_PLATE)
+    assert filters.utility_plate(lines) is told
 
 
 def test_the_same_text_gives_the_same_answer() -> None:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from ocr_pipeline import build, gpu, settings, templates
 from ocr_pipeline.audit import PlateAuditor
-from ocr_pipeline.detect import densest, letterbox, plates_of
+from ocr_pipeline.detect import GREY, densest, letterbox, plates_of
 from ocr_pipeline.errors import BackendError, DeadlineError, GpuHangError, ImageRefusedError, SettingsError
 from ocr_pipeline.geometry import Box
-from ocr_pipeline.images import Pixels
+from ocr_pipeline.images import Photo, Pixels
 from ocr_pipeline.parser import Parser
-from ocr_pipeline.pipeline import Pipeline, choose, context_of, shrunk
+from ocr_pipeline.pipeline import Pipeline, alone, choose, context_of, cut_off, shrunk
+from ocr_pipeline.rapid import Recognised, agreed, sides_touched
 from ocr_pipeline.servers import ServerReasoner, ServerVision, parsed
 from ocr_pipeline.settings import ReasoningSettings, VisionSettings
 from ocr_pipeline.stages import Deadline, Line, Plate, PlateClass, PoleIdContext, Seen
@@ -155,6 +156,61 @@ def test_a_plate_at_the_edge_and_a_second_one_are_told() -> None:
     )
     reasons = pipeline(Reads("WEG"), cut, other).read(encoded(size=(600, 400))).reasons
     assert {"partial_plate", "several_plates"} <= set(reasons)
+
+
+@pytest.mark.parametrize(("touched", "told"), [((True, False, False, False), True), ((False,) * 4, False)])
+def test_a_plate_at_the_edge_is_whole_where_its_text_ends_before(
+    touched: tuple[bool, bool, bool, bool], told: bool
+) -> None:
+    photo = Photo(np.zeros((400, 600, 3), np.uint8), "JPEG")
+    assert cut_off(Box(1, 50, 300, 250), photo, Seen((), touched=touched)) is told
+    assert not cut_off(Box(100, 50, 300, 250), photo, Seen((), touched=(True,) * 4))
+
+
+def test_text_at_the_side_of_the_crop_is_noticed_whichever_way_it_runs() -> None:
+    level = np.array([[[1, 50], [90, 50], [90, 70], [1, 70]]], np.float32)
+    upright = np.array([[[50, 1], [70, 1], [70, 90], [50, 90]]], np.float32)
+    assert sides_touched(level, 200, 200) == (True, False, False, False)
+    assert sides_touched(upright, 200, 200) == (False, True, False, False)
+
+
+def test_another_plate_in_the_crop_is_painted_over() -> None:
+    pixels = np.full((100, 100, 3), 255, np.uint8)
+    chosen = Plate(IDENTIFICATION, Box(20, 40, 80, 90), 0.9)
+    beside, on_it = Plate(TRANSFORMER, Box(30, 10, 60, 45), 0.5), Plate(TRANSFORMER, Box(40, 50, 60, 70), 0.5)
+    shown = alone(pixels, Box(10, 5, 90, 95), chosen, [chosen, beside, on_it])
+    assert (shown[5:30, 20:50] == GREY).all()
+    assert (shown[35:, 10:70] == 255).all(), "what is on the plate itself stays"
+    assert (pixels == 255).all()
+
+
+@pytest.mark.parametrize(("text", "counts"), [("112,5 kVA", True), ("MEDIDOR kWh", False), ("", False)])
+def test_a_utilitys_plate_counts_for_a_bank_where_it_can_be_read(text: str, counts: bool) -> None:
+    plates = (
+        Plate(IDENTIFICATION, Box(50, 50, 350, 350), 0.9),
+        Plate(TRANSFORMER, Box(400, 50, 550, 120), 0.5),
+    )
+    made = pipeline(Reads("WEG", "POTÊNCIA: 75 kVA"), *plates)
+    found = made.inspect(encoded(size=(600, 400)))
+    assert found.tags == ("placa_identificacao", "placa_transformador")
+    made.vision = Reads(*[text] if text else [])
+    assert ("placa_transformador" in made.confirmed_tags(found)) is counts
+
+
+def reading(text: str, sure: float) -> Recognised:
+    return Recognised(text, (sure,) * len(text))
+
+
+def test_readings_that_agree_make_each_other_surer() -> None:
+    best, second = agreed([reading("8K", 0.7), reading("8 K", 0.95)])
+    assert (best.text, best.weakest, second) == ("8 K", 0.95, "")
+
+
+def test_the_surest_of_readings_that_differ_is_doubtful_all_the_same() -> None:
+    best, second = agreed([reading("123", 0.8), reading("128", 0.9)])
+    assert (best.text, best.weakest, second) == ("128", 0.75, "123")
+    best, _ = agreed([reading("123", 0.8), reading("128", 0.99)])
+    assert best.weakest == 0.99
 
 
 def test_a_good_plate_needs_no_review_and_explains_itself() -> None:

@@ -35,7 +35,7 @@ class OnnxDetector:
     """
 
     def __init__(
-        self, weights: str = "", classes: Sequence[str] = (), score: float = 0.35, threads: int = 2
+        self, weights: str = "", classes: Sequence[str] = (), score: float = 0.28, threads: int = 2
     ) -> None:
         path = Path(weights) if weights else Path(str(resources.files("ocr_pipeline") / "data" / SHIPPED))
         if not path.is_file():

@@ -37,6 +37,11 @@ NAMEPLATE = re.compile(
     r"|\bIMPEDANCIA|\bNBI\b|\bNBR 5440|\bOLEO\b|\bLIGACAO\b|\bPATRIMONIO\b|\bMATRICULA\b|\bAUTO ?-?PROTEGIDO"
     r"|\bDERIVAC|\bPRIMARI|\bSECUNDARI|\bMASSA\b|\bFREQUENCIA\b"
 )
+UTILITY = re.compile(r"[0-9] ?K[VU]A\b|\b(?:PATRIM\w*|TOMBAMENTO)\W*[0-9]{3}")
+UTILITY_WORDS = 3
+BARE_TAG = re.compile(
+    r"[^0-9A-Z]*(?:[0-9]{5,9}|15|30|45|75|112[.,]5|150|225|300)[^0-9A-Z]*$"
+)  # no word beside it
 NEAR = 1.2  # of a line's height: closer lines of one cluster are one label
 FOREIGN = (LineClass.METER, LineClass.TELECOM, LineClass.POLE)
 
@@ -80,6 +85,18 @@ def classify(lines: Sequence[Line], context: PoleIdContext) -> list[Line]:
         else:
             kinds.append(_unmarked(context))
     return [replace(line, kind=kind) for line, kind in zip(lines, kinds, strict=True)]
+
+
+def utility_plate(lines: Sequence[Line]) -> bool:
+    """Whether classified lines are those of a utility's plate: power or asset tag, and no other label's."""
+    own = [fold(line.text) for line in lines if line.kind is LineClass.NAMEPLATE]
+    if sum(NAMEPLATE.search(text) is not None for text in own) > UTILITY_WORDS:
+        return False  # a manufacturer's nameplate says much more
+    if any(UTILITY.search(text) for text in own):
+        return True
+    return all(line.kind is LineClass.NAMEPLATE for line in lines) and any(
+        BARE_TAG.match(text) for text in own
+    )
 
 
 def _unmarked(context: PoleIdContext) -> LineClass:

@@ -18,11 +18,15 @@ from pydantic import ValidationError
 from ocr_pipeline import normal
 from ocr_pipeline.reading import FIELDS, Fields, Reason
 from ocr_pipeline.stages import Extraction, Line
+from ocr_pipeline.templates import CODES
 from ocr_pipeline.words import fold, squeezed
 
 log = logging.getLogger(__name__)
 
-DOUBTFUL = 0.60  # a value whose least sure character is below this is for a person
+RATED = ("potencia_kva", "tensao_primaria", "tensao_secundaria")
+DOUBTFUL = 0.85  # a value whose least sure character is below this is for a person
+DOUBTFUL_CODE = 0.90  # and a number that nothing else confirms
+DOUBTFUL_KNOWN = 0.70  # and one that is a rated power or voltage, as few misread ones are
 
 
 def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> bool:
@@ -47,7 +51,7 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
         case "fases":
             return any(normal.phases(text) == value for text in texts)
         case "autoprotegido":
-            return "AUTOPROTEG" in squeezed(joined) or "AUTOPROT" in squeezed(joined)
+            return re.search("AUTOPROT|PROTEG", squeezed(joined)) is not None
         case "elo_fusivel":
             return any(normal.fuse(text) == value for text in texts)
         case "fabricante":
@@ -91,9 +95,12 @@ def settle(extraction: Extraction, lines: Sequence[Line]) -> tuple[dict[str, Any
             reasons.append(f"{Reason.NOT_GROUNDED}:{name}")
             continue
         values[name] = value
-        if normal.problem(name, value):
+        impossible = normal.problem(name, value)
+        if impossible:
             reasons.append(f"{Reason.OUT_OF_DOMAIN}:{name}")
-        if candidate.confidence < DOUBTFUL:
+        known = name in RATED and not impossible
+        least = DOUBTFUL_CODE if name in CODES else DOUBTFUL_KNOWN if known else DOUBTFUL
+        if candidate.confidence < least:
             reasons.append(f"{Reason.LOW_CONFIDENCE}:{name}")
     reasons += [f"{Reason.INCONSISTENT}:{name}" for name in normal.inconsistent(values)]
     return values, reasons

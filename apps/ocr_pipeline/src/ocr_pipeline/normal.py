@@ -94,6 +94,8 @@ def secondary(text: str) -> str | None:
     if foreign(fold(text)):
         return None
     folded = as_digits(re.sub(r"\b[VY]\b|VOLTS?", "", fold(text)))
+    if re.search(r"[0-9]{3}\s*[/\\]\s*[0-9]{0,2}\s*$", folded):
+        return None  # `380/2`: the second one was covered
     found = re.search(
         r"(?<![0-9.,])([1-9][0-9]{2}(?:[.,][0-9])?)(?:\s*V?\s*[/\-X\\]\s*([1-9][0-9]{2}(?:[.,][0-9])?))?(?![0-9])",
         folded,
@@ -134,7 +136,7 @@ def date(text: str) -> str | None:
         return _month(int(found.group(1)), int(found.group(2)))
     if found := re.search(r"(?<![0-9])([0-9]{1,2})[/.\-]((?:19|20)[0-9]{2}|[0-9]{2})(?![0-9])", digits):
         return _month(_year(found.group(2)), int(found.group(1)))
-    if found := re.search(r"(?<![0-9A-Z])((?:19|20)[0-9]{2})(?![0-9A-Z])", digits):
+    if found := re.search(r"(?<![0-9A-Z/])((?:19|20)[0-9]{2})(?![0-9A-Z/])", digits):
         return found.group(1)
     return None
 
@@ -158,7 +160,7 @@ def _day(year: int, month: int, day: int) -> str | None:
 def fuse(text: str) -> str | None:
     """`5H`, `0.5H`, `10K`: rating and type of a fuse link."""
     folded = fold(text).replace(",", ".")
-    found = re.search(r"(?<![0-9A-Z.])([0-9OISZ]{1,3}(?:\.[0-9])?)\s*-?\s*(H|K|T|EF)\b", folded)
+    found = re.search(r"(?<![0-9A-Z.])([0-9OISZB]{1,3}(?:\.[0-9])?)\s*-?\s*(H|K|T|EF)\b", folded)
     if not found:
         return None
     rating = as_digits(found.group(1))
@@ -215,7 +217,7 @@ def problem(name: str, value: Any, today: datetime.date | None = None) -> bool:
         case "potencia_kva":
             return value not in POWERS
         case "tensao_primaria":
-            return not any(low <= value <= high for low, high in PRIMARY_RANGES)
+            return not any(low <= value <= high for low, high in PRIMARY_RANGES) or not _rated(value)
         case "tensao_secundaria":
             return value not in SECONDARIES
         case "elo_fusivel":
@@ -227,6 +229,12 @@ def problem(name: str, value: Any, today: datetime.date | None = None) -> bool:
             return not 3 <= len(value) <= 24
         case _:
             return False
+
+
+def _rated(volts: float) -> bool:
+    """Whether a primary voltage can be a rated one: a multiple of 50 V, or of 100 V between phases."""
+    between = volts * 3**0.5
+    return volts % 50 == 0 or abs(between - 100 * round(between / 100)) < 2
 
 
 def inconsistent(values: Mapping[str, Any]) -> list[str]:

@@ -14,14 +14,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from ocr_pipeline import normal
+from ocr_pipeline.filters import clusters
 from ocr_pipeline.geometry import Box
 from ocr_pipeline.reading import Reason
 from ocr_pipeline.stages import Candidate, Deadline, Extraction, Line, PoleIdContext
 from ocr_pipeline.templates import CODES, Template, Templates, labels
-from ocr_pipeline.words import distance, fold
+from ocr_pipeline.words import alike, distance, fold
 
 OTHER = "_other"
 PARSERS: dict[str, Callable[[str], Any]] = {
@@ -43,6 +45,22 @@ ANSWER = re.compile(r"(?:SIM|NAO)(?![A-Z])")  # a value, never a label's first w
 VALUE = re.compile(r"[2-9]|[0-9]{2}")  # digits that no letter was misread for
 REACH_RIGHT = 16.0  # of the label's height: a value further off belongs to something else
 REACH_BELOW = 1.6
+SHORTEST_END, LONGEST_END = 4, 20  # letters of a label that is left where its beginning is cut off
+NUMBERS = frozenset(PARSERS) - {"fases", "autoprotegido"}  # a word alone is no value of these
+CODE_ALONE = re.compile(r"[A-Z]{0,3}[0-9]{5,9}(?:-[0-9])?")
+FORMS = (  # what only one field looks like, its label unread
+    ("tensao_primaria", re.compile(r"[0-9]{4,5}(?:\s*[/-]\s*[0-9]{4,5})+\s*V?")),
+    ("tensao_secundaria", re.compile(r"[1-4][0-9]{2}\s*/\s*[1-4][0-9]{2}\s*V?")),
+)
+WORD = 3  # letters: SIM, TRIFASICO
+_COMPANY = "TRANSFORMADORES EQUIPAMENTOS ELETRICOS ELETRICA PRODUTOS COMERCIO LTDA ENERGIA INDUSTRIAL"
+_NO_NAME = """TRANSFORMADOR DISTRIBUICAO INDUSTRIA BRASILEIRA BRASIL TRIFASICO MONOFASICO BIFASICO PLACA
+IDENTIFICACAO FABRICADO NORMA ABNT NBR OLEO MINERAL VEGETAL IMERSO AUTOPROTEGIDO"""
+COMPANY = tuple(_COMPANY.split())
+NO_NAME = (*COMPANY, *_NO_NAME.split())  # words that stand above a nameplate and name nobody
+PLATE_LABELS = 3  # below a heading
+LARGE = 1.35  # of the usual height of a line
+MOST_NAMES = 3  # words of a name
 UNLABELLED = 0.9  # confidence of what only a unit gives away, beside a labelled value's 1
 
 
@@ -85,8 +103,20 @@ class Parser:
         self._own_text(found_labels, lines, found, taken)
         self._neighbours(found_labels, lines, found, taken)
         self._by_unit(found_labels, lines, found, taken)
+        groups = clusters([line.box for line in lines])
+
+        def beside(candidate: Candidate) -> int:
+            """How many lines stand with a candidate's: a label beside the plate is a small group."""
+            return len(groups[candidate.line]) if candidate.line is not None else 0
+
         for name, values in found.items():
-            self._choose(name, values, template, extraction)
+            self._choose(name, values, beside, template, extraction)
+        labelled = {label.line for label in found_labels}
+        if any(
+            CODE_ALONE.fullmatch(fold(line.text)) and at not in labelled and (at, 0) not in taken
+            for at, line in enumerate(lines)
+        ):
+            extraction.reasons.append(Reason.UNLABELLED_VALUE)
         for label in found_labels:
             if label.field not in (OTHER, "fabricante") and label.field not in extraction.candidates:
                 extraction.reasons.append(f"{Reason.UNREAD_LABEL}:{label.field}")
@@ -102,7 +132,7 @@ class Parser:
         taken: set[tuple[int, int]],
     ) -> None:
         for label in found_labels:
-            if label.field == "fabricante" or BARE.match(fold(label.rest)):
+            if label.field == "fabricante" or _says_nothing(label):
                 continue
             taken.add((label.line, label.rest_at))
             if label.field == OTHER:
@@ -121,7 +151,7 @@ class Parser:
         labelled = {label.line for label in found_labels}
         pairs: list[tuple[float, int, int]] = []
         for at, label in enumerate(found_labels):
-            if label.field == "fabricante" or not BARE.match(fold(label.rest)):
+            if label.field == "fabricante" or not _says_nothing(label):
                 continue
             for other, line in enumerate(lines):
                 if other in labelled or other == label.line:
@@ -141,7 +171,9 @@ class Parser:
                     used.add(other)
                     taken.add((other, 0))
                 continue
-            candidate = _candidate(label.field, lines, other, lines[other].text, 0)
+            candidate = _candidate(label.field, lines, other, lines[other].text, 0) or _second(
+                label.field, lines, other
+            )
             if candidate is not None:
                 done.add(at)
                 used.add(other)
@@ -173,6 +205,9 @@ class Parser:
                     if name not in found:
                         part = text if name == "tensao_primaria" else re.split(r"[-/]", text, maxsplit=1)[1]
                         self._add(name, lines, at, part, found)
+            for name, form in FORMS:
+                if name not in found and form.fullmatch(folded.strip()):
+                    self._add(name, lines, at, text, found)
         for at, text in everything:
             folded = fold(text)
             if "fases" not in found and re.search(r"TRIF\w?[AS]|MONOF\w?[AS]|BIF\w?[AS]IC", folded):
@@ -196,8 +231,15 @@ class Parser:
 
     # --- choosing ---
 
-    def _choose(self, name: str, values: list[_Found], template: Template, extraction: Extraction) -> None:
-        values.sort(key=lambda value: (value.cost, -value.candidate.confidence))
+    def _choose(
+        self,
+        name: str,
+        values: list[_Found],
+        beside: Callable[[Candidate], int],
+        template: Template,
+        extraction: Extraction,
+    ) -> None:
+        values.sort(key=lambda value: (-beside(value.candidate), value.cost, -value.candidate.confidence))
         best = values[0].candidate
         if any(other.candidate.value != best.value for other in values[1:]):
             extraction.reasons.append(f"{Reason.AMBIGUOUS}:{name}")
@@ -227,12 +269,37 @@ class Parser:
             if known := self.templates.named_in(line.text):
                 names.append((at, *known))
         if not names:
-            return None
+            return self._heading(lines, extraction)
         at, name, raw = names[0]
         if any(other != name for _, other, _ in names):
             extraction.reasons.append(f"{Reason.AMBIGUOUS}:fabricante")
         extraction.candidates["fabricante"] = Candidate(name, raw, at, lines[at].confidence)
         return name
+
+    def _heading(self, lines: Sequence[Line], extraction: Extraction) -> str | None:
+        """A manufacturer in no template: large words above all labels, or a company's. For a person."""
+        labelled = [
+            line.box.top
+            for at, line in enumerate(lines)
+            if line.box and find_labels(at, line, self.templates.generic)
+        ]
+        if len(labelled) < PLATE_LABELS:
+            return None
+        usual = median(line.box.height for line in lines if line.box)
+        for at, line in enumerate(lines):
+            if line.box is None or line.box.middle[1] > min(labelled):
+                continue
+            words = re.findall(r"[0-9A-Z&]+", fold(line.text))
+            own = [word for word in words if not any(alike(word, known) for known in NO_NAME)]
+            company = any(alike(word, known) for word in words for known in COMPANY)
+            name = " ".join(word for word in own if word not in ("E", "DE", "DO", "DA", "S", "A"))
+            if not re.fullmatch(r"[A-Z&][A-Z& ]{2,39}", name) or len(own) > MOST_NAMES:
+                continue
+            if company or line.box.height > LARGE * usual:
+                extraction.candidates["fabricante"] = Candidate(name, name, at, line.confidence)
+                extraction.reasons.append(f"{Reason.UNKNOWN_MANUFACTURER}:fabricante")
+                return name
+        return None
 
 
 def find_labels(at: int, line: Line, template: Template) -> list[Label]:
@@ -253,6 +320,8 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
             start += 1
             continue
         match = _longest(flat, start, text, signs, template)
+        if match is None and start == 0:
+            match = _end_of_one(flat, text, signs, template)
         if match is None:
             start += 1
             continue
@@ -269,6 +338,15 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
             Label(name, at, begin, end, rest[offset:].rstrip(" :;,_|"), end + offset, _part(line, begin, end))
         )
     return found
+
+
+def _says_nothing(label: Label) -> bool:
+    """Whether the value stands elsewhere: what follows the label is nothing, a unit, or the rest of its own
+    words (`DATA F` beside a date).
+    """
+    return BARE.match(fold(label.rest)) is not None or (
+        label.field in NUMBERS and re.fullmatch(r"[A-Z]{1,2}\W*", fold(label.rest)) is not None
+    )
 
 
 def _begins(text: str, place: int) -> bool:
@@ -294,6 +372,8 @@ def _longest(
                 continue
             if part != phrase and VALUE.search(part) and not VALUE.search(phrase):
                 continue  # `POTÊNCIA: 75 kVA` is no misread `POTÊNCIA EM kVA`
+            if part != phrase and phrase[0] == "N" and part.startswith("DE"):
+                continue  # `DE FABRICAÇÃO`, the rest of a date's label, is no misread `Nº FABRICAÇÃO`
             wrong = 0 if part == phrase else distance(part, phrase, allowed)
             if wrong > allowed or not _ends(text, signs, end, len(phrase)):
                 continue
@@ -301,6 +381,19 @@ def _longest(
             if best is None or score > best[0]:
                 best = (score, name, length)
     return (best[1], best[2]) if best else None
+
+
+def _end_of_one(
+    flat: str, text: str, signs: Sequence[tuple[int, str]], template: Template
+) -> tuple[str, int] | None:
+    """A label without its beginning: `TÊNCIA: 75`, where all labels that end so are of one field."""
+    for length in range(min(len(flat), LONGEST_END), SHORTEST_END - 1, -1):
+        ending = [(name, phrase) for name, phrase in _phrases(template) if phrase.endswith(flat[:length])]
+        if not any(length < len(phrase) <= 2 * length for _, phrase in ending):
+            continue
+        if len({name for name, _ in ending}) == 1 and _ends(text, signs, length, length):
+            return ending[0][0], length
+    return None
 
 
 def _phrases(template: Template) -> list[tuple[str, str]]:
@@ -366,8 +459,17 @@ def _candidate(name: str, lines: Sequence[Line], at: int, text: str, start: int)
     return Candidate(value, text, at, sureness(lines[at], max(0, start), text))
 
 
+def _second(name: str, lines: Sequence[Line], at: int) -> Candidate | None:
+    """The value that only the second reading of a line gives: for a person."""
+    value = PARSERS[name](lines[at].second) if lines[at].second else None
+    return None if value is None else Candidate(value, lines[at].second, at, min(0.5, lines[at].weakest))
+
+
 def sureness(line: Line, start: int, text: str) -> float:
-    """The least sure letter or digit of a part of a line."""
+    """The least sure letter or digit of a part of a line; the mean of a word: most of its letters name it."""
     weights = line.weights[start : start + len(text)]
     sure = [weight for weight, sign in zip(weights, text, strict=False) if sign.isalnum()]
-    return min(sure, default=line.weakest)
+    if not sure:
+        return line.weakest
+    word = sum(sign.isalpha() for sign in text) >= WORD and not any(sign.isdigit() for sign in text)
+    return sum(sure) / len(sure) if word else min(sure)

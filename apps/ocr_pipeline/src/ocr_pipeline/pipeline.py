@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from ocr_pipeline import filters, grounding, images
+from ocr_pipeline.detect import GREY
 from ocr_pipeline.geometry import Box
 from ocr_pipeline.images import Limits, Photo, Pixels
 from ocr_pipeline.reading import FIELDS, Reading, Reason
@@ -31,6 +32,7 @@ PADDING = 0.10
 WHOLE_PHOTO = 1600  # pixels of the longer side where no plate was found
 CROP_SIDE = 1600  # and of a crop at most: its text is large enough then
 EDGE = 0.004  # a plate nearer to the photo's edge than this share of its side may be cut off
+OVERLAPPING = 0.3  # of another plate's area on the one that is read: then it is no neighbour
 BIG_BESIDE = 0.5  # a second nameplate of this share of the first one's area is not background
 
 
@@ -55,7 +57,7 @@ class Inspection:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The classes that the detector saw, for the rule of the bank: `placa_transformador` counts."""
+        """The classes that the detector saw."""
         return tuple(sorted({str(plate.kind) for plate in self.plates if plate.kind}))
 
     def crop_jpeg(self, quality: int = 85) -> bytes:
@@ -142,7 +144,7 @@ class Pipeline:
         context = pole_id_context or context_of(chosen)
         lap("detector")
         crop = chosen.box.padded(PADDING, photo.width, photo.height) if chosen else _whole(photo)
-        pixels, _ = shrunk(cut(photo.pixels, crop), CROP_SIDE if chosen else WHOLE_PHOTO)
+        pixels, _ = shrunk(alone(photo.pixels, crop, chosen, plates), CROP_SIDE if chosen else WHOLE_PHOTO)
         seen = self.vision.read(pixels, deadline)
         lap("vision")
         lines = filters.classify(seen.lines, context)
@@ -175,6 +177,29 @@ class Pipeline:
             seconds=seconds,
         )
 
+    def confirmed_tags(self, found: Inspection, *, deadline: Deadline | None = None) -> tuple[str, ...]:
+        """The classes that a bank may be counted by: `placa_transformador` only where such a plate is read.
+
+        The detector takes a meter's or a pole's label for one at times; two of these would make a bank.
+        """
+        deadline = deadline or Deadline(self.seconds_per_image)
+        if any(
+            self._is_read(plate, found, deadline)
+            for plate in found.plates
+            if plate.kind is PlateClass.TRANSFORMER
+        ):
+            return found.tags
+        return tuple(tag for tag in found.tags if tag != PlateClass.TRANSFORMER)
+
+    def _is_read(self, plate: Plate, found: Inspection, deadline: Deadline) -> bool:
+        """Whether a utility's plate shows what such a plate shows."""
+        if plate is choose(found.plates):
+            return filters.utility_plate(found.lines)
+        photo = found.photo
+        pixels = cut(photo.pixels, plate.box.padded(PADDING, photo.width, photo.height))
+        seen = self.vision.read(shrunk(pixels, CROP_SIDE)[0], deadline)
+        return filters.utility_plate(filters.classify(seen.lines, PoleIdContext.TRANSFORMER_PLATE))
+
     def _detect(self, photo: Photo, deadline: Deadline) -> list[Plate]:
         """What the first detector that finds anything finds."""
         for detector in self.detectors:
@@ -191,17 +216,14 @@ class Pipeline:
             reasons.append(Reason.NO_TEXT)
         if chosen is None or chosen.kind is None:
             return [*reasons, Reason.NO_PLATE]
-        near_x, near_y = EDGE * photo.width, EDGE * photo.height
-        box = chosen.box
-        if (
-            min(box.left, photo.width - box.right) < near_x
-            or min(box.top, photo.height - box.bottom) < near_y
-        ):
+        if cut_off(chosen.box, photo, seen):
             reasons.append(Reason.PARTIAL_PLATE)
         rivals = [
             plate
             for plate in plates
-            if plate is not chosen and plate.kind is chosen.kind and plate.box.area > BIG_BESIDE * box.area
+            if plate is not chosen
+            and plate.kind is chosen.kind
+            and plate.box.area > BIG_BESIDE * chosen.box.area
         ]
         if rivals:
             reasons.append(Reason.SEVERAL_PLATES)
@@ -216,6 +238,20 @@ def choose(plates: Sequence[Plate]) -> Plate | None:
     return ranked[-1] if ranked else None
 
 
+def cut_off(box: Box, photo: Photo, seen: Seen) -> bool:
+    """Whether the photo may show only a part of a plate: it lies at a side, and its text goes up to that."""
+    near_x, near_y = EDGE * photo.width, EDGE * photo.height
+    at_side = (
+        box.left < near_x,
+        box.top < near_y,
+        photo.width - box.right < near_x,
+        photo.height - box.bottom < near_y,
+    )
+    if seen.touched is None:
+        return any(at_side)
+    return any(here and touched for here, touched in zip(at_side, seen.touched, strict=True))
+
+
 def context_of(plate: Plate | None) -> PoleIdContext:
     """The detector's class is context."""
     if plate is None or plate.kind is None:
@@ -227,10 +263,22 @@ def context_of(plate: Plate | None) -> PoleIdContext:
 
 def cut(pixels: Pixels, box: Box) -> Pixels:
     """The part of a picture that lies in `box`."""
-    return pixels[
-        int(box.top) : max(int(box.top) + 1, round(box.bottom)),
-        int(box.left) : max(int(box.left) + 1, round(box.right)),
-    ]
+    left, top = max(0, int(box.left)), max(0, int(box.top))
+    return pixels[top : max(top + 1, round(box.bottom)), left : max(left + 1, round(box.right))]
+
+
+def alone(pixels: Pixels, crop: Box, chosen: Plate | None, plates: Sequence[Plate]) -> Pixels:
+    """The part of a photo in `crop`, other plates in it painted over: their numbers are not this one's."""
+    part = cut(pixels, crop)
+    others = [plate.box for plate in plates if plate is not chosen and plate.box.overlap(crop) > 0]
+    if chosen is None or not others:
+        return part
+    painted, own = part.copy(), cut(part, chosen.box.moved(-crop.left, -crop.top))
+    for box in others:
+        if box.inside(chosen.box) < OVERLAPPING:
+            cut(painted, box.moved(-crop.left, -crop.top))[:] = GREY
+    cut(painted, chosen.box.moved(-crop.left, -crop.top))[:] = own
+    return painted
 
 
 def shrunk(pixels: Pixels, side: int) -> tuple[Pixels, float]:

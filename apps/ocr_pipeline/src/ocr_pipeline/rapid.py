@@ -5,8 +5,8 @@ whole crop is
 turned upright at once (by most lines' shape, then by the direction classifier on the longest ones),
 recognition gives
 the certainty of each character over the alphabet of a nameplate, and a line with a doubtful character is
-read a second
-time from another cut. Widths are rounded up to steps: the memory of a worker grows with each new size of
+read again from
+other cuts. Widths are rounded up to steps: the memory of a worker grows with each new size of
 input.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from ocr_pipeline.geometry import Box
 from ocr_pipeline.images import Pixels
 from ocr_pipeline.stages import Deadline, Line, Seen
-from ocr_pipeline.words import fold
+from ocr_pipeline.words import squeezed
 
 HEIGHT = 48  # of a line that is recognised
 WIDTH_STEP = 160
@@ -37,7 +38,12 @@ WIDEST = 1600
 BATCH = 6
 SIDE_STEP = 160  # the picture is padded to multiples of this
 LOOKED_AT = 5  # lines that tell whether the crop stands on its head
-DOUBTFUL = 0.90  # a line with a less sure character is read twice
+PLAIN = 0.25  # below it, or above 1 less it, the share of lines on their heads decides
+DOUBTFUL = 0.90  # a line with a less sure character is read again, from other cuts
+SURE = 0.97  # a reading that another one's digits do not put in doubt
+DISPUTED = 0.75  # certainty at most where they do
+SMOOTH = 0.05  # standard deviation of the blur, of a line's height
+TOUCHING = 0.25  # of a line's height: nearer to the crop's side it may be cut off
 LEAST_TILT = 1.0  # degrees: less changes no row
 LEAST = 0.45  # a line less sure than this is no text
 ALPHABET = frozenset(
@@ -58,6 +64,12 @@ class Recognised:
     def mean(self) -> float:
         """The mean certainty; 0 without text."""
         return float(np.mean(self.weights)) if self.weights else 0.0
+
+    @property
+    def weakest(self) -> float:
+        """The least sure letter's or digit's certainty; 0 without one."""
+        sure = [weight for sign, weight in zip(self.text, self.weights, strict=True) if sign.isalnum()]
+        return min(sure, default=0.0)
 
 
 class RapidVision:
@@ -84,12 +96,13 @@ class RapidVision:
         deadline.check("text detection")
         if not len(quads):
             return Seen((), 0, time.perf_counter() - started)
+        touched = sides_touched(quads, pixels.shape[1], pixels.shape[0])
         turned = 90 if _mostly_upright(quads) else 0
         picture = np.ascontiguousarray(np.rot90(pixels)) if turned else pixels
         if turned:
             quads = _turned(quads, pixels.shape[1])
         cuts = [_cut(picture, quad) for quad in quads]
-        if parts.upside_down(cuts):
+        if parts.upside_down(cuts, deadline):
             turned += 180
             height, width = picture.shape[:2]
             quads = np.array([[width, height] - np.roll(quad, 2, axis=0) for quad in quads], dtype=np.float32)
@@ -100,23 +113,23 @@ class RapidVision:
             picture, quads = straightened(picture, quads, tilt)
             cuts = [_cut(picture, quad) for quad in quads]
         deadline.check("text direction")
-        first = parts.recognise(cuts, deadline)
-        lines = [self._line(quad, found) for quad, found in zip(quads, first, strict=True)]
-        again = [at for at, found in enumerate(first) if _worth_a_second_look(found)]
-        if again:
-            second = parts.recognise(
-                [_cut(picture, quads[at], grow=0.12, sharpen=True) for at in again], deadline
-            )
-            for at, other in zip(again, second, strict=True):
-                lines[at] = _settled(lines[at], other)
+        readings = [[found] for found in parts.recognise(cuts, deadline)]
+        for look in (_sharpened, _smoothed):
+            again = [at for at, found in enumerate(readings) if _worth_another_look(found)]
+            if not again:
+                break
+            others = parts.recognise([look(picture, quads[at]) for at in again], deadline)
+            for at, other in zip(again, others, strict=True):
+                readings[at].append(other)
+        lines = [self._line(quad, *agreed(found)) for quad, found in zip(quads, readings, strict=True)]
         kept = [line for line in lines if line.text.strip() and line.confidence >= LEAST]
-        return Seen(tuple(in_reading_order(kept)), turned % 360, time.perf_counter() - started, picture)
+        seconds = time.perf_counter() - started
+        return Seen(tuple(in_reading_order(kept)), turned % 360, seconds, picture, touched)
 
     @staticmethod
-    def _line(quad: Floats, found: Recognised) -> Line:
+    def _line(quad: Floats, found: Recognised, second: str) -> Line:
         box = Box(*(float(side) for side in (*quad.min(axis=0), *quad.max(axis=0))))
-        sure = [weight for sign, weight in zip(found.text, found.weights, strict=True) if sign.isalnum()]
-        return Line(found.text, box, found.mean, min(sure, default=0.0), found.weights)
+        return Line(found.text, box, found.mean, found.weakest, found.weights, second=second)
 
 
 class TextFinder:
@@ -170,12 +183,18 @@ class _Parts:
         boxes = getattr(found, "boxes", None)
         return np.zeros((0, 4, 2), np.float32) if boxes is None else np.asarray(boxes, dtype=np.float32)
 
-    def upside_down(self, cuts: Sequence[Pixels]) -> bool:
-        """Whether most of the longest lines stand on their heads."""
+    def upside_down(self, cuts: Sequence[Pixels], deadline: Deadline) -> bool:
+        """Whether the longest lines stand on their heads; where that is not plain, both ways are read."""
         longest = sorted(cuts, key=lambda cut: -cut.shape[1] / max(1, cut.shape[0]))[:LOOKED_AT]
         batch = np.stack([_normal(cut, 192) for cut in longest])
         shares = self._direction.run(None, {self._direction.get_inputs()[0].name: batch})[0]
-        return float(np.mean(shares[:, 1])) > 0.5
+        chance = float(np.mean(shares[:, 1]))
+        if not PLAIN < chance < 1 - PLAIN:
+            return chance > 0.5
+        turned = [np.ascontiguousarray(cut[::-1, ::-1]) for cut in longest]
+        ways = [self.recognise(cuts, deadline) for cuts in (longest, turned)]
+        this, other = (sum(found.mean for found in way) for way in ways)
+        return other > this
 
     def recognise(self, cuts: Sequence[Pixels], deadline: Deadline) -> list[Recognised]:
         """The text of every cut. Cuts of one width go together."""
@@ -238,7 +257,7 @@ def _normal(cut: Pixels, width: int) -> Floats:
     return padded
 
 
-def _cut(picture: Pixels, quad: Floats, *, grow: float = 0.0, sharpen: bool = False) -> Pixels:
+def _cut(picture: Pixels, quad: Floats, *, grow: float = 0.0) -> Pixels:
     """The line in a quadrilateral, straightened. `grow`: a margin as a share of its height."""
     width = max(float(np.linalg.norm(quad[0] - quad[1])), float(np.linalg.norm(quad[2] - quad[3])), 1.0)
     height = max(float(np.linalg.norm(quad[0] - quad[3])), float(np.linalg.norm(quad[1] - quad[2])), 1.0)
@@ -254,15 +273,10 @@ def _cut(picture: Pixels, quad: Floats, *, grow: float = 0.0, sharpen: bool = Fa
     )
     size = (max(1, round(width + 2 * margin)), max(1, round(height + 2 * margin)))
     matrix = cv2.getPerspectiveTransform(quad.astype(np.float32), goal)
-    cut = np.asarray(
+    return np.asarray(
         cv2.warpPerspective(picture, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE),
         dtype=np.uint8,
     )
-    if sharpen:
-        low, high = (float(value) for value in np.percentile(cut, (2, 98)))
-        if high - low > 8:
-            cut = np.clip((cut.astype(np.float32) - low) * (255.0 / (high - low)), 0, 255).astype(np.uint8)
-    return cut
 
 
 def _mostly_upright(quads: Floats) -> bool:
@@ -272,6 +286,19 @@ def _mostly_upright(quads: Floats) -> bool:
     longer, shorter = np.maximum(wide, high), np.maximum(1.0, np.minimum(wide, high))
     votes = longer * (longer / shorter > 1.5)
     return float(votes[high > wide].sum()) > float(votes[wide >= high].sum())
+
+
+def sides_touched(quads: Floats, width: int, height: int) -> tuple[bool, bool, bool, bool]:
+    """Whether a line reaches the picture's left, top, right or bottom: it may go on beyond it."""
+    low, high = quads.min(axis=1), quads.max(axis=1)
+    sides = [np.linalg.norm(quads[:, 0] - quads[:, at], axis=1) for at in (1, 3)]
+    near = TOUCHING * np.minimum(*sides)
+    return (
+        bool((low[:, 0] < near).any()),
+        bool((low[:, 1] < near).any()),
+        bool((high[:, 0] > width - near).any()),
+        bool((high[:, 1] > height - near).any()),
+    )
 
 
 def tilt_of(quads: Floats) -> float:
@@ -301,34 +328,51 @@ def _turned(quads: Floats, width: int) -> Floats:
     return np.ascontiguousarray(np.roll(turned, -1, axis=1), dtype=np.float32)
 
 
-def _worth_a_second_look(found: Recognised) -> bool:
-    """Whether a line has a doubtful character and any digit: words alone are matched with tolerance."""
-    if not found.text or not any(sign.isdigit() for sign in found.text):
-        return False
-    sure = [weight for sign, weight in zip(found.text, found.weights, strict=True) if sign.isalnum()]
-    return min(sure, default=1.0) < DOUBTFUL
+def _worth_another_look(readings: Sequence[Recognised]) -> bool:
+    """Whether a line with a digit is still doubtful: words alone are matched with tolerance."""
+    best, second = agreed(readings)
+    return any(sign.isdigit() for sign in best.text) and (best.weakest < DOUBTFUL or bool(second))
 
 
-def _settled(line: Line, other: Recognised) -> Line:
-    """A line after its second reading: surer where both agree, doubtful where they differ."""
-    one, two = fold(line.text), fold(other.text)
-    if one == two:
-        weights = tuple(max(pair) for pair in zip(line.weights, other.weights, strict=False))
-        sure = [weight for sign, weight in zip(line.text, weights, strict=False) if sign.isalnum()]
-        return Line(
-            line.text,
-            line.box,
-            max(line.confidence, other.mean),
-            min(sure, default=line.weakest),
-            weights,
-            line.kind,
-        )
-    if other.mean > line.confidence + 0.05:
-        sure = [weight for sign, weight in zip(other.text, other.weights, strict=True) if sign.isalnum()]
-        return Line(
-            other.text, line.box, other.mean, min(sure, default=0.0), other.weights, line.kind, line.text
-        )
-    return Line(line.text, line.box, line.confidence, line.weakest, line.weights, line.kind, other.text)
+def _sharpened(picture: Pixels, quad: Floats) -> Pixels:
+    """The line with a margin, its contrast stretched."""
+    cut = _cut(picture, quad, grow=0.12)
+    low, high = (float(value) for value in np.percentile(cut, (2, 98)))
+    if high - low <= 8:
+        return cut
+    stretched = (cut.astype(np.float32) - low) * (255.0 / (high - low))
+    return np.asarray(np.clip(stretched, 0, 255), dtype=np.uint8)
+
+
+def _smoothed(picture: Pixels, quad: Floats) -> Pixels:
+    """The line with a margin, smoothed: an embossed letter's light and shadow become one stroke."""
+    cut = _cut(picture, quad, grow=0.06)
+    return np.asarray(cv2.GaussianBlur(cut, (0, 0), max(0.3, SMOOTH * cut.shape[0])), dtype=np.uint8)
+
+
+def agreed(readings: Sequence[Recognised]) -> tuple[Recognised, str]:
+    """The surest of several readings of a line, and another one that has other letters or digits, or "".
+
+    Readings of one text make each other surer. Where digits differ, the surest one is doubtful all the same.
+    """
+    groups: dict[str, list[Recognised]] = {}
+    for found in readings:
+        groups.setdefault(squeezed(found.text), []).append(found)
+    surest = [_merged(group) for group in groups.values()]
+    surest.sort(key=lambda found: (-found.weakest, -found.mean))
+    best = surest[0]
+    if len(surest) == 1:
+        return best, ""
+    if best.weakest < SURE and len({re.sub(r"[^0-9]", "", found.text) for found in surest}) > 1:
+        best = Recognised(best.text, tuple(min(weight, DISPUTED) for weight in best.weights))
+    return best, surest[1].text
+
+
+def _merged(group: Sequence[Recognised]) -> Recognised:
+    """The surest of readings of one text, each sign as sure as in the reading where it is surest."""
+    best = max(group, key=lambda found: (found.weakest, found.mean))
+    same = [found.weights for found in group if len(found.text) == len(best.text)]
+    return Recognised(best.text, tuple(max(weights) for weights in zip(*same, strict=True)))
 
 
 def in_reading_order(lines: Sequence[Line]) -> list[Line]:

@@ -29,6 +29,7 @@ class Reason(StrEnum):
     LOW_CONFIDENCE = "low_confidence"
     AMBIGUOUS = "ambiguous"
     UNREAD_LABEL = "label_without_value"
+    UNLABELLED_VALUE = "value_without_label"
     OUT_OF_DOMAIN = "out_of_domain"
     FILTERS_DISAGREE = "filters_disagree"
     NOT_GROUNDED = "not_grounded"

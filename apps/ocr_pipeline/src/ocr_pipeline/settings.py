@@ -36,7 +36,7 @@ class DetectorSettings(_Strict):
     backend: Literal["onnx", "text", "whole"] = "onnx"
     weights: str = ""
     classes: tuple[str, ...] = ()
-    score: Share = 0.35
+    score: Share = 0.28
     fallback_text: bool = True
 
 

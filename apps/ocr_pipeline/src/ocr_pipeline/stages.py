@@ -81,12 +81,15 @@ class Seen:
     """What the vision stage saw: lines in reading order, and by how many degrees (counter-clockwise) the
     crop had to be
     turned to be upright: 0, 90, 180 or 270. Boxes of the lines are those of `picture`, where it is given.
+    `touched`: whether text reaches the left, top, right and bottom of the crop as it was given; None where
+    nobody knows.
     """
 
     lines: tuple[Line, ...]
     turned: int = 0
     seconds: float = 0.0
     picture: Pixels | None = None
+    touched: tuple[bool, bool, bool, bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ class PipelineReader:
             ]
             return Read(result={}, text=found.text, lines=lines)
         seen = self._pipeline.inspect(data)
-        return Read(result=seen.reading.flat(), tags=seen.tags, crop=seen.crop_jpeg())
+        tags = self._pipeline.confirmed_tags(seen) if pole_id else seen.tags  # only a pole has a bank
+        return Read(result=seen.reading.flat(), tags=tags, crop=seen.crop_jpeg())
 
     def check(self) -> str:
         for url, health in self._servers.items():

@@ -273,7 +273,8 @@ def draw(rng: random.Random, style: Style | None = None, width: int = 1000) -> D
             ink.text(x + 8, y + 4, label, font(face, size - 6))
             ink.text(x + 8, y + size + 6, printed, font(bold, size + 2), name)
         elif layout == "table":
-            ink.text(x + 8, y + 5, _fitting(label, cell * 0.5, face, size), font(face, size))
+            words = _fitting(label, cell * 0.5, face, size)
+            ink.text(x + 8, y + 5, words, _sized(words, cell * 0.5 - 8, face, size))
             ink.text(x + cell * 0.53, y + 5, printed, _sized(printed, cell * 0.45, bold, size), name)
         else:
             words = label + rng.choice((": ", ":  ", " "))
