@@ -72,6 +72,7 @@ class Box:
             **os.environ,
             "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
             "HERE": str(folder),
+            "HOME": str(folder),
             "XDG_RUNTIME_DIR": str(folder),
             "LLMBOX_PRESETS": str(folder / "presets.json"),
         }
@@ -152,11 +153,44 @@ def test_a_failed_switch_exits_1_with_what_serves(box: Box) -> None:
         (["logs", "-n", "0"], "between 1 and 100000"),
         (["logs", "nonsense"], "unknown preset"),
         (["off", "--restart"], "--restart goes with a preset"),
+        (["resume", "--restart"], "--restart goes with a preset"),
+        (["coder", "--keep"], "--keep goes with off"),
     ],
 )
 def test_bad_usage_exits_2_without_a_traceback(box: Box, words: list[str], said: str) -> None:
     done = box.lmswitch(*words)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_resume_starts_what_was_stopped_and_has_it_generate(box: Box) -> None:
+    done = box.lmswitch("resume")
+    assert done.returncode == 0 and "no preset served" in done.stdout
+    box.lmswitch("coder")
+    assert box.lmswitch("off", "--keep").returncode == 0
+    box.manager.active = ""
+    (box.folder / "active").write_text("")
+    with mock.patch("llmbox.server.LlamaServer.canary", return_value=""):
+        done = box.lmswitch("resume")
+    assert done.returncode == 0 and "coder is ready" in done.stdout and "and generates" in done.stdout
+    assert "no preset served" in box.lmswitch("resume").stdout, "it was resumed already"
+
+
+def test_a_card_that_generates_nothing_is_a_failed_resume(box: Box) -> None:
+    box.lmswitch("coder")
+    box.lmswitch("off", "--keep")
+    done = box.lmswitch("resume", "--json")  # nothing listens where the preset should
+    answer = json.loads(done.stdout)
+    assert done.returncode == 1 and not answer["ok"] and answer["serving"] == "coder"
+    assert "generates nothing: ConnectError" in answer["message"]
+
+
+def test_a_preset_that_left_the_inventory_is_not_resumed(box: Box) -> None:
+    box.lmswitch("coder")
+    box.lmswitch("off", "--keep")
+    box.write({"version": 1, "user": getpass.getuser(), "presets": {}})
+    done = box.lmswitch("resume")
+    assert done.returncode == 1 and "coder, which served, is no preset any more" in done.stderr
+    assert box.lmswitch("resume").returncode == 0
 
 
 def test_the_wrong_user_is_told_the_command(box: Box) -> None:

@@ -300,7 +300,14 @@ def test_off_leaves_foreign_units_alone(systemd: FakeSystemd) -> None:
 
 def test_sleep_stops_before_it_suspends(systemd: FakeSystemd) -> None:
     systemd.up("llama-gemma.service")
-    assert make(systemd)[0].sleep().ok
+    remembered: list[str | None] = []
+
+    def remember(preset: str | None) -> None:
+        assert "suspend" not in systemd.calls
+        remembered.append(preset)
+
+    assert make(systemd)[0].sleep(remember).ok
+    assert remembered == ["gemma"]
     assert systemd.calls.index("stop llama-gemma.service") < systemd.calls.index("suspend")
     assert systemd.active() == []
 
@@ -308,7 +315,9 @@ def test_sleep_stops_before_it_suspends(systemd: FakeSystemd) -> None:
 def test_a_refused_sleep_brings_the_former_back(systemd: FakeSystemd) -> None:
     systemd.up("llama-gemma.service")
     systemd.suspend_says = "a password is required"
-    outcome = make(systemd)[0].sleep()
+    remembered: list[str | None] = []
+    outcome = make(systemd)[0].sleep(remembered.append)
+    assert remembered == ["gemma", None]
     assert not outcome.ok and outcome.serving == "gemma" and "a password is required" in outcome.message
     assert systemd.active() == ["llama-gemma.service"]
 

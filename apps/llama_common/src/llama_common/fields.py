@@ -26,7 +26,7 @@ KV_CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl",
 
 UNQUANTIZED_KV_CACHE_TYPES: Final = ("f32", "f16", "bf16")
 
-LMSWITCH_VERBS: Final = ("off", "sleep", "status", "list", "logs", "help")
+LMSWITCH_VERBS: Final = ("off", "sleep", "resume", "status", "list", "logs", "help")
 """Words that mean something else to lmswitch than a preset's name."""
 
 DRAFT_WORDS: Final = ("none", "auto")

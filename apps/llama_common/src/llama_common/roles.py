@@ -118,6 +118,9 @@ MemoryMax = Annotated[
     ),
 ]
 
+HostAddress = Annotated[
+    str, Text(r"[0-9A-Fa-f:.]+", "an address, IPv4 or IPv6", "write it like 192.168.1.255")
+]
 SystemUnit = Annotated[
     str,
     Text(
@@ -268,6 +271,21 @@ LIMITS: Final[Mapping[str, Any]] = {
     "firewall_services": dict[NetworkName, list[int | str]],
     # Long enough for three attempts of ssh on a slow link, short enough to wait for.
     "firewall_confirm_timeout": Annotated[int, Field(ge=10, le=50)],
+    "power_mac": Annotated[
+        str,
+        Text(
+            r"|[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
+            "a MAC address, six pairs of hexadecimal digits",
+            'write it like "02:00:5e:10:00:01"',
+        ),
+    ],
+    "power_wake_port": Annotated[int, Field(ge=1, le=65535)],
+    "power_wake_addresses": list[HostAddress],
+    "power_wake_interval": Annotated[int, Field(ge=1, le=600)],
+    "power_wake_timeout": Annotated[int, Field(ge=10, le=3600)],
+    "power_down_timeout": Annotated[int, Field(ge=10, le=3600)],
+    "power_windows_timeout": Annotated[int, Field(ge=10, le=3600)],
+    "power_windows_ports": list[Annotated[int, Field(ge=1, le=65535)]],
     "local_claude_shells": list[Literal["bash", "zsh"]],
     "local_claude_alias_prefix": AliasPrefix,
     "llm_gateway_audit_max_size": Annotated[int, Field(ge=4096, le=2**40)],

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +25,7 @@ from llmbox.errors import EXIT_DONE, EXIT_FAILED, LlmboxError, UsageError
 
 if TYPE_CHECKING:
     from llmbox.presets import BoxPreset, PresetsFile
+    from llmbox.switch import Outcome
     from llmbox.systemd import Systemd
 
 # Imported where they are used: a bad command line or `--help` must not pay for pydantic and httpx.
@@ -33,6 +35,7 @@ EPILOG = """verbs:
   PRESET        make this preset (or its alias) serve; returns when it is ready
   off           stop the preset that serves
   sleep         stop it, then suspend the machine
+  resume        after sleep: start what it stopped, and have it generate
   status        what serves, since when, from which build
   list          all presets
   logs [PRESET] journal of the active (or the named) preset: -n LINES, -f to follow
@@ -40,6 +43,7 @@ EPILOG = """verbs:
 exit codes: 0 done, 1 failed, 2 bad usage, 3 another switch is under way"""
 PROGRESS_LINE_S = 5.0
 DEFAULT_LOG_LINES = 50
+CANARY_TIMEOUT_S = 60.0
 
 
 class ConsoleReporter:
@@ -120,7 +124,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "lmswitch",
         description=DESCRIPTION,
         epilog=EPILOG,
-        usage="lmswitch [--json] PRESET|off|sleep|status|list|logs",
+        usage="lmswitch [--json] PRESET|off|sleep|resume|status|list|logs",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -129,13 +133,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("preset", nargs="?", help="for logs: whose")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--restart", action="store_true", help="with PRESET: even when it is ready")
+    parser.add_argument("--keep", action="store_true", help="with off: for `lmswitch resume` to start again")
     parser.add_argument("-n", "--lines", type=int, metavar="LINES", help="for logs (default 50)")
     parser.add_argument("-f", "--follow", action="store_true", help="for logs: go on as lines come")
     options = parser.parse_intermixed_args(argv)
     if options.what != "logs" and (options.preset or options.lines is not None or options.follow):
         parser.error(f"{options.what} takes no further arguments; PRESET, -n and -f belong to logs")
-    if options.restart and options.what in {"off", "sleep", "status", "list", "logs"}:
+    if options.restart and options.what in {"off", "sleep", "resume", "status", "list", "logs"}:
         parser.error("--restart goes with a preset")
+    if options.keep and options.what != "off":
+        parser.error("--keep goes with off")
     if options.lines is not None and not 0 < options.lines <= 100_000:
         parser.error(f"-n {options.lines}: between 1 and 100000 lines")
     return options
@@ -148,6 +155,8 @@ def run(options: argparse.Namespace) -> int:
 
     presets = presets_module.load(presets_module.presets_path())
     require_user(presets.user)
+    if options.what == "resume":
+        return resume(presets, options)
     if options.what in presets_module.VERBS:
         verb, preset = options.what, presets.find(options.preset) if options.preset else None
     else:
@@ -168,6 +177,24 @@ def run(options: argparse.Namespace) -> int:
     if verb == "logs":
         return show_logs(presets, systemd, preset, options)
     return change(verb, preset, presets, systemd, runtime, options)
+
+
+def resume(presets: PresetsFile, options: argparse.Namespace) -> int:
+    """`lmswitch resume`: start the preset that `sleep` stopped."""
+    from llmbox import presets as presets_module
+    from llmbox import resume as stopped
+    from llmbox.switch import Outcome
+    from llmbox.systemd import Systemd, runtime_dir
+
+    name = stopped.recall()
+    if name is None:
+        return told(Outcome(True, "resume: no preset served when the machine went to sleep"), options)
+    if name not in presets.presets:
+        stopped.remember(None)
+        return told(Outcome(False, f"resume: {name}, which served, is no preset any more"), options)
+    presets_module.check_thoroughly(presets_module.presets_path())
+    runtime = runtime_dir()
+    return change("resume", presets.presets[name], presets, Systemd(runtime), runtime, options)
 
 
 def require_user(user: str, command: str = "") -> None:
@@ -195,6 +222,7 @@ def change(
     options: argparse.Namespace,
 ) -> int:
     """The verbs that change what serves, under the lock and with signals turned into a way back."""
+    from llmbox import resume as stopped
     from llmbox.gateway.client import requests_held
     from llmbox.guard import latch
     from llmbox.lock import held
@@ -222,18 +250,41 @@ def change(
                     if preset is not None:
                         outcome = switcher.switch(preset.name, restart=options.restart)
                     else:
-                        outcome = switcher.off() if verb == "off" else switcher.sleep()
+                        outcome = switcher.off() if verb == "off" else switcher.sleep(stopped.remember)
                     if outcome.changed:
                         switched(outcome.ok, outcome.parts)
+            if options.keep and outcome.ok:
+                stopped.remember(outcome.preset)
+            if verb == "resume" and preset is not None and outcome.ok:
+                stopped.remember(None)
+                outcome = canary(preset, outcome)
         except Interrupted:
             outcome = Outcome(False, "interrupted; look with: lmswitch status")
     reporter.close()
+    return told(outcome, options)
+
+
+def told(outcome: Outcome, options: argparse.Namespace) -> int:
+    """Say how a verb ended. Returns the exit code."""
     with suppress(OSError):
         if options.json:
             print(json.dumps(outcome.as_json()), flush=True)
         else:
             print(f"lmswitch: {outcome.message}", file=sys.stdout if outcome.ok else sys.stderr, flush=True)
     return EXIT_DONE if outcome.ok else EXIT_FAILED
+
+
+def canary(preset: BoxPreset, outcome: Outcome) -> Outcome:
+    """A card may wake up broken while everything looks healthy: only tokens prove it."""
+    from llmbox.server import LlamaServer
+
+    began = time.monotonic()
+    with LlamaServer(preset.listen, CANARY_TIMEOUT_S) as server:
+        why = server.canary()
+    if why:
+        said = f"{preset.name} is up and generates nothing: {why}; look with: nvidia-smi, lmswitch logs"
+        return replace(outcome, ok=False, message=said, reason=[why])
+    return replace(outcome, message=f"{outcome.message}, and generates ({time.monotonic() - began:.1f} s)")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from llmbox.errors import UsageError
 
 PRESETS_FILE = "/etc/llmbox/presets.json"
 VERSION = 1
-VERBS = ("off", "sleep", "status", "list", "logs")
+VERBS = ("off", "sleep", "resume", "status", "list", "logs")
 REMEDY = "run the playbook llm_server.yml, which writes it"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]

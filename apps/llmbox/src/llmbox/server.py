@@ -54,6 +54,18 @@ class LlamaServer:
             return 0
         return sum(1 for slot in slots if isinstance(slot, dict) and slot.get("is_processing"))
 
+    def canary(self) -> str:
+        """Have it generate a few tokens, none of them from a cache. Returns "", or why it did not."""
+        prompt = {"prompt": "1 2 3 4", "n_predict": 4, "temperature": 0, "cache_prompt": False}
+        try:
+            reply = self._http.post("/completion", json=prompt)
+            generated = reply.json().get("tokens_predicted") if reply.status_code == 200 else None
+        except (httpx.HTTPError, ValueError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}"
+        if not generated:
+            return f"HTTP status {reply.status_code}, {generated or 'no'} tokens"
+        return ""
+
     def _json(self, path: str) -> Any:
         try:
             reply = self._http.get(path)

@@ -181,24 +181,29 @@ class Switcher:
         said = f"off: stopped {', '.join(stopped)} ({seconds:.1f} s)"
         return Outcome(True, said, stopped[0], None, True, seconds, parts={"stop": seconds})
 
-    def sleep(self) -> Outcome:
-        """Stop the active preset, then suspend the machine; when it refuses, go back to what was serving."""
+    def sleep(self, remember: Callable[[str | None], None] = lambda _preset: None) -> Outcome:
+        """Stop the active preset, then suspend the machine; when it refuses, go back to what was serving.
+
+        `remember` is told, before the machine sleeps, which preset was stopped.
+        """
         began = self.clock()
         former = self._occupant(self.manager.look(self._units()))
         stopped = self.off()
         if not stopped.ok:
             return stopped
+        remember(stopped.preset)
         said = self.manager.suspend()
         if not said:
             return Outcome(
                 True,
-                "the machine goes to sleep; when it wakes: lmswitch PRESET",
+                "the machine goes to sleep; when it wakes: lmswitch resume",
                 stopped.preset,
                 None,
                 stopped.changed,
                 self.clock() - began,
                 parts=stopped.parts,
             )
+        remember(None)
         self.reporter.note(f"the machine was not suspended: {said}")
         serving = self._return_to(former)
         return Outcome(

@@ -1,0 +1,176 @@
+"""Power: the magic packet, what a machine is seen to do, the wait with its one line for each way it ends."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import yaml
+from llama_common import power
+from llama_common.power import Seen, State, Until, Watched, message, watch
+from llama_common.roles import RoleVariables
+
+from plugins.action import power_state
+from plugins.modules import magic_packet
+from tests.support import ROOT
+
+MAC = "02:00:5e:10:00:01"
+
+
+def test_a_magic_packet_to_the_byte() -> None:
+    address = b"\x02\x00\x5e\x10\x00\x01"
+    assert magic_packet.packet(MAC) == b"\xff\xff\xff\xff\xff\xff" + address * 16
+    assert magic_packet.packet(MAC.upper().replace(":", "-")) == magic_packet.packet(MAC)
+    for wrong in ("", "02:00:5e:10:00", "02:00:5e:10:00:01:02", "no"):
+        with pytest.raises(ValueError):
+            magic_packet.packet(wrong)
+
+
+@pytest.mark.parametrize(
+    ("seen", "state"),
+    [
+        (Seen("SSH-2.0-OpenSSH_9.2p1 Debian-2"), "linux"),
+        (Seen("SSH-2.0-OpenSSH_for_Windows_9.5"), "windows"),
+        (Seen("", 445), "windows"),
+        (Seen("", None, True), "up"),
+        (Seen("HTTP/1.1 400", None, True), "up"),
+        (Seen(), "silent"),
+    ],
+)
+def test_what_is_seen(seen: Seen, state: State) -> None:
+    assert seen.state == state
+
+
+class World:
+    """A machine that goes through STATES, each for some seconds, on a clock of the test's own."""
+
+    def __init__(self, *states: tuple[State, float], awake_after: int = 0) -> None:
+        self.states, self.now, self.packets, self.awake_after = list(states), 0.0, 0, awake_after
+
+    def look(self) -> State:
+        if self.awake_after and self.packets >= self.awake_after:
+            return "linux"
+        passed = 0.0
+        for state, seconds in self.states:
+            passed += seconds
+            if self.now < passed:
+                return state
+        return self.states[-1][0]
+
+    def wake(self) -> None:
+        self.packets += 1
+
+    def pause(self, seconds: float) -> None:
+        self.now += seconds
+
+    def watch(self, until: Until, timeout_s: float, *, mac: bool = True, **options: Any) -> Watched:
+        wake: Callable[[], None] | None = self.wake if mac else None
+        return watch(
+            self.look, until, timeout_s, wake=wake, clock=lambda: self.now, pause=self.pause, **options
+        )
+
+
+def test_a_machine_that_is_awake_is_not_woken() -> None:
+    assert World(("linux", 1)).watch("linux", 60) == Watched("linux", 0.0, 0)
+
+
+def test_a_sleeping_machine_gets_a_packet_now_and_then_until_it_answers() -> None:
+    ended = World(("silent", 1), awake_after=3).watch("linux", 60, wake_interval_s=10)
+    assert ended.state == "linux" and ended.packets == 3 and 20 <= ended.seconds <= 24
+
+
+def test_nothing_is_tried_without_end() -> None:
+    world = World(("silent", 1))
+    ended = world.watch("linux", 60, wake_interval_s=10)
+    assert ended.state == "silent" and ended.packets == 6 and ended.seconds == 60
+    assert World(("silent", 1)).watch("linux", 0) == Watched("silent", 0.0, 0), "one look, no packet"
+
+
+def test_windows_ends_the_wait_at_once_unless_it_is_being_restarted() -> None:
+    assert World(("windows", 1)).watch("linux", 60).seconds == 0
+    restarted = World(("windows", 20), ("silent", 10), ("linux", 1))
+    assert restarted.watch("linux", 60, mac=False, through_windows=True).state == "linux"
+    assert World(("linux", 10), ("silent", 20), ("windows", 1)).watch("windows", 60).state == "windows"
+
+
+@pytest.mark.parametrize(
+    ("until", "watched", "mac", "words"),
+    [
+        ("linux", Watched("linux", 21.0, 3), MAC, "magic packets sent: 3 (21 s)"),
+        ("linux", Watched("silent", 180.0, 18), MAC, "is gone: no answer to 18 magic packets for 02:00"),
+        ("linux", Watched("silent", 0.0), MAC, "fix: -e power_action=wake"),
+        ("linux", Watched("silent", 180.0), "", "set power_mac"),
+        ("linux", Watched("windows", 0.0), MAC, "runs Windows; fix: restart it there"),
+        ("linux", Watched("up", 180.0, 1), MAC, "look at its screen"),
+        ("silent", Watched("linux", 120.0), MAC, "did not go to sleep or off"),
+        ("windows", Watched("linux", 300.0), MAC, "did not start Windows"),
+        ("windows", Watched("silent", 300.0), MAC, "power_windows_ports"),
+        ("any", Watched("silent", 0.0), "", "box: silent: asleep, off or gone"),
+        ("any", Watched("windows", 0.0), "", "box: runs Windows"),
+    ],
+)
+def test_one_line_for_each_end(until: Until, watched: Watched, mac: str, words: str) -> None:
+    said = message("box", until, watched, mac)
+    assert words in said and "\n" not in said and "box" in said
+    assert until == "any" or watched.state == until or "fix: " in said
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[bytes], int]]:
+    """Listeners on loopback that greet with what they are given; returns the port of each."""
+    listeners: list[socket.socket] = []
+
+    def greet(listener: socket.socket, said: bytes) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            connection.sendall(said)
+            connection.close()
+
+    def start(said: bytes) -> int:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+        threading.Thread(target=greet, args=(listener, said), daemon=True).start()
+        port: int = listener.getsockname()[1]
+        return port
+
+    yield start
+    for listener in listeners:
+        listener.close()
+
+
+def test_a_real_look(server: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    linux, windows = server(b"SSH-2.0-OpenSSH_9.2\r\n"), server(b"SSH-2.0-OpenSSH_for_Windows_9.5\r\n")
+    smb = server(b"")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = closed.getsockname()[1]
+    here = "127.0.0.1"
+    assert power_state.seen(here, linux, here, [smb]).state == "linux"
+    assert power_state.seen(here, windows, here, []).state == "windows"
+    assert power_state.seen(here, nobody, here, [nobody, smb]).windows_port == smb
+    monkeypatch.setattr(power_state, "pings", lambda _address: False)
+    assert power_state.seen(here, nobody, here, [nobody]).state == "silent"
+    monkeypatch.setattr(power_state, "pings", lambda _address: True)
+    assert power_state.seen(here, nobody, here, [nobody]).state == "up"
+
+
+def test_the_specification_repeats_the_defaults_and_knows_the_limits() -> None:
+    specs = yaml.safe_load((ROOT / "roles/power/meta/argument_specs.yml").read_text())
+    options = specs["argument_specs"]["main"]["options"]
+    defaults = yaml.safe_load((ROOT / "roles/power/defaults/main.yml").read_text())
+    assert {name: option["default"] for name, option in options.items()} == defaults
+    roles = RoleVariables.of({"power": specs})
+    assert roles.check({**defaults, "power_mac": MAC}) == []
+    (wrong,) = roles.check({"power_mac": "02:00"})
+    assert "MAC address" in wrong.message
+    for action in options["power_action"]["choices"]:
+        assert (ROOT / f"roles/power/tasks/{action}.yml").is_file()
+
+
+def test_every_state_has_its_words() -> None:
+    assert {"linux", "windows", "up", "silent"} == set(power._STATES)
