@@ -320,6 +320,23 @@ def firewall(rules: str) -> dict[str, str] | None:
     return {"loaded": loaded["out"], "wanted": wanted["out"]}
 
 
+def ocr_layers(ocr: dict[str, Any]) -> dict[str, Any]:
+    """What protects the GPU of an OCR box: of its host, of its program and of its units."""
+    try:
+        parameters = Path("/proc/cmdline").read_text().split()
+    except OSError:
+        parameters = None
+    shown = [
+        command(["systemctl", "show", "--value", "--property=ExecStartPre", unit]) for unit in ocr["workers"]
+    ]
+    return {
+        "persistence": (units([ocr["persistence"]], None) or {}).get(ocr["persistence"]),
+        "kernel_parameters": parameters,
+        "check": parsed(as_user(ocr["user"], ocr["check"])),
+        "before_start": [answer["out"] if answer and answer["rc"] == 0 else "" for answer in shown],
+    }
+
+
 def read_json(path: str) -> Any:
     """The object in a JSON file, or None."""
     try:
@@ -362,6 +379,8 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
             "files": file_sizes(llm["models_dir"], llm["files"]),
             "disk": disk(llm["models_dir"]),
         }
+    if request.get("ocr"):
+        seen["ocr"] = ocr_layers(request["ocr"])
     if request.get("gpu"):
         seen["gpu"] = gpu()
     return seen

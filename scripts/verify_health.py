@@ -45,6 +45,8 @@ from scripts import _command
 from scripts._ask_host import Unreachable, ask, bracketed, compare, reach
 from scripts._inventory import Host, load
 from scripts._llm_box import GATEWAY_UNITS, GROUP, LlmBox, gateway_units_unlike
+from scripts._ocr_box import GROUP as OCR_GROUP
+from scripts._ocr_box import KERNEL_PARAMETER, PERSISTENCE, OcrBox
 from scripts._refusal import KEY_VARIABLE, refusal
 from scripts._screen import size, table
 
@@ -455,6 +457,70 @@ def guard_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
     ]
 
 
+def ocr_checks(box: OcrBox, seen: Mapping[str, Any]) -> list[Check]:
+    """Each layer that protects the GPU of an OCR box is there; those of its host where it has a card."""
+    found = as_dict(seen.get("check"))
+    lock, state_dir = str(found.get("gpu_lock") or ""), Path(box.state_dir)
+    silent = "the installed program does not say; fix: run site.yml" if not found else ""
+    turns = silent or str(found.get("semaphore"))
+    if not turns and not Path(lock).is_relative_to(state_dir):
+        # Each worker has a /tmp of its own, and can write nowhere else.
+        turns = f"gpu_lock = {lock} is not in {state_dir}, the one folder that all workers share"
+    hang = silent or str(found.get("hang"))
+    missing = sorted(
+        {
+            unit
+            for shown in seen["before_start"] or [""]
+            for unit in box.competing_units
+            if f"systemctl stop {unit} " not in f"{shown} "
+        }
+    )
+    short = f"not stopped before a worker starts: {', '.join(missing)}; fix: run site.yml" if missing else ""
+    fix = "; fix: gpu_lock in ocr_service_pipeline, or run site.yml"
+    checks = [
+        Check("gpu_semaphore", not turns, lock, "", f"a file in {state_dir}", turns and turns + fix),
+        Check("gpu_hang_error", not hang, hang or "told", "", "told", hang),
+        Check(
+            "competing_units",
+            not missing,
+            len(box.competing_units) - len(missing),
+            "units",
+            len(box.competing_units),
+            short,
+        ),
+    ]
+    if box.card:
+        checks += card_checks(seen)
+    return checks
+
+
+def card_checks(seen: Mapping[str, Any]) -> list[Check]:
+    """What a host with an NVIDIA card needs: the driver stays loaded, and the bus awake."""
+    unit = as_dict(seen["persistence"])
+    state = f"{unit.get('UnitFileState', 'unknown')}, {unit.get('ActiveState', 'unknown')}"
+    held = unit.get("ActiveState") == "active" and unit.get("UnitFileState") in ("enabled", "static")
+    parameters = seen["kernel_parameters"] or []
+    aspm = next((one for one in parameters if one.startswith("pcie_aspm=")), "")
+    return [
+        Check(
+            "persistence",
+            held,
+            state,
+            "",
+            "enabled, active",
+            "" if held else f"fix: systemctl enable --now {PERSISTENCE}",
+        ),
+        Check(
+            "pcie_aspm",
+            aspm == KERNEL_PARAMETER,
+            aspm,
+            "",
+            KERNEL_PARAMETER,
+            "" if aspm == KERNEL_PARAMETER else "not in /proc/cmdline; fix: run site.yml, then reboot",
+        ),
+    ]
+
+
 def is_gateway(group: str) -> bool:
     """Whether a control group is the gateway's, or that of the service manager that holds its sockets."""
     *_, manager, last = ("", *group.split("/"))
@@ -537,11 +603,16 @@ def verify(host: Host, *, drift: bool = False) -> HostReport:
             request["client"] = {"local_claude": LOCAL_CLAUDE}
         if rules := str(host.variables.get("_firewall_rules") or ""):
             request["firewall"] = rules
-        seen = ask(host, request, become=llm or bool(rules))
+        ocr = OcrBox.of(host.variables) if OCR_GROUP in host.groups else None
+        if ocr:
+            request["ocr"] = ocr.request()
+        seen = ask(host, request, become=llm or bool(rules) or bool(ocr))
         offset = max(before - seen["time"], seen["time"] - time.time(), 0.0)
         checks = host_checks(seen, offset, client=CLIENTS in host.groups and not llm)
         if client:
             checks += client_checks(seen["local_claude"])
+        if ocr:
+            checks += ocr_checks(ocr, seen["ocr"])
         if rules:
             checks.append(firewall_check(seen["firewall"]))
         if box:
