@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from scripts import verify_health
+from scripts._ask_host import ask as ask_host
+from scripts._inventory import load
+from scripts._ocr_box import OcrBox
+from tests import support
 from tests.ocr.service import b64, photo
 
 OCR = "lab-ocr"
@@ -80,3 +86,44 @@ def test_a_worker_that_is_killed_is_replaced(on_host: OnHost) -> None:
     assert ask(on_host, "/ready")["status"] == "ready"
     on_host(OCR, f"for n in $(seq 30); do test $({pid}) -gt 1 && exit 0; sleep 1; done; exit 1").check()
     assert on_host(OCR, pid).check().stdout.strip() != before
+
+
+def test_each_layer_that_protects_the_gpu_is_missed_when_it_is_taken_away(on_host: OnHost) -> None:
+    """The program's, the unit's and the host's; this host has no card, so its two are missing anyway."""
+    (host,) = load(support.LAB_INVENTORY, limit=OCR)
+    bare = OcrBox.of(host.variables)
+    box = replace(bare, competing_units=("comfyui.service",), card=True)
+
+    def missed(box: OcrBox) -> set[str]:
+        seen = ask_host(host, {"ocr": box.request()}, become=True)["ocr"]
+        return {check.name for check in verify_health.ocr_checks(box, seen) if not check.ok}
+
+    assert missed(bare) == set()
+    program = f"{bare.path}/lib/python3*/site-packages/ocr_pipeline/servers.py"
+    drop_in = "/run/systemd/system/ocr-worker@.service.d/50-test.conf"
+    line = "ExecStartPre=+-/usr/bin/systemctl stop comfyui.service"
+    keep = f"sudo sh -c 'for file in {program} /etc/ocr/pipeline.json; do cp -a $file $file.kept; done'"
+    restore = (
+        f"sudo sh -c 'for file in {program}.kept /etc/ocr/pipeline.json.kept; do"
+        " mv $file ${file%.kept}; done;"
+        f" rm -f {drop_in}; systemctl daemon-reload'"
+    )
+    on_host(OCR, keep).check()
+    try:
+        on_host(
+            OCR,
+            f'sudo sh -c \'mkdir -p $(dirname {drop_in}); printf "[Service]\\n{line}\\n" >{drop_in};'
+            " systemctl daemon-reload'",
+        ).check()
+        assert missed(box) == {"persistence", "pcie_aspm"}
+        on_host(
+            OCR,
+            f"sudo sh -c 'rm {drop_in}; systemctl daemon-reload;"
+            f' sed -i "s/return GpuHangError(/return DeadlineError(/" {program};'
+            ' sed -i "s|\\"gpu_lock\\": \\"[^\\"]*\\"|\\"gpu_lock\\": \\"\\"|" /etc/ocr/pipeline.json\'',
+        ).check()
+        names = {"persistence", "pcie_aspm", "gpu_semaphore", "gpu_hang_error", "competing_units"}
+        assert missed(box) == names
+    finally:
+        on_host(OCR, restore).check()
+    assert missed(bare) == set()
