@@ -116,6 +116,7 @@ def test_the_magic_packet_on_the_wire_wakes_a_host_that_is_off(client_up: None, 
     assert wire.frames == [(BROADCAST_MAC, broadcast, MAGIC), (unicast, neighbour.address, MAGIC)]
 
 
+@pytest.mark.long
 def test_a_host_that_stays_gone_is_one_line_in_time(tmp_path: Path, on_host: Host) -> None:
     del on_host
     nobody = from_environment().subnet.replace(".0/24", ".99")

@@ -271,6 +271,10 @@ LIMITS: Final[Mapping[str, Any]] = {
     "firewall_services": dict[NetworkName, list[int | str]],
     # Long enough for three attempts of ssh on a slow link, short enough to wait for.
     "firewall_confirm_timeout": Annotated[int, Field(ge=10, le=50)],
+    "tailscale_key_sha256": Annotated[
+        str, Text(r"[0-9a-f]{64}", "a SHA-256, 64 hexadecimal digits", "sha256sum the vendor's key file")
+    ],
+    "tailscale_login_timeout": Annotated[int, Field(ge=5, le=600)],
     "power_mac": Annotated[
         str,
         Text(
