@@ -157,6 +157,12 @@ def changed(preset: Preset, setting: Setting) -> Preset:
     return preset.model_copy(update=keys)
 
 
+def with_setting(config: HostConfig, name: str, setting: Setting) -> HostConfig:
+    """The data of a host with a setting in one of its presets."""
+    preset = changed(config.llama_presets[name], setting)
+    return config.model_copy(update={"llama_presets": {**config.llama_presets, name: preset}})
+
+
 def too_large(config: HostConfig, name: str, models: Mapping[str, Model]) -> Callable[[Setting], str]:
     """Why a setting cannot fit: what its weights, cache and buffers take, without what CUDA takes itself."""
     card = config.llama_presets_gpu_memory_mib * MIB
@@ -164,9 +170,8 @@ def too_large(config: HostConfig, name: str, models: Mapping[str, Model]) -> Cal
     def judge(setting: Setting) -> str:
         if not card:
             return ""
-        preset = changed(config.llama_presets[name], setting)
         try:
-            taken = fit.preset_estimate(preset, config.models_of(name), models).gpu.total
+            taken = fit.estimate_of(with_setting(config, name, setting), name, models).gpu.total
         except NotPredicted:
             return ""
         return f"needs {fit.gib(taken)} of {fit.gib(card)}" if taken > card else ""
@@ -184,14 +189,12 @@ class Commands:
 
     def __call__(self, setting: Setting) -> list[str]:
         """That of a setting. Raises InventoryError."""
-        config = self.box.config
-        preset = changed(config.llama_presets[self.preset], setting)
-        presets = {**config.llama_presets, self.preset: preset}
+        config = with_setting(self.box.config, self.preset, setting)
         plan = presets_plan(
-            config.model_copy(update={"llama_presets": presets}),
+            config,
             models_dir=self.box.models_dir,
             releases_root=self.box.builds_root,
-            dialects={preset.build: self.help},
+            dialects={config.llama_presets[self.preset].build: self.help},
         )
         words: list[str] = plan[self.preset]["command"]
         return words

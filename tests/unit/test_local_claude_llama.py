@@ -16,14 +16,16 @@ from local_claude.llama import GgufFile
 from tests.unit.test_local_claude import world as world  # the fixture
 
 GIB = 2**30
-QWEN = {"model": "gpt2", "pre": "qwen2", "eos_token_id": 151645}
+QWEN = {"model": "gpt2", "pre": "qwen2", "eos_token_id": 151645, "add_eos_token": True}
 
 
-def file(name: str, gib: float, tokens: int = 151936, **tokenizer: Any) -> dict[str, Any]:
+def file(
+    name: str, gib: float, tokens: int = 151936, digest: str = "a" * 64, **tokenizer: Any
+) -> dict[str, Any]:
     """A model as the survey tells of it."""
     values = {f"tokenizer.ggml.{key}": value for key, value in {**QWEN, **tokenizer}.items()}
     values |= {"general.architecture": "qwen3moe", "qwen3moe.context_length": 262144}
-    lengths = {"tokenizer.ggml.tokens": [tokens, ""]}
+    lengths = {"tokenizer.ggml.tokens": [tokens, digest]}
     return {"path": f"/m/{name}.gguf", "size": int(gib * GIB), "values": values, "lengths": lengths}
 
 
@@ -56,11 +58,15 @@ def test_the_draft_is_the_smallest_with_the_same_tokens() -> None:
 @pytest.mark.parametrize(
     ("draft", "reason"),
     [
-        (file("x", 1, model="llama"), "its model is llama beside gpt2"),
-        (file("x", 1, eos_token_id=2), "its eos_token_id is 2"),
+        (file("x", 1, model="llama"), "its kind is llama beside gpt2"),
+        (file("x", 1, eos_token_id=2), "the end of a text is token 2 beside 151645"),
+        (file("x", 1, add_eos_token=False), "one adds a token at the end of a text"),
+        (file("x", 1, pre="other"), ""),  # a draft is handed tokens, never a text
         (file("x", 1, tokens=151936 - 129), "151807 tokens beside 151936"),
         (file("x", 1, tokens=151936 - 128), ""),
-        (file("x", 1, tokens=0), "a file without a tokenizer"),
+        (file("x", 1, digest="b" * 64), "151936 tokens that are not the same"),
+        (file("x", 1, digest=""), "a file without a tokenizer"),
+        (file("x", 1, model="m" * 65), "a file without a tokenizer"),
     ],
 )
 def test_two_tokenizers(draft: dict[str, Any], reason: str) -> None:

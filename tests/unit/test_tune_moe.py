@@ -14,6 +14,7 @@ import httpx
 import pytest
 import yaml
 from llama_common.model import Model
+from llama_common.presets import HostConfig
 from PIL import Image
 
 from scripts import _tiny_models, _tuning_chart, tune_moe
@@ -296,6 +297,19 @@ def test_a_setting_becomes_a_command_line_and_a_prediction(moe: Model) -> None:
     needs = [judge({"n_cpu_moe": value}) for value in (0, 6)]
     assert needs[0] == "" and too_large(box_data(card=10).config, "one", {"small": moe})({"ubatch": 64})
     assert too_large(box_data().config, "one", {})({"ubatch": 64}) == ""
+
+
+def test_what_a_head_takes_is_not_guessed(moe: Model) -> None:
+    """It counts to what the preset takes and stands in no prediction: the server itself shows if it fits."""
+    head = {
+        "verdict": "kept", "reason": "r", "type": "draft-mtp", "draft": None, "model_sha256": "0" * 64,
+        "draft_sha256": None, "release": "r", "driver": "none", "measured": "2026-11-28T00:00Z", "pairs": 5,
+    }  # fmt: skip
+    config = box_data(card=10, draft="auto").config
+    setting = {"ubatch": 64}
+    assert too_large(config, "one", {"small": moe})(setting)
+    drafted = HostConfig.load({**config.model_dump(), "llama_drafts": {"one": head}})
+    assert too_large(drafted, "one", {"small": moe})(setting) == ""
 
 
 def test_cores() -> None:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_common.command import command_line
 from llama_common.dialect import Dialect
-from llama_common.presets import Preset
+from llama_common.draft import tokenizer_facts, unlike
+from llama_common.gguf import Header, Length
+from llama_common.presets import LockedTokenizer, Preset
 from llama_common.problems import InventoryError
 from pydantic import ValidationError
 
 from local_claude.errors import EXIT_NO_MODEL, EXIT_NOT_STARTED, EXIT_SETTINGS, LocalClaudeError, shown
 from local_claude.options import Options
 
-SAME = ("model", "pre", "bos_token_id", "eos_token_id")
-MOST_TOKENS_APART = 128  # llama.cpp's SPEC_VOCAB_MAX_SIZE_DIFFERENCE
 DEFAULT_CONTEXT = 65536
 CONTEXT_STEP = 256
 VERSION = 1  # of the file, as llama_common.clients.local_presets writes it
@@ -52,26 +53,19 @@ class GgufFile:
         value = self.values.get(f"{self.values.get('general.architecture')}.context_length")
         return value if isinstance(value, int) else None
 
+    @property
+    def tokenizer(self) -> LockedTokenizer | None:
+        """What decides which drafts fit; None of a file that has none, or a nonsensical one."""
+        arrays = {key: Length(*length) for key, length in self.lengths.items()}
+        facts = tokenizer_facts(Header({**self.values, **arrays}, ()))
+        with suppress(ValidationError):
+            return LockedTokenizer.model_validate(facts) if facts else None
+        return None
+
     def unlike(self, draft: GgufFile) -> str:
-        """Why llama-server would not take the draft's tokenizer beside this one; "" when it would.
-
-        What a header does not say is not held against it.
-        """
-        (mine, my_tokens), (its, its_tokens) = self._tokens(), draft._tokens()
-        if not mine or not its:
-            return "a file without a tokenizer"
-        for key in SAME:
-            said = self.values.get(f"tokenizer.ggml.{key}"), draft.values.get(f"tokenizer.ggml.{key}")
-            if None not in said and said[0] != said[1]:
-                return f"its {key} is {said[1]} beside {said[0]}"
-        if abs(mine - its) > MOST_TOKENS_APART:
-            return f"{its} tokens beside {mine}"
-        if my_tokens and its_tokens and my_tokens != its_tokens:
-            return f"{its} tokens that are not the same"
-        return ""
-
-    def _tokens(self) -> tuple[int, str]:
-        return self.lengths.get("tokenizer.ggml.tokens", (0, ""))
+        """Why llama-server would not take the draft's tokenizer beside this one; "" when it would."""
+        mine, its = self.tokenizer, draft.tokenizer
+        return unlike(mine, its) if mine and its else "a file without a tokenizer"
 
 
 @dataclass(frozen=True)
