@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import httpx
@@ -131,6 +133,22 @@ async def run_clients(
             await kept.aclose()
 
     await asyncio.gather(*(one(number) for number in range(clients)))
+
+
+@contextmanager
+def clients_beside(
+    url: str, models: Sequence[str | None], *, clients: int, pause_s: float
+) -> Iterator[Traffic]:
+    """Clients while the body runs; when it has ended, what they sent is whole."""
+    traffic, over = Traffic(), threading.Event()
+    sending = run_clients(url, traffic, models, clients=clients, until=over.is_set, pause_s=pause_s)
+    thread = threading.Thread(target=asyncio.run, args=(sending,))
+    thread.start()
+    try:
+        yield traffic
+    finally:
+        over.set()
+        thread.join()
 
 
 def _client(url: str) -> httpx.AsyncClient:

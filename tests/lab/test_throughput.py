@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from scripts import _measure, verify_throughput
 from scripts._history import History
 from scripts._inventory import Host
 from scripts._llm_box import LlmBox
-from scripts._traffic import Traffic, run_clients
+from scripts._traffic import clients_beside
 from tests.support import LAB_INVENTORY, LLM, Run, expected_host
 
 pytestmark = pytest.mark.usefixtures("lab")
@@ -68,16 +66,8 @@ def test_runs_are_measured_beside_clients_that_lose_nothing(
 ) -> None:
     host = with_floor(0.01)
     box = LlmBox.of(host.variables)
-    traffic, over = Traffic(), threading.Event()
-    url = box.url(host.address)
-    clients = run_clients(url, traffic, [preset], clients=2, until=over.is_set, pause_s=0.2)
-    thread = threading.Thread(target=asyncio.run, args=(clients,))
-    thread.start()
-    try:
+    with clients_beside(box.url(host.address), [preset], clients=2, pause_s=0.2) as traffic:
         code, checks = verify(host, preset, monkeypatch, capsys)
-    finally:
-        over.set()
-        thread.join()
     assert code == 0, checks
     assert checks[f"{preset}.measured"]["value"] == 6
     assert checks[f"{preset}.gpu"]["detail"] == "no NVIDIA GPU: nvidia-smi is not installed"

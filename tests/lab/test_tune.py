@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +17,7 @@ import pytest
 
 from scripts import _tuning, tune_moe
 from scripts._search import Axis, Found, Measure, Setting
-from scripts._traffic import Traffic, run_clients
+from scripts._traffic import clients_beside
 from scripts._trial import TrialFailed, trial
 from tests.support import LAB_INVENTORY, LLM, ROOT, Run, environment, expected, expected_host
 
@@ -66,15 +64,8 @@ def test_threads_are_searched_beside_clients_that_lose_nothing(
     serving: list[str], on_host: OnHost, tmp_path: Path
 ) -> None:
     host, box = expected_host(), expected()
-    traffic, over = Traffic(), threading.Event()
-    clients = run_clients(box.url(host.address), traffic, [PRESET], clients=1, until=over.is_set, pause_s=0.5)
-    thread = threading.Thread(target=asyncio.run, args=(clients,))
-    thread.start()
-    try:
+    with clients_beside(box.url(host.address), [PRESET], clients=1, pause_s=0.5) as traffic:
         code, report = tune(tmp_path / "report.json", "--axis", "threads=1,2")
-    finally:
-        over.set()
-        thread.join()
     assert code == 0, report
     first = [point for point in report["points"] if not point["again"]]
     assert [point["outcome"] for point in first] == ["measured"] * 2

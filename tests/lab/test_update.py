@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 import pytest
 
+from scripts._traffic import clients_beside
 from tests.support import (
     BIN,
     LAB_INVENTORY,
@@ -72,25 +73,55 @@ def completion() -> None:
     assert answer.status_code == 200 and answer.json()["content"], answer.text
 
 
-def is_whole() -> str:
-    """What is wrong with what serves: "" when it is exactly the current release, with its own unit."""
-    status = json.loads(lmswitch("status --json").stdout)
-    if status["state"] != "ready" or status["active"] != PRESET:
-        return f"lmswitch: {status}"
-    program = host("readlink /proc/$(pgrep -o -x llama-server)/exe")
-    if f"/releases/{current()}/" not in program:
-        return f"{program} serves, current is {current()}"
-    return host("find /run/user/*/systemd/user -name '*llmbox-trial*'")
+LOOK = f"""
+echo "status=$(sudo -u "$1" lmswitch status --json)"
+pid=$(sudo -u "$1" XDG_RUNTIME_DIR=/run/user/$(id -u "$1") \\
+  systemctl --user show --property=MainPID --value llama-{PRESET}.service)
+echo "pid=$pid"
+echo "program=$(readlink "/proc/$pid/exe")"
+echo "current=$(basename "$(readlink {DIRECTORY}/current)")"
+echo "left=$(find /run/user -name '*llmbox-trial*' 2>/dev/null)"
+"""
 
 
-def settled() -> None:
-    """Wait until what outlives a killed play has ended, then ask the preset something."""
+@dataclass(frozen=True)
+class Seen:
+    """What the preset runs at one moment. Whatever is missing is empty: a look never fails."""
+
+    pid: str
+    release: str
+    wrong: str  # "" when it is exactly the current release, whole, with its own unit
+
+    @classmethod
+    def now(cls) -> Seen:
+        """Look at the box."""
+        said = host(f"set -- {expected().user}; {LOOK}")
+        found = dict(line.partition("=")[::2] for line in said.splitlines())
+        try:
+            status = json.loads(found["status"])
+        except ValueError:
+            status = {"state": found["status"]}
+        serves = re.fullmatch(rf"{DIRECTORY}/releases/([^/]+)/bin/llama-server", found["program"])
+        release = serves[1] if serves else ""
+        wrong = ""
+        if (status.get("state"), status.get("active")) != ("ready", PRESET):
+            wrong = f"lmswitch: {status}"
+        elif not release or release != found["current"]:
+            wrong = f"{found['program'] or 'nothing'} serves, current is {found['current']}"
+        elif found["left"]:
+            wrong = f"a trial is left: {found['left']}"
+        return cls(found["pid"], release, wrong)
+
+
+def settled() -> Seen:
+    """Wait until what outlives a killed play has ended, and ask the preset something. What serves then."""
     deadline = time.monotonic() + SETTLED_S
-    while (wrong := is_whole()) and time.monotonic() < deadline:
+    while (seen := Seen.now()).wrong and time.monotonic() < deadline:
         time.sleep(1)
-    assert wrong == ""
+    assert seen.wrong == ""
     completion()
-    assert is_whole() == ""
+    assert Seen.now() == seen
+    return seen
 
 
 @dataclass(frozen=True)
@@ -153,8 +184,11 @@ def new(old: str, tmp_path: Path) -> tuple[Data, str]:
     return data, release
 
 
-def killed_when(arguments: list[str], mark: str, after_s: float, command: str = "") -> None:
-    """Run a play and, `after_s` seconds after it printed `mark`, kill it, or run `command` on the host."""
+def killed_when(arguments: list[str], mark: str, after_s: float, end: str, command: str = "") -> str:
+    """Run a play and, `after_s` seconds after it printed `mark`, kill it, or run `command` on the host.
+
+    No later than when it prints `end`. Returns what the play said.
+    """
     process = subprocess.Popen(
         [str(BIN / "ansible-playbook"), "-i", str(LAB_INVENTORY), *arguments],
         cwd=ROOT,
@@ -165,42 +199,55 @@ def killed_when(arguments: list[str], mark: str, after_s: float, command: str = 
         stderr=subprocess.STDOUT,
     )
     assert process.stdout is not None
+    said = b""
+
+    def read(wait_s: float) -> bytes:
+        """What it says within this time."""
+        assert process.stdout is not None
+        return (
+            os.read(process.stdout.fileno(), 1 << 16)
+            if select.select([process.stdout], [], [], wait_s)[0]
+            else b""
+        )
+
     try:
-        said, deadline = b"", time.monotonic() + REACHED_S
+        deadline = time.monotonic() + REACHED_S
         while not re.search(mark.encode(), said):
-            assert time.monotonic() < deadline, said.decode()[-2000:]
-            if select.select([process.stdout], [], [], 1)[0]:
-                got = os.read(process.stdout.fileno(), 1 << 16)
-                assert got, f"the play ended before {mark!r}: {said.decode()[-2000:]}"
-                said += got
-        time.sleep(after_s)
+            assert process.poll() is None and time.monotonic() < deadline, said.decode()[-2000:]
+            said += read(1)
+        deadline = time.monotonic() + after_s
+        while time.monotonic() < deadline and end.encode() not in said and process.poll() is None:
+            said += read(0.1)
         if command:
             host(command)
             with suppress(subprocess.TimeoutExpired):  # it came too late, and the play goes on to compare
                 process.wait(END_S)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+        process.wait(30)
+        while got := read(0):
+            said += got
         process.stdout.close()
+    return said.decode(errors="replace")
 
 
 BUILDS = r"fetch|configure|\d+ % \("  # a phase may be over before the play looks
+COMPARES = "comparing"
+# A step is over when the play says so: how long it takes is the machine's.
+ENDS = {"build": ": built, ", "comparison": "PLAY RECAP", "change": "PLAY RECAP"}
 KILL_BUILD = "systemctl kill --signal=KILL 'llama-build-*'"
 # Where the play or the build is killed: (the step, what the play says then, what is killed on the host, or
 # the play). Within a step the moment is drawn.
 POINTS = [
-    ("comparison", "comparing", ""),
+    ("comparison", COMPARES, ""),
     ("build", BUILDS, KILL_BUILD),
     ("build", "Build llama.cpp", ""),
     ("build", "Build llama.cpp", ""),
     ("build", BUILDS, ""),
     ("build", BUILDS, KILL_BUILD),
-    ("comparison", "comparing", ""),
-    ("comparison", "comparing", ""),
+    ("comparison", COMPARES, ""),
+    ("comparison", COMPARES, ""),
     ("change", "Accept the release", ""),
     ("change", "Accept the release", ""),
 ]
@@ -234,10 +281,23 @@ def test_killed_anywhere_the_box_serves_one_release_whole(
         arguments = data.arguments(ACCEPT if step == "change" else UPDATE, **more)
     else:
         arguments = Data.fresh(tmp_path).arguments(UPDATE)
-    killed_when(arguments, mark, after_s, kill)
-    settled()
+    before = Seen.now()
+    box, address = expected(), expected_host().address
+    with clients_beside(box.url(address), [PRESET], clients=2, pause_s=0.3) as traffic:
+        said = killed_when(arguments, mark, after_s, ENDS[step], kill)
+        killed = time.monotonic()
+        seen = settled()
+    last = next(line.strip() for line in reversed(said.splitlines()) if line.strip())
+    print(f"killed after {last!r}; {seen.release} serves; {traffic.summary()}")
     if step != "change":
-        assert current() == old
+        assert seen.release == old
+    if COMPARES not in said and step != "change":
+        assert seen == before  # a build touches nothing that serves
+    # It was always serving: whatever was asked before, during and after it was answered, in time.
+    assert not [one for one in traffic.sent if not one.ok], traffic.failed
+    assert min(one.began for one in traffic.sent) < killed < max(one.began for one in traffic.sent)
+    hold = float(expected_host().variables["llm_gateway_hold_timeout"])
+    assert max(one.waited_ms for one in traffic.sent) < 1000 * hold
 
 
 def test_rolled_back_the_former_release_serves_and_stays(new: tuple[Data, str], old: str) -> None:
@@ -257,7 +317,7 @@ def test_rolled_back_the_former_release_serves_and_stays(new: tuple[Data, str], 
     assert refused.rc == 2 and "was rejected on this host" in refused.stdout, refused.tail()
     assert f"fix: put back {old.partition('-')[0]}" in refused.stdout
     assert current() == old
-    assert is_whole() == ""
+    assert Seen.now().wrong == ""
     unchanged = ansible_playbook(UPDATE, "--limit", LLM).check()
     assert unchanged.changed == 0 and "nothing new" in unchanged.stdout
 
