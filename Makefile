@@ -47,6 +47,7 @@ test-gpu-inputs: setup ## collect in build/gpu-inputs what test-gpu needs; GPU_P
 bench: setup ## benchmarks against the running lab, written to docs/benchmarks
 	@$(BIN)/python scripts/bench.py
 	@$(BIN)/python scripts/bench_gateway.py
+	@$(BIN)/python scripts/bench_update.py
 
 TRAIN := build/train-detector
 DETECTOR := apps/ocr_pipeline/src/ocr_pipeline/data/plates
