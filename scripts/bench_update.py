@@ -317,8 +317,8 @@ def page(
         "",
         "Pairs are one run with each release, one right after the other, which comes first alternating "
         f"(at least {LEAST_PAIRS}, up to {MOST_PAIRS} while the verdict is open). The interval is a "
-        "bootstrap over pairs. The playbook's time has the build in it, which the compiler cache serves where "
-        "it can.",
+        "bootstrap over pairs. The playbook's time has the build in it, which the compiler cache serves "
+        "where it can.",
         "",
     ]
     return "\n".join(lines)
