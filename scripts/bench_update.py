@@ -152,6 +152,7 @@ class Bench:
         self.directory = f"{box.wanted.builds_root}/{self.build}"
         self.box.lmswitch(self.preset)
         self.old = self.current()
+        self.before = self.root(f"basename $(readlink {self.directory}/previous) 2>/dev/null || true")
         self.had = self.there()
 
     def root(self, command: str) -> str:
@@ -174,21 +175,20 @@ class Bench:
         found = re.fullmatch(rf"{self.directory}/releases/([^/]+)/bin/llama-server", program)
         return found[1] if found else ""
 
-    def make_current(self, release: str, former: str = "") -> None:
-        """Point the links as an update does, forget rejections, and serve. Raises NoMeasurement."""
-        links = {"current": release, **({"previous": former} if former else {})}
-        swaps = [
-            f"ln -sfn releases/{target} .{name} && mv -T .{name} {name}" for name, target in links.items()
-        ]
-        keep = "" if former else "previous"
-        self.root(f"cd {self.directory} && rm -rf rejected {keep} && {' && '.join(swaps)}")
+    def make_current(self, release: str, former: str) -> None:
+        """Point the links as an update does, forget that it was rejected, and serve. Raises NoMeasurement."""
+        swaps = [f"cd {self.directory}", f"rm -f rejected/{release}"]
+        for name, target in (("current", release), ("previous", former)):
+            swap = f"ln -sfn releases/{target} .{name} && mv -T .{name} {name}"
+            swaps.append(swap if target else f"rm -f {name}")
+        self.root(" && ".join(swaps))
         self.box.lmswitch(f"--restart {self.preset}")
 
     def restore(self) -> None:
         """The box as it was: the old release serves, the new ones are gone. Raises NoMeasurement."""
-        self.make_current(self.old)
+        self.make_current(self.old, self.before)
         for name in self.there() - self.had:
-            self.root(f"rm -rf {self.directory}/releases/{shlex.quote(name)}")
+            self.root(f"cd {self.directory} && rm -rf releases/{name} rejected/{name}")
 
     def update(self, case: Case) -> Outcome:
         """One run of the playbook. Raises NoMeasurement."""
