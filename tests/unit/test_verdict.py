@@ -85,6 +85,13 @@ def test_the_ends_of_the_interval_decide_at_the_border(ratio: float, noise: floa
     assert judge([world(ratio, ratio, noise)]).word == word
 
 
+def test_a_ratio_that_looks_well_is_no_verdict_while_its_interval_reaches_below() -> None:
+    unsteady = ((80.0, 60.0),) * 2 + ((80.0, 80.0),) * 3
+    verdict = judge([replace(world(), generation=unsteady)])
+    assert verdict.word == "undecided"
+    assert "100.0 % of it (75.0 to 100.0 % in 5 pairs" in verdict.reasons[1]
+
+
 def test_one_disturbed_run_changes_nothing() -> None:
     outlier = (80.0, 20.0)
     good = replace(world(), generation=(*pairs(1.0, count=8), outlier))
