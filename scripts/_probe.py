@@ -27,6 +27,8 @@ SERVER_TIMEOUT_S = 10
 SERVER_ANSWER_LIMIT = 4 * 1024 * 1024
 TCP_LISTEN = "0A"
 FIREWALL_TABLE = ("inet", "llmbox")
+PCI = Path("/sys/bus/pci/devices")
+PCIE_CAPABILITY = 0x10
 
 
 def command(argv: list[str], timeout: float = COMMAND_TIMEOUT_S) -> dict[str, Any] | None:
@@ -337,6 +339,64 @@ def ocr_layers(ocr: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def link_control(config: bytes) -> dict[str, int] | None:
+    """The ASPM bits of a PCIe device's configuration: what its link can do (LnkCap), what is on (LnkCtl)."""
+    at = config[0x34] if len(config) > 0x34 and config[0x06] & 0x10 else 0
+    for _ in range(48):  # as many capabilities as there is room for
+        if at < 0x40 or at + 0x12 > len(config):
+            return None
+        if config[at] == PCIE_CAPABILITY:
+            return {"can": config[at + 0x0D] >> 2 & 3, "on": config[at + 0x10] & 3}
+        at = config[at + 1]
+    return None
+
+
+def links() -> list[dict[str, Any]]:
+    """The link of each NVIDIA card, at both of its ends: what lspci -vv shows as LnkCtl. It takes root."""
+    found = []
+    for device in sorted(PCI.glob("*")):
+        try:
+            if (device / "vendor").read_text().strip() != "0x10de" or not (
+                device / "class"
+            ).read_text().startswith("0x03"):
+                continue
+            for end in (device, device.resolve().parent):
+                state = link_control((end / "config").read_bytes()) if (end / "config").exists() else None
+                if end == device or state:
+                    name = end.name if end == device else end.resolve().name
+                    found.append({"device": name, "link": state})
+        except OSError:
+            continue
+    return found
+
+
+def machine(wake: str) -> dict[str, Any]:
+    """What the machine below the services is: the kernel's command line, the card's links, driver, waking."""
+    kind = command(["systemd-detect-virt", "--container"])
+    said = command(["ethtool", wake]) if wake else None
+    on = [
+        line.split(":", 1)[1].strip()
+        for line in (said or {"out": ""})["out"].splitlines()
+        if "Wake-on:" in line
+    ]
+    try:
+        driver = Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        driver = ""
+    try:
+        words = Path("/proc/cmdline").read_text().split()
+    except OSError:
+        words = []
+    return {
+        "container": bool(kind and kind["rc"] == 0),
+        "command_line": words,
+        "links": links(),
+        "driver": driver,
+        "uvm": Path("/dev/nvidia-uvm").exists(),
+        "wake_on": on[-1] if on else None,
+    }
+
+
 def read_json(path: str) -> Any:
     """The object in a JSON file, or None."""
     try:
@@ -381,6 +441,8 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         }
     if request.get("ocr"):
         seen["ocr"] = ocr_layers(request["ocr"])
+    if request.get("machine") is not None:
+        seen["machine"] = machine(request["machine"]["wake"])
     if request.get("gpu"):
         seen["gpu"] = gpu()
     return seen

@@ -170,6 +170,56 @@ def firewall_check(seen: Mapping[str, str] | None) -> Check:
     return Check("firewall", not differing, len(differing), "lines", 0, detail)
 
 
+def machine_checks(declared: Mapping[str, Any], seen: Mapping[str, Any]) -> list[Check]:
+    """What role gpu_host was asked for, and whether it is in effect: a reboot or the firmware may lack."""
+    if seen["container"]:  # the machine is somebody else's: the role has skipped it, and said so
+        return []
+    reboot = "asked for, not in effect; fix: run site.yml with -e allow_reboot=true"
+    checks = [
+        equal(f"kernel_{name}", one if one in seen["command_line"] else "", one, reboot)
+        for one in declared["parameters"]
+        for name in [one.partition("=")[0]]
+    ]
+    if "pcie_aspm=off" in declared["parameters"]:
+        checks += [aspm_check(one["device"], one["link"]) for one in seen["links"]]
+    if declared["driver"] and seen["links"]:
+        version = declared["driver"].partition("-")[0]
+        checks.append(equal("nvidia_driver", seen["driver"], version, reboot))
+        fix = "fix: systemctl restart llmbox-gpu-devices.service"
+        checks.append(equal("nvidia_uvm", seen["uvm"], True, f"/dev/nvidia-uvm is missing; {fix}"))
+    if declared["wake"]:
+        on = seen["wake_on"] or ""
+        detail = (
+            "" if "g" in on else f"a magic packet will not wake it; look with: ethtool {declared['wake']}"
+        )
+        checks.append(Check("wake_on_lan", not detail, on, "", "g", detail))
+    return checks
+
+
+def aspm_check(device: str, link: Mapping[str, int] | None) -> Check:
+    """Whether a link really does without ASPM: pcie_aspm=off only keeps the kernel's hands off it."""
+    wanted = "ASPM Disabled"
+    name = f"aspm_{device}"
+    if link is None:
+        return Check(name, False, None, "", wanted, f"LnkCtl cannot be read; try: lspci -vv -s {device}")
+    value = (wanted, "ASPM L0s Enabled", "ASPM L1 Enabled", "ASPM L0s L1 Enabled")[link["on"]]
+    detail = (
+        "asked for, not in effect: the firmware has switched it on, and pcie_aspm=off keeps the kernel from "
+        f"switching it off; fix: ASPM in the firmware's setup; look with: lspci -vv -s {device}"
+    )
+    return equal(name, value, wanted, detail)
+
+
+def machine_asked(variables: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the inventory asks of the machine below the services; None for nothing that can be checked."""
+    asked = {
+        "parameters": list(variables.get("gpu_host_kernel_parameters") or []),
+        "driver": str(variables.get("gpu_host_driver_version") or ""),
+        "wake": str(variables.get("gpu_host_wake_on_lan") or ""),
+    }
+    return asked if any(asked.values()) else None
+
+
 def llm_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers) -> list[Check]:
     """What an LLM box must fulfil besides."""
     return [
@@ -606,9 +656,14 @@ def verify(host: Host, *, drift: bool = False) -> HostReport:
         ocr = OcrBox.of(host.variables) if OCR_GROUP in host.groups else None
         if ocr:
             request["ocr"] = ocr.request()
-        seen = ask(host, request, become=llm or bool(rules) or bool(ocr))
+        asked = machine_asked(host.variables)
+        if asked:
+            request["machine"] = {"wake": asked["wake"]}
+        seen = ask(host, request, become=llm or bool(rules) or bool(ocr) or asked is not None)
         offset = max(before - seen["time"], seen["time"] - time.time(), 0.0)
         checks = host_checks(seen, offset, client=CLIENTS in host.groups and not llm)
+        if asked:
+            checks += machine_checks(asked, seen["machine"])
         if client:
             checks += client_checks(seen["local_claude"])
         if ocr:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/
 
 from llama_common import firewall, fit
 from llama_common.clients import client_problems
+from llama_common.cuda import cuda_problems
 from llama_common.plain import plain, scalar
 from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem, redact
@@ -136,7 +137,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             if not wrong and host in self._members("routers", hostvars):
                 yield from self._of_router(values, files, host, hostvars)
             if with_data:
-                refused, unchecked = fit.check(HostConfig.load(self._data(raw)))
+                config = HostConfig.load(self._data(raw))
+                problems += [] if wrong else cuda_problems(config, values)
+                refused, unchecked = fit.check(config)
                 problems += refused
                 self._unchecked += [f"{host}: {one.preset}: {one.reason}" for one in unchecked]
         except UnreadableError as error:

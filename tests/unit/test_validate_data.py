@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from llama_common.cuda import cuda_problems
 from llama_common.presets import HostConfig
 from llama_common.problems import InventoryError, Problem
 from llama_common.roles import LIMITS, RoleVariables
@@ -59,7 +60,7 @@ def problems(files: broken.Files) -> Iterator[Problem]:
         yield from (found for name in values if (found := roles.unknown(name, values[name])))
         yield from roles.check({name: values[name] for name in roles.of_host(values)})
         try:
-            HostConfig.load(variables(files, host))
+            yield from cuda_problems(HostConfig.load(variables(files, host)), values)
         except InventoryError as error:
             yield from error.problems
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from llama_common.fields import (
     Address,
     Checked,
+    DownloadUrl,
     Endpoint,
     KeyName,
     KeySha256,
@@ -128,6 +129,69 @@ SystemUnit = Annotated[
         "the name of a systemd unit",
         "write it like lmstudio.service",
     ),
+]
+
+PackageGlob = Annotated[
+    str,
+    Text(
+        r"[a-z0-9*?][a-z0-9+.*?-]*",
+        "the name of a Debian package, with * and ?",
+        "write it like linux-image-*",
+    ),
+]
+DriverVersion = Annotated[
+    str,
+    Text(
+        r"([0-9]{3,4}(\.[0-9]+){1,2}-[A-Za-z0-9.+~]+)?",
+        "the vendor's package version in full",
+        "write it like 580.159.03-1ubuntu1: apt-cache madison nvidia-open shows what there is",
+    ),
+]
+CudaVersion = Annotated[
+    str,
+    Text(
+        r"([0-9]+\.[0-9]+\.[0-9]+-[0-9]+)?",
+        "the version of the package cuda-toolkit-MAJOR-MINOR in full",
+        "write it like 13.0.3-1",
+    ),
+]
+InterfaceName = Annotated[
+    str, Text(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,14})?", "the name of a network card", "write it like eno1")
+]
+# What decides over what boots is the boot loader's; a slip there takes a trip to the keyboard.
+BOOT_PARAMETERS: Final = ("root", "init", "rdinit", "initrd", "ro", "rw", "rootflags", "rootfstype")
+
+
+def _kernel_parameter(value: str) -> str:
+    # No quotes, $ or spaces: it passes through the shell and through GRUB's own language.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(=[A-Za-z0-9_.,:/@+-]*)?", value) or len(value) > 255:
+        raise refuse(
+            "must be one kernel parameter: a name, = and a plain value", "write it like pcie_aspm=off"
+        )
+    if value.partition("=")[0] in BOOT_PARAMETERS:
+        raise refuse("decides over what boots, which is GRUB's own to say", "take it out")
+    return value
+
+
+def _once(values: list[str]) -> list[str]:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise refuse(f"{value} is there twice", "take one out")
+    return values
+
+
+def _repository(value: str) -> str:
+    if not re.fullmatch(r"https?://[A-Za-z0-9._~:/\[\]@-]+/", value):
+        raise refuse(
+            "must be the address of an apt repository, http or https, with / at its end", "add the /"
+        )
+    return value
+
+
+KernelParameter = Annotated[str, Checked(_kernel_parameter)]
+Fingerprint = Annotated[
+    str,
+    Text(r"[0-9A-F]{40}", "an OpenPGP fingerprint, 40 hexadecimal digits", "gpg --show-keys KEY shows it"),
 ]
 
 
@@ -290,6 +354,18 @@ LIMITS: Final[Mapping[str, Any]] = {
     "power_down_timeout": Annotated[int, Field(ge=10, le=3600)],
     "power_windows_timeout": Annotated[int, Field(ge=10, le=3600)],
     "power_windows_ports": list[Annotated[int, Field(ge=1, le=65535)]],
+    "gpu_host_driver_version": DriverVersion,
+    "gpu_host_driver_packages": Annotated[list[Package], Field(min_length=1)],
+    "gpu_host_cuda_version": CudaVersion,
+    "gpu_host_repository": Annotated[str, Checked(_repository)],
+    "gpu_host_repository_key": DownloadUrl,
+    "gpu_host_repository_fingerprint": Fingerprint,
+    "gpu_host_held_packages": list[PackageGlob],
+    "gpu_host_power_limit": Annotated[int, Field(ge=0, le=1000)],
+    "gpu_host_clock_max": Annotated[int, Field(ge=0, le=5000)],
+    "gpu_host_kernel_parameters": Annotated[list[KernelParameter], AfterValidator(_once)],
+    "gpu_host_reboot_timeout": SomeSeconds,
+    "gpu_host_wake_on_lan": InterfaceName,
     "local_claude_shells": list[Literal["bash", "zsh"]],
     "local_claude_alias_prefix": AliasPrefix,
     "llm_gateway_audit_max_size": Annotated[int, Field(ge=4096, le=2**40)],

@@ -1,0 +1,142 @@
+#!/usr/bin/python3
+"""Ansible module: the settings, units and services that an NVIDIA card needs on its host, in one task."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ansible.module_utils.basic import AnsibleModule  # type: ignore[import-untyped]
+
+if TYPE_CHECKING:
+    from roles.gpu_host.module_utils.gpu_host_tools import Refused, converge, must, run
+else:
+    from ansible.module_utils.gpu_host_tools import Refused, converge, must, run
+
+DOCUMENTATION = r"""
+---
+module: gpu_host_device
+short_description: Write settings and units, and enable services
+description:
+  - Writes what differs, units after systemd-analyze has verified them, and enables services that are not.
+  - Units of ours are started anew when they changed. One that fails does not fail the task, because a
+    driver that was just installed may want a reboot first; it is named.
+options:
+  files: {description: "Text by path; none removes.", type: dict, required: true}
+  enabled: {description: Units that start at boot., type: list, elements: str, required: true}
+  started: {description: Units among them that are started now., type: list, elements: str, default: []}
+  version: {description: "The driver's version; empty does not compare.", type: str, default: ""}
+author: [llmbox]
+"""
+
+EXAMPLES = r"""
+- name: Enable persistence
+  gpu_host_device:
+    files: {}
+    enabled: [nvidia-persistenced.service]
+"""
+
+RETURN = r"""
+modprobe: {description: Options of kernel modules have changed., returned: always, type: bool}
+pending: {description: "Why a reboot is wanted; empty when it is not.", returned: always, type: str}
+"""
+
+UNITS = Path("/etc/systemd/system")
+LOADED = Path("/sys/module/nvidia/version")
+DEVICES = Path("/dev")
+START_TIMEOUT_S = 180
+
+
+def verify(units: Mapping[str, str]) -> None:
+    """Let systemd judge the units. Raises Refused with its first complaint about one of them."""
+    folder = Path(tempfile.mkdtemp(prefix="llmbox-verify-", dir="/run"))
+    try:
+        for name, text in units.items():
+            (folder / name).write_text(text)
+        paths = [str(folder / name) for name in sorted(units)]
+        done = run("systemd-analyze", "--man=no", "verify", *paths)
+        said = [line for line in done.stderr.splitlines() if str(folder) in line]
+        if said:
+            raise Refused(f"systemd-analyze refuses a unit: {said[0].replace(f'{folder}/', '')}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def states(units: Sequence[str]) -> dict[str, tuple[str, str, str]]:
+    """LoadState, UnitFileState and ActiveState of each unit."""
+    found = {}
+    said = run("systemctl", "show", "--property=Id,LoadState,UnitFileState,ActiveState", *units).stdout
+    for block in said.split("\n\n"):
+        values = dict(line.partition("=")[::2] for line in block.splitlines())
+        if "Id" in values:
+            found[values["Id"]] = (values["LoadState"], values["UnitFileState"], values["ActiveState"])
+    return found
+
+
+def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
+    """Compare, and unless this is a dry run, converge. Raises Refused, OSError."""
+    files = {Path(path): text or None for path, text in wanted["files"].items()}
+    own = {path.name: text for path, text in files.items() if path.parent == UNITS}
+    before = states(wanted["enabled"])
+    differing = {diff["after_header"] for diff in converge(files, check=True)}
+    gone = [name for name, text in own.items() if text is None and str(UNITS / name) in differing]
+    if not check:
+        verify({name: text for name, text in own.items() if text})
+        if gone:
+            run("systemctl", "disable", "--now", *gone)
+    diffs = converge(files, check=check)
+    units_changed = any(Path(path).parent == UNITS for path in differing)
+    if units_changed and not check:
+        must("systemctl", "daemon-reload")
+        before = states(wanted["enabled"])
+    missing = [unit for unit in wanted["enabled"] if before.get(unit, ("",))[0] in ("", "not-found")]
+    if missing and not check:
+        raise Refused(f"the driver's packages bring no {', '.join(missing)}; fix: gpu_host_driver_packages")
+    disabled = [unit for unit in wanted["enabled"] if unit in missing or before[unit][1] != "enabled"]
+    notes = ""
+    if not check:
+        if disabled:
+            must("systemctl", "enable", *disabled)
+        for unit in wanted["started"]:
+            if str(UNITS / unit) in differing or (before[unit][2] == "failed"):
+                done = run("systemctl", "restart", unit, timeout_s=START_TIMEOUT_S)
+                if done.returncode != 0:
+                    notes = f"{unit} could not do its work yet; look with: journalctl -u {unit}"
+    loaded = LOADED.read_text().strip() if LOADED.exists() else ""
+    asked = wanted["version"].partition("-")[0]
+    pending = ""
+    if asked and loaded != asked:
+        pending = f"driver {asked} is installed, {loaded or 'none'} is loaded"
+    elif asked and not (DEVICES / "nvidia-uvm").exists():
+        pending = notes or "the driver is loaded, /dev/nvidia-uvm is missing"
+    return {
+        "changed": bool(diffs or disabled),
+        "diff": [*diffs, *({"before": "", "after": f"{unit}: enabled\n"} for unit in disabled)],
+        "modprobe": any(path.startswith("/etc/modprobe.d/") for path in differing),
+        "pending": pending,
+    }
+
+
+def main() -> None:
+    """Module entry point."""
+    module = AnsibleModule(
+        argument_spec={
+            "files": {"type": "dict", "required": True},
+            "enabled": {"type": "list", "elements": "str", "required": True},
+            "started": {"type": "list", "elements": "str", "default": []},
+            "version": {"type": "str", "default": ""},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        result = apply(module.params, module.check_mode)
+    except (Refused, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,468 @@
+"""Role gpu_host: what its modules make of a host, of apt, of GRUB and of netplan."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from roles.gpu_host.module_utils import gpu_host_tools as tools
+from tests.support import ROOT
+
+ROLE = ROOT / "roles/gpu_host"
+# An Ed25519 key that nobody holds.
+KEY = b"""-----BEGIN PGP PUBLIC KEY BLOCK-----
+
+mDMEawqL/RYJKwYBBAHaRw8BAQdA0ilrK7lf0b2W95WLk8qYVFmElht0wKmb+BlJ
+1G2/AFq0I3N0YW5kLWluIDxzdGFuZC1pbkBleGFtcGxlLmludmFsaWQ+iJAEExYI
+ADgWIQSaIPG/6aRh0jNXcKVDXlsvihacMQUCawqL/QIbAwULCQgHAgYVCgkICwIE
+FgIDAQIeAQIXgAAKCRBDXlsvihacMbNFAPsENGfRCNv4MDYNFKC5/dqDo1txdLvP
+3NVvw1kssKExsQD+PPfS4MFq+DYsP1kIEJpqY9041NjJ6Y0xj2Gjc0KM8AA=
+=blWB
+-----END PGP PUBLIC KEY BLOCK-----
+"""
+FINGERPRINT = "9A20F1BFE9A461D2335770A5435E5B2F8A169C31"
+
+
+@pytest.fixture
+def module(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The module that the test names, with its tools where Ansible puts them."""
+    sys.modules["ansible.module_utils.gpu_host_tools"] = tools
+    yield importlib.import_module(f"roles.gpu_host.library.gpu_host_{request.param}")
+    del sys.modules["ansible.module_utils.gpu_host_tools"]
+
+
+def of(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("module", [name], indirect=True, ids=[""])
+
+
+def done(out: str = "", rc: int = 0, err: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess([], rc, out, err)
+
+
+def test_the_specification_repeats_the_defaults() -> None:
+    options = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text())["argument_specs"]["main"][
+        "options"
+    ]
+    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    assert {name: option["default"] for name, option in options.items()} == defaults
+
+
+# --- what applies ---
+
+
+def asked(**changes: Any) -> dict[str, Any]:
+    declared = ["packages", "device", "kernel_parameters", "wake_on_lan", "hardware_clock"]
+    return {"declared": declared, "card": "auto", "local_clock": True, "left_behind": {}, **changes}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with GRUB, without a card, whose hardware clock runs in UTC."""
+    library = importlib.import_module("roles.gpu_host.library.gpu_host_look")
+    for name in ("grub", "adjtime"):
+        (tmp_path / name).write_text("0.0 0 0.0\n0\nUTC\n")
+    monkeypatch.setattr(library, "run", lambda *argv, **_: done("none\n", 1))
+    monkeypatch.setattr(library, "GRUB", tmp_path / "grub")
+    monkeypatch.setattr(library, "cards", list)
+    monkeypatch.setattr(library, "clock_is_local", lambda: False)
+    monkeypatch.setattr(library, "secure_boot", lambda: False)
+    return tmp_path
+
+
+@of("look")
+def test_nothing_is_looked_at_when_nothing_is_asked_for(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "run", lambda *_argv, **_more: pytest.fail("it ran a program"))
+    assert module.look(asked(declared=[]))["apply"] == []
+
+
+@of("look")
+@pytest.mark.parametrize("kind", ["systemd-nspawn", "docker", ""])
+def test_a_container_is_not_the_machine(
+    module: Any, machine: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Not even when systemd cannot tell: nothing of the machine's is done, and each part is named."""
+    answer = done(f"{kind}\n", 0) if kind else done("", 1)
+    monkeypatch.setattr(module, "run", lambda *argv, **_: answer)
+    found = module.look(asked(card="present"))
+    assert found["apply"] == ["packages"]
+    assert len([note for note in found["notes"] if note.startswith("skipped: ")]) == 4
+
+
+@of("look")
+def test_without_a_card_the_rest_applies_and_the_skipped_is_said(module: Any, machine: Path) -> None:
+    found = module.look(asked())
+    assert found["apply"] == ["kernel_parameters", "wake_on_lan", "hardware_clock"]
+    assert [note.partition(": no NVIDIA card")[0] for note in found["notes"]] == [
+        "skipped: the NVIDIA driver and the CUDA toolkit",
+        "skipped: the driver's settings, services and limits",
+    ]
+    assert found["clock_differs"]
+    (machine / "grub").unlink()
+    assert "does not boot with GRUB" in " ".join(module.look(asked())["notes"])
+
+
+@of("look")
+def test_what_was_set_up_before_is_kept_up_or_taken_away(module: Any, machine: Path) -> None:
+    """A card that fell off the bus keeps its driver; data that went is cleaned up after."""
+    left = {"packages": [str(machine / "grub")]}
+    assert "packages" in module.look(asked(left_behind=left))["apply"]
+    assert module.look(asked(declared=[], left_behind=left))["apply"] == ["packages"]
+
+
+@of("look")
+def test_cards_are_told_from_other_devices(module: Any, tmp_path: Path) -> None:
+    for name, vendor, kind in (
+        ("01:00.0", "0x10de", "0x030000"),
+        ("01:00.1", "0x10de", "0x040300"),
+        ("00:02.0", "0x1234", "0x030000"),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(vendor + "\n")
+        (tmp_path / name / "class").write_text(kind + "\n")
+    (tmp_path / "broken").mkdir()
+    assert module.cards(tmp_path) == ["01:00.0"]
+
+
+@of("look")
+def test_secure_boot_is_read_and_the_person_is_told(
+    module: Any, machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    variable = tmp_path / module.SECURE_BOOT
+    monkeypatch.undo()
+    assert not module.secure_boot(tmp_path)
+    variable.write_bytes(b"\x06\x00\x00\x00\x00")
+    assert not module.secure_boot(tmp_path)
+    variable.write_bytes(b"\x06\x00\x00\x00\x01")
+    assert module.secure_boot(tmp_path)
+    key = tmp_path / "MOK.der"
+    (note,) = module.secure_boot_notes([key])
+    assert "has no key yet" in note
+    key.touch()
+    for said, told in (("is not enrolled", f"mokutil --import {key}"), (f"{key} is already enrolled", "")):
+        monkeypatch.setattr(module, "run", lambda *argv, said=said, **_: done(said))
+        assert told in "".join(module.secure_boot_notes([key]))
+        assert bool(told) == bool(list(module.secure_boot_notes([key])))
+
+
+@of("look")
+@pytest.mark.parametrize(
+    ("text", "local"), [("0 0 0\n0\nLOCAL\n", True), ("0 0 0\n0\nUTC\n", False), ("", False)]
+)
+def test_the_hardware_clock(module: Any, tmp_path: Path, text: str, local: bool) -> None:
+    (tmp_path / "adjtime").write_text(text)
+    assert module.clock_is_local(tmp_path / "adjtime") is local
+    assert module.clock_is_local(tmp_path / "missing") is False
+
+
+# --- packages ---
+
+
+@of("packages")
+def test_a_key_is_known_by_its_fingerprint(module: Any) -> None:
+    raw = module.binary(KEY)
+    assert module.fingerprints(KEY) == module.fingerprints(raw) == [FINGERPRINT]
+    assert module.is_pinned(KEY, FINGERPRINT)
+    assert not module.is_pinned(KEY, "0" * 40)
+    assert not module.is_pinned(raw + raw, FINGERPRINT), "a second key could sign too"
+    for wrong in (b"", b"<html>404</html>", KEY[:200], raw[:-1], base64.b64encode(raw)):
+        assert not module.is_pinned(wrong, FINGERPRINT)
+
+
+@of("packages")
+def test_another_key_is_refused_before_anything_is_written(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "fetch", lambda _url: KEY)
+    with pytest.raises(tools.Refused, match=f"has the fingerprint {FINGERPRINT}, not {'0' * 40}"):
+        module.the_key("http://x/k", "0" * 40)
+    assert module.the_key("http://x/k", FINGERPRINT) == module.binary(KEY)
+
+
+FAMILIES = [
+    {"names": ["*nvidia*", "libcuda1*"], "version": "580.1-1"},
+    {"names": ["cuda-*-13-0", "lib*-13-0"]},
+]
+
+
+@of("packages")
+def test_families_are_pinned_and_the_rest_of_the_repository_waits(module: Any) -> None:
+    stanzas = module.preferences("https://repo.example/x/", FAMILIES).split("\n", 1)[1].split("\n\n")
+    assert [dict(line.split(": ", 1) for line in stanza.strip().splitlines()) for stanza in stanzas] == [
+        {"Package": "*nvidia* libcuda1*", "Pin": "version 580.1-1", "Pin-Priority": "1001"},
+        {"Package": "cuda-*-13-0 lib*-13-0", "Pin": 'origin "repo.example"', "Pin-Priority": "500"},
+        {"Package": "*", "Pin": 'origin "repo.example"', "Pin-Priority": "90"},
+    ]
+
+
+@of("packages")
+def test_what_is_held_and_what_has_strayed(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {
+        "nvidia-open": ("580.1-1", "install"), "libcuda1": ("580.1-1", "hold"),
+        "libcublas-13-0": ("13.1.0-1", "install"),
+        "nvidia-container-toolkit": ("1.19-1", "install"), "nvidia-driver-open": ("595.9-1", "install"),
+        "linux-generic": ("6.8", "install"), "bash": ("5", "install"),
+    }  # fmt: skip
+    assert module.to_hold(FAMILIES, ["linux-gen*"], there) == [
+        "libcublas-13-0", "libcuda1", "linux-generic", "nvidia-open",
+    ]  # fmt: skip
+    policy = (
+        "nvidia-container-toolkit:\n  Candidate: 1.19-1\n"
+        "nvidia-driver-open:\n  Installed: 595.9-1\n  Candidate: 580.1-1\n"
+    )
+    monkeypatch.setattr(module, "must", lambda *argv, **_: policy)
+    assert module.strays(FAMILIES, there) == {"nvidia-driver-open": "580.1-1"}
+    assert module.unlike({"nvidia-open": "580.1-1", "libcuda1": "", "new": "1"}, there) == ["new"]
+
+
+# --- kernel parameters ---
+
+CONFIGURATION = """
+menuentry 'Debian' {
+	linux	/vmlinuz root=UUID=1 ro quiet pcie_aspm=off
+}
+submenu 'Advanced' {
+	menuentry 'Old' {
+		linux	/vmlinuz-old root=UUID=1 ro single
+	}
+}
+menuentry 'Windows Boot Manager' {
+	chainloader /EFI/Microsoft/Boot/bootmgfw.efi
+}
+"""
+
+
+@pytest.fixture
+def grub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A host's GRUB in a folder; grub-script-check finds a fault where the text has BROKEN."""
+    library = importlib.import_module("roles.gpu_host.library.gpu_host_kernel_parameters")
+    for name in ("SETTINGS", "FOLDER", "OWN", "BOOTS", "FRESH", "COMMAND_LINE"):
+        path = tmp_path / str(getattr(library, name)).lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(library, name, path)
+    library.SETTINGS.write_text('GRUB_CMDLINE_LINUX_DEFAULT="quiet"  # by hand\n')
+    library.BOOTS.write_text(CONFIGURATION)
+    library.COMMAND_LINE.write_text("BOOT_IMAGE=/vmlinuz root=UUID=1 ro quiet\n")
+
+    def run(*argv: str, **_more: Any) -> subprocess.CompletedProcess[str]:
+        if argv[0] == "grub-script-check":
+            broken = "BROKEN" in Path(argv[1]).read_text()
+            return done(rc=int(broken), err="error: syntax error.\nerror: line 3\n" if broken else "")
+        return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+    monkeypatch.setattr(library, "run", run)
+    return tmp_path
+
+
+def making(module: Any, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """grub-mkconfig makes this."""
+
+    def must(*argv: str, **_more: Any) -> str:
+        if argv[0] == "grub-mkconfig":
+            Path(argv[2]).write_text(text)
+        return ""
+
+    monkeypatch.setattr(module, "must", must)
+
+
+@of("kernel_parameters")
+def test_the_drop_in_adds_and_owns_only_itself(module: Any, grub: Path) -> None:
+    before = module.SETTINGS.read_bytes()
+    first = module.put(["pcie_aspm=off", "consoleblank=60"], check=False)
+    assert first["changed"]
+    script = f'GRUB_CMDLINE_LINUX="mine"; . {module.OWN}; printf %s "$GRUB_CMDLINE_LINUX"'
+    said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said == "mine pcie_aspm=off consoleblank=60"
+    module.put(["consoleblank=60"], check=False)
+    assert "pcie_aspm" not in module.OWN.read_text(), "replaced, not piled up"
+    module.put([], check=False)
+    assert not module.OWN.exists()
+    assert module.SETTINGS.read_bytes() == before
+
+
+@of("kernel_parameters")
+def test_it_is_changed_until_what_boots_follows(
+    module: Any, grub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a run that was broken off between the file and GRUB's configuration."""
+    module.put(["pcie_aspm=off"], check=False)
+    assert module.put(["pcie_aspm=off"], check=False)["changed"], "the configuration is older than the file"
+    making(module, monkeypatch, CONFIGURATION)
+    assert module.generate(["pcie_aspm=off"])["pending"] == ["+pcie_aspm=off"]
+    assert not module.put(["pcie_aspm=off"], check=False)["changed"]
+    module.COMMAND_LINE.write_text("BOOT_IMAGE=/vmlinuz root=UUID=1 ro quiet pcie_aspm=off")
+    assert module.put(["pcie_aspm=off"], check=True)["pending"] == []
+    module.BOOTS.write_text(CONFIGURATION + "BROKEN")
+    assert module.put(["pcie_aspm=off"], check=True)["changed"], "what boots does not parse"
+
+
+@of("kernel_parameters")
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (CONFIGURATION + "BROKEN", "syntax error"),
+        ("menuentry 'Windows' {\nchainloader x\n}\n", "no entry that boots Linux"),
+        (CONFIGURATION.replace("pcie_aspm=off", ""), "does not give pcie_aspm=off"),
+    ],
+)
+def test_a_configuration_that_proves_nothing_does_not_replace_what_boots(
+    module: Any, grub: Path, monkeypatch: pytest.MonkeyPatch, made: str, says: str
+) -> None:
+    making(module, monkeypatch, made)
+    with pytest.raises(tools.Refused, match=says) as refused:
+        module.generate(["pcie_aspm=off"])
+    assert "boots as before" in str(refused.value)
+    assert module.BOOTS.read_text() == CONFIGURATION
+    assert [file.name for file in module.BOOTS.parent.iterdir()] == ["grub.cfg"]
+
+
+@of("kernel_parameters")
+def test_a_setting_that_sh_cannot_read_is_refused_by_name(
+    module: Any, grub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making(module, monkeypatch, CONFIGURATION)
+    module.FOLDER.mkdir(exist_ok=True)
+    (module.FOLDER / "50-hand.cfg").write_text('GRUB_TIMEOUT="5\n')
+    for attempt in (module.generate, module.before_reboot):
+        with pytest.raises(tools.Refused, match=r"50-hand\.cfg"):
+            attempt(["pcie_aspm=off"])
+    assert module.BOOTS.read_text() == CONFIGURATION
+
+
+@of("kernel_parameters")
+def test_no_reboot_into_what_does_not_parse(module: Any, grub: Path) -> None:
+    assert module.before_reboot(["pcie_aspm=off"])["pending"] == ["+pcie_aspm=off"]
+    for broken in (CONFIGURATION + "BROKEN", ""):
+        module.BOOTS.write_text(broken)
+        with pytest.raises(tools.Refused, match="no reboot: "):
+            module.before_reboot(["pcie_aspm=off"])
+
+
+@of("kernel_parameters")
+def test_asked_is_told_from_in_effect(module: Any) -> None:
+    running = "BOOT_IMAGE=/vmlinuz root=UUID=1 ro quiet old=1"
+    assert module.pending(["pcie_aspm=off"], CONFIGURATION, running) == ["+pcie_aspm=off", "-old=1"]
+    unresolved = CONFIGURATION.replace("quiet", "quiet $vt_handoff")
+    assert module.pending([], unresolved, running + " vt.handoff=7 pcie_aspm=off") == []
+
+
+# --- Wake-on-LAN ---
+
+MAC = "52:54:00:12:34:56"
+
+
+@of("wake_on_lan")
+@pytest.mark.parametrize(
+    ("ethernets", "found"),
+    [
+        ({"eno1": {"dhcp4": True}}, "eno1"),
+        ({"lan": {"match": {"macaddress": MAC.upper()}, "set-name": "eno1"}}, "lan"),
+        ({"lan": {"match": {"name": "eno1"}}}, "lan"),
+        ({"eno2": {"dhcp4": True}}, None),
+        ({"eno1": {"match": {"macaddress": "00:00:00:00:00:01"}}}, None),
+        ({}, None),
+    ],
+)
+def test_netplan_s_definition_of_the_card_is_found(
+    module: Any, ethernets: dict[str, Any], found: str | None
+) -> None:
+    assert module.owner(ethernets, "eno1", MAC) == found
+
+
+@of("wake_on_lan")
+@pytest.mark.parametrize(
+    ("ethernets", "says"),
+    [
+        ({"all": {"match": {"name": "en*"}, "dhcp4": True}}, "more cards than eno1"),
+        ({"all": {"match": {"driver": "igc"}}}, "more cards than eno1"),
+        ({"eno1": {}, "lan": {"match": {"macaddress": MAC}}}, "eno1 and in lan"),
+    ],
+)
+def test_a_definition_that_others_live_by_is_left_alone(
+    module: Any, ethernets: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(tools.Refused, match=says):
+        module.owner(ethernets, "eno1", MAC)
+
+
+@of("wake_on_lan")
+def test_our_file_adds_to_the_definition_and_never_counts_as_one(module: Any, tmp_path: Path) -> None:
+    """Alone it would be a card without an address."""
+    (tmp_path / "etc/netplan").mkdir(parents=True)
+    own = module.netplan_text("eno1", "eno1", MAC)
+    (tmp_path / "etc/netplan" / module.NETPLAN.name).write_text(own)
+    assert module.merged(module.netplan_definitions(tmp_path)) == {}
+    (tmp_path / "etc/netplan/50-installer.yaml").write_text("network: {ethernets: {eno1: {dhcp4: true}}}")
+    (tmp_path / "etc/netplan/60-more.yaml").write_text("network: {ethernets: {eno1: {mtu: 9000}, eno2:}}")
+    assert module.merged(module.netplan_definitions(tmp_path)) == {
+        "eno1": {"dhcp4": True, "mtu": 9000},
+        "eno2": {},
+    }
+    (tmp_path / "etc/netplan/70-broken.yaml").write_text("network: {")
+    with pytest.raises(tools.Refused, match="cannot be read"):
+        module.netplan_definitions(tmp_path)
+    assert yaml.safe_load(own)["network"]["ethernets"]["eno1"] == {
+        "match": {"macaddress": MAC}, "set-name": "eno1", "wakeonlan": True,
+    }  # fmt: skip
+
+
+@of("wake_on_lan")
+def test_a_link_keeps_the_system_s_naming(module: Any) -> None:
+    default = (
+        "#x\n[Match]\nOriginalName=*\n\n[Link]\nNamePolicy=keep kernel\n# y\nMACAddressPolicy=persistent\n"
+    )
+    assert module.link_text(default, MAC).split("\n", 1)[1] == (
+        f"[Match]\nPermanentMACAddress={MAC}\n\n[Link]\nNamePolicy=keep kernel\n"
+        "MACAddressPolicy=persistent\nWakeOnLan=magic\n"
+    )
+
+
+@of("wake_on_lan")
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("\tSupports Wake-on: pumbg\n\tWake-on: d\n", ("pumbg", "d")),
+        ("\tSupports Wake-on: d\n\tWake-on: d\n", ("d", "d")),
+        ("Settings for eno1:\n\tLink detected: yes\n", ("", "")),
+    ],
+)
+def test_ethtool_is_the_judge(module: Any, said: str, found: tuple[str, str]) -> None:
+    assert module.wake_on(said) == found
+
+
+# --- files ---
+
+
+def test_a_file_is_whole_again_whatever_became_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b.conf"
+    assert tools.converge({file: "x\n"}, check=True)
+    assert not file.exists()
+    assert tools.converge({file: "x\n"}, check=False)
+    assert not tools.converge({file: "x\n"}, check=False)
+    for damage in ("chmod 666 $0", "echo y > $0", "ln -sfn /dev/null $0"):
+        subprocess.run(["sh", "-c", damage, file], check=True)
+        assert tools.converge({file: "x\n"}, check=False)
+        assert tools.present(file) == "x\n"
+    file.unlink()
+    file.symlink_to(tmp_path / "nowhere")
+    assert tools.converge({file: None}, check=False)
+    assert not os.path.lexists(file)
+    assert not tools.converge({file: None}, check=False)
+
+
+def test_a_program_that_hangs_or_is_missing_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(tools.Refused, match=re.escape("sleep 30 gave no answer in 0.1 s")):
+        tools.run("sleep", "30", timeout_s=0.1)
+    with pytest.raises(tools.Refused, match="no-such-program is not installed"):
+        tools.run("no-such-program")
+    with pytest.raises(tools.Refused, match="failed: worse"):
+        tools.must("sh", "-c", "echo bad; echo worse >&2; exit 3")

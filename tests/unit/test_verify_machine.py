@@ -1,0 +1,76 @@
+"""verify_health on the machine below the services: what was asked for against what is in effect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from scripts import _probe
+from scripts.verify_health import machine_asked, machine_checks
+
+ASKED = {"parameters": ["pcie_aspm=off"], "driver": "580.159.03-1ubuntu1", "wake": "eno1"}
+
+
+def seen(**changes: Any) -> dict[str, Any]:
+    """What the probe says of a machine that is as it was asked to be."""
+    return {
+        "container": False, "command_line": ["ro", "pcie_aspm=off"], "driver": "580.159.03", "uvm": True,
+        "links": [{"device": "0000:01:00.0", "link": {"can": 2, "on": 0}}], "wake_on": "g", **changes,
+    }  # fmt: skip
+
+
+def short(**changes: Any) -> dict[str, str]:
+    return {check.name: check.detail for check in machine_checks(ASKED, seen(**changes)) if not check.ok}
+
+
+def test_a_machine_that_is_as_asked_is_well() -> None:
+    assert short() == {}
+    assert len(machine_checks(ASKED, seen())) == 5
+    assert machine_checks(ASKED, seen(container=True)) == []
+    assert machine_asked({"gpu_host_kernel_parameters": [], "gpu_host_driver_version": ""}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "says"),
+    [
+        (
+            {"command_line": ["ro"]},
+            "kernel_pcie_aspm",
+            "asked for, not in effect; fix: run site.yml with -e allow",
+        ),
+        ({"driver": "570.1"}, "nvidia_driver", "asked for, not in effect"),
+        ({"uvm": False}, "nvidia_uvm", "llmbox-gpu-devices.service"),
+        ({"wake_on": "d"}, "wake_on_lan", "ethtool eno1"),
+        ({"wake_on": None}, "wake_on_lan", "ethtool eno1"),
+        (
+            {"links": [{"device": "0000:01:00.0", "link": {"can": 2, "on": 2}}]},
+            "aspm_0000:01:00.0",
+            "firmware",
+        ),
+        ({"links": [{"device": "0000:01:00.0", "link": None}]}, "aspm_0000:01:00.0", "cannot be read"),
+    ],
+)
+def test_what_is_not_in_effect_is_said(changes: dict[str, Any], name: str, says: str) -> None:
+    found = short(**changes)
+    assert list(found) == [name]
+    assert says in found[name]
+
+
+def test_the_link_s_control_register_is_found_among_the_capabilities() -> None:
+    """As lspci -vv finds it: LnkCap at 0x0c and LnkCtl at 0x10 of the PCI Express capability."""
+    config = bytearray(256)
+    config[0x06] = 0x10  # it has capabilities
+    config[0x34] = 0x60
+    config[0x60:0x62] = bytes([0x01, 0x78])  # power management, then the one at 0x78
+    config[0x78:0x7A] = bytes([0x10, 0x00])
+    config[0x78 + 0x0C : 0x78 + 0x0E] = (0x0C00 | 0x0103).to_bytes(2, "little")  # L0s and L1, x16
+    config[0x78 + 0x10] = 0x42
+    assert _probe.link_control(bytes(config)) == {"can": 3, "on": 2}
+    config[0x78 + 0x10] = 0x40
+    assert _probe.link_control(bytes(config)) == {"can": 3, "on": 0}
+    assert _probe.link_control(bytes(config[:64])) is None, "what others than root may read"
+    config[0x79] = 0x60  # a loop
+    config[0x78] = 0x05
+    assert _probe.link_control(bytes(config)) is None
+    assert _probe.link_control(b"") is None
