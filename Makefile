@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab lab-down lint test test-unit test-ocr test-lab test-long test-gpu test-gpu-inputs bench
+.PHONY: help setup lab lab-down lint test test-unit test-ocr test-lab test-vm test-long test-gpu test-gpu-inputs bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test-ocr: setup ## the OCR service with real Redis, PostgreSQL and Samba
 
 test-lab: setup ## the lab part of the gate
 	@$(BIN)/python tests/run.py lab
+
+test-vm: setup ## the UEFI machine: firmware, boot loader, reboots, the second system
+	@$(BIN)/python tests/run.py vm
 
 test-long: setup ## what takes longer than the gate may; FROM=case resumes
 	@$(BIN)/python tests/run.py long $(if $(FROM),--from $(FROM))

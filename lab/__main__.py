@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from types import FrameType
 
-from lab import hosts, network, packages, root, sources, supervisor
+from lab import hosts, network, packages, root, sources, supervisor, vm
 from lab.config import REPO_ROOT, SUDO_USER, SUITES, Lab, from_environment, typed
 from lab.inventory import inventory
 from lab.shell import LabError, in_parallel, remove_tree, say
@@ -28,7 +28,8 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
     """Bring the lab up, or what of it is not up yet; hosts named in `fresh` are made anew."""
     wanted = [lab.host(name) for name in only] or list(lab.hosts)
     anew = [lab.host(name) for name in fresh]
-    packages.ensure(lab)
+    emulated = lab.vm in wanted
+    packages.ensure(lab, packages.NEEDED | vm.NEEDED if emulated else packages.NEEDED)
     keeper = supervisor.choose()
     claims = Claims(lab.claims)
     if claims.suite not in (None, lab.suite):
@@ -43,12 +44,15 @@ def up(lab: Lab, only: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
     if anew:
         hosts.close_connections(lab)
         in_parallel({host.name: partial(hosts.remove_host, lab, host, keeper) for host in anew})
-    in_parallel(
-        {
-            "root file system": lambda: root.base(lab, wanted),
-            "sources": lambda: sources.prepare(lab.cache / "sources", REPO_ROOT),
-        }
-    )
+    containers = [host for host in wanted if host != lab.vm]
+    preparations: dict[str, Callable[[], None]] = {
+        "sources": lambda: sources.prepare(lab.cache / "sources", REPO_ROOT)
+    }
+    if containers:
+        preparations["root file system"] = lambda: root.base(lab, containers)
+    if emulated:
+        preparations["image"] = lambda: vm.image(lab)
+    in_parallel(preparations)
     hosts.make_keys(lab)
     hosts.start_servers(lab, claims, keeper)
     for host in wanted:
@@ -73,7 +77,7 @@ def down(lab: Lab) -> None:
     if existed:
         keeper = supervisor.choose()
         hosts.close_connections(lab)
-        in_parallel({host.name: partial(hosts.remove_host, lab, host, keeper) for host in lab.hosts})
+        in_parallel({host.name: partial(hosts.remove_host, lab, host, keeper) for host in lab.every_host})
         for unit in claims.of("unit"):
             keeper.stop(unit)
             claims.release("unit", unit)
@@ -87,7 +91,8 @@ def status(lab: Lab) -> int:
     keeper = supervisor.choose()
     claims = Claims(lab.claims)
     print(f"lab {lab.name} ({claims.suite or 'not up'})  {lab.subnet}  {lab.source_git}  {lab.source_http}")
-    parts = {host.short: f"{host.name:<11} {host.address:<15}" for host in lab.hosts}
+    shown = [*lab.hosts, *([lab.vm] if root.made(lab, lab.vm) else [])]
+    parts = {host.short: f"{host.name:<11} {host.address:<15}" for host in shown}
     parts |= {part: f"{part + ' server':<11} {lab.gateway:<15}" for part in ("git", "http")}
     running = {part: keeper.alive(hosts.unit_of(lab, part)) for part in parts}
     for part, text in parts.items():

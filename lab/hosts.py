@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from lab import root, source_server
+from lab import root, source_server, vm
 from lab.config import GIT_PORT, HTTP_PORT, REPO_ROOT, SUDO_USER, Host, Lab, typed
 from lab.shell import LabError, last_line, run, say
 from lab.state import Claims, write_atomically
@@ -30,7 +30,6 @@ if [ -d upper ]; then
 fi
 exec systemd-nspawn --directory=root "$@"
 """
-BOOT_SECONDS = 120  # how long a host may take to answer over ssh; a loaded 2-core machine needs about 15
 
 
 def unit_of(lab: Lab, part: str) -> str:
@@ -44,7 +43,7 @@ def make_keys(lab: Lab) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     lab.control_dir.mkdir(exist_ok=True)
-    places = [lab.ssh_key, *(folder / host.name / "ssh_host_ed25519_key" for host in lab.hosts)]
+    places = [lab.ssh_key, *(folder / host.name / "ssh_host_ed25519_key" for host in lab.every_host)]
     for place in places:
         if place.with_name(place.name + ".pub").exists():
             continue
@@ -57,7 +56,7 @@ def make_keys(lab: Lab) -> None:
         half.with_name("new_key.pub").replace(place.with_name(place.name + ".pub"))
     pins = "".join(
         f"{host.address} " + " ".join(place.with_name(place.name + ".pub").read_text().split()[:2]) + "\n"
-        for host, place in zip(lab.hosts, places[1:], strict=True)
+        for host, place in zip(lab.every_host, places[1:], strict=True)
     )
     write_atomically(lab.known_hosts, pins, 0o600)
 
@@ -105,10 +104,14 @@ def boot(lab: Lab, host: Host, supervisor: Supervisor) -> None:
     log = lab.host_dir(host) / "console.log"
     if not supervisor.alive(unit):
         supervisor.stop(unit)
-        root.make(lab, host)
-        root.refresh(lab, host)
         log.unlink(missing_ok=True)
-        supervisor.start(unit, nspawn_command(lab, host), _NSPAWN_ENV, log)
+        if host == lab.vm:
+            vm.make(lab)
+            supervisor.start(unit, vm.command(lab), {}, log)
+        else:
+            root.make(lab, host)
+            root.refresh(lab, host)
+            supervisor.start(unit, nspawn_command(lab, host), _NSPAWN_ENV, log)
     begun = time.monotonic()
     wait_for_ssh(lab, host, lambda: supervisor.alive(unit))
     _check_source_server(lab, host)
@@ -129,9 +132,9 @@ def _check_source_server(lab: Lab, host: Host) -> None:
 def wait_for_ssh(lab: Lab, host: Host, alive: Callable[[], bool] = lambda: True, unlike: str = "") -> str:
     """Wait until a host lets the sudo user in with a boot id other than `unlike`, and return its boot id.
 
-    Raises LabError when it does not within BOOT_SECONDS, or is not `alive` any more.
+    Raises LabError when it does not within its time, or is not `alive` any more.
     """
-    deadline = time.monotonic() + BOOT_SECONDS
+    deadline = time.monotonic() + host.boot_seconds
     console = lab.host_dir(host) / "console.log"
     while True:
         reason = "port 22 does not answer"
@@ -144,7 +147,7 @@ def wait_for_ssh(lab: Lab, host: Host, alive: Callable[[], bool] = lambda: True,
             raise LabError(f"{host.name} does not boot: {_tail(console)}")
         if time.monotonic() > deadline:
             raise LabError(
-                f"{host.name} is not reachable after {BOOT_SECONDS} s ({reason}); console: {console}"
+                f"{host.name} is not reachable after {host.boot_seconds} s ({reason}); console: {console}"
             )
         time.sleep(0.2)
 
@@ -163,11 +166,14 @@ def reboot(lab: Lab, host: Host, supervisor: Supervisor) -> None:
 def poweroff(lab: Lab, host: Host, supervisor: Supervisor) -> None:
     """Power a host off in order and wait for its end."""
     unit = unit_of(lab, host.short)
-    supervisor.poweroff(unit)
-    deadline = time.monotonic() + BOOT_SECONDS
+    if host == lab.vm:
+        vm.control(lab, "system_powerdown")  # the power button; a signal would be the plug
+    else:
+        supervisor.poweroff(unit)
+    deadline = time.monotonic() + host.boot_seconds
     while supervisor.alive(unit):
         if time.monotonic() > deadline:
-            raise LabError(f"{host.name} does not power off within {BOOT_SECONDS} s")
+            raise LabError(f"{host.name} does not power off within {host.boot_seconds} s")
         time.sleep(0.1)
     say(f"{host.name}: powered off")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from lab import root
 from lab.config import SUDO_USER, Lab
 
 
 def inventory(lab: Lab) -> dict[str, Any]:
     """Return what an Ansible inventory script prints for `--list`."""
+    machines = [lab.vm] if root.made(lab, lab.vm) else []
     common = shlex.join(lab.ssh_options())
     hostvars = {
         host.name: {
@@ -18,7 +20,7 @@ def inventory(lab: Lab) -> dict[str, Any]:
             "ansible_ssh_private_key_file": str(lab.ssh_key),
             "ansible_ssh_common_args": common,
         }
-        for host in lab.hosts
+        for host in (*lab.hosts, *machines)
     }
     return {
         "_meta": {"hostvars": hostvars},
@@ -31,10 +33,12 @@ def inventory(lab: Lab) -> dict[str, Any]:
                 "lab_ssh_public_key": lab.ssh_public_key,
             },
         },
-        "lab": {"children": ["llama_hosts", "clients", "routers"]},
+        "lab": {"children": ["llama_hosts", "clients", "routers", "lab_machines"]},
         "llama_hosts": {"children": ["llm_servers", "ocr_servers"]},
         "llm_servers": {"hosts": ["lab-llm"]},
         "ocr_servers": {"hosts": ["lab-ocr"]},
         "clients": {"hosts": ["lab-client"]},
         "routers": {"hosts": []},  # tests/lab/test_router.py
+        # The UEFI machine while there is one; site.yml has nothing for it.
+        "lab_machines": {"hosts": [host.name for host in machines]},
     }

@@ -75,28 +75,34 @@ def base(lab: Lab, hosts: Sequence[Host]) -> None:
     """
     folder = lab.cache / "roots"
     with shared_cache(folder, "the root file system"):
-        command, cas = _build_command(lab), [path.read_text() for path in _local_cas()]
-        key = hashlib.sha256(json.dumps([command, cas]).encode()).hexdigest()[:12]
+        command = build_command(lab)
+        key = hashlib.sha256(json.dumps([command, local_cas_text()]).encode()).hexdigest()[:12]
         current = folder / f"{lab.suite}-{key}"
         if not current.exists():
-            _build(command, current, folder / f"{lab.suite}.tmp")
+            build(command, current, folder / f"{lab.suite}.tmp")
         for host in hosts:
             place = lab.host_dir(host)
             if not made(lab, host):
                 place.mkdir(parents=True, exist_ok=True)
                 (place / "base").unlink(missing_ok=True)
                 (place / "base").symlink_to(current)
-        used = {link.readlink().name for link in lab.cache.glob("lab/*/hosts/*/base")}
-        for old in folder.glob(f"{lab.suite}-*"):
-            if old != current and old.name not in used:
-                remove_tree(old)
+        delete_unused(lab, folder, current)
 
 
-def _build(command: list[str], target: Path, work: Path) -> None:
+def delete_unused(lab: Lab, folder: Path, current: Path) -> None:
+    """Delete what `folder` holds for this suite, but for `current` and what hosts of any lab still use."""
+    used = {link.readlink() for link in lab.cache.glob("lab/*/hosts/*/base")}
+    for old in folder.glob(f"{lab.suite}-*"):
+        if old != current and old not in used:
+            remove_tree(old)
+
+
+def build(command: list[str], target: Path, work: Path) -> None:
+    """Run the command of `build_command` in `work` and move the finished tree to `target`."""
     say(f"making the root file system {target.name} (once)")
     begun = time.monotonic()
     remove_tree(work)
-    work.mkdir()
+    work.mkdir(parents=True)
     # Namespaces of its own: killed at any moment, it leaves no mount and no process behind.
     isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     with ticking("mmdebstrap"):
@@ -112,7 +118,8 @@ def _build(command: list[str], target: Path, work: Path) -> None:
     say(f"root file system made, {time.monotonic() - begun:.0f} s")
 
 
-def _build_command(lab: Lab) -> list[str]:
+def build_command(lab: Lab, packages: Sequence[str] = PACKAGES, more: Sequence[str] = ()) -> list[str]:
+    """The mmdebstrap command that makes the suite's root file system; hooks in `more` run last."""
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', Path("/etc/os-release").read_text(), re.M))
     places = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.*"))]
     text = "\n\n".join(
@@ -137,10 +144,10 @@ def _build_command(lab: Lab) -> list[str]:
     if _local_cas():
         hooks.append(f'cp {_LOCAL_CAS}/*.crt "$1"{_LOCAL_CAS}/ && chroot "$1" update-ca-certificates')
     return [
-        *("mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}"),
+        *("mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(packages)}"),
         # A lab host is thrown away: packages need not survive a power cut.
         *(f"--keyring={_KEYRING}", "--dpkgopt=force-unsafe-io"),
-        *(f"--customize-hook={hook}" for hook in hooks),
+        *(f"--customize-hook={hook}" for hook in (*hooks, *more)),
         *(lab.suite, _TARGET, *mirrors),
     ]
 
@@ -149,9 +156,14 @@ def _local_cas() -> list[Path]:
     return sorted(_LOCAL_CAS.glob("*.crt"))
 
 
+def local_cas_text() -> list[str]:
+    """The machine's local CA certificates, which every root file system has."""
+    return [path.read_text() for path in _local_cas()]
+
+
 def made(lab: Lab, host: Host) -> bool:
     """Whether the host's own files are complete."""
-    return any((lab.host_dir(host) / layer).exists() for layer in ("upper", "root"))
+    return any((lab.host_dir(host) / layer).exists() for layer in ("upper", "root", "vm"))
 
 
 def make(lab: Lab, host: Host) -> None:
@@ -172,7 +184,7 @@ def make(lab: Lab, host: Host) -> None:
 def unmake(lab: Lab, host: Host) -> None:
     """Delete the host's own files; from the first moment on it is not made, though this be broken off."""
     place = lab.host_dir(host)
-    for layer in ("upper", "root"):
+    for layer in ("upper", "root", "vm"):
         if (place / layer).exists():
             remove_tree(place / "partial")
             (place / layer).rename(place / "partial")
@@ -194,13 +206,25 @@ def _overlays_work(place: Path) -> bool:
 def _personalise(layer: Path, lab: Lab, host: Host) -> None:
     below = lab.host_dir(host) / "base"
     environment = (below / "etc/environment").read_text() if (below / "etc/environment").exists() else ""
+    files = identity(lab, host, "host0", environment) | {"etc/machine-id": uuid.uuid4().hex + "\n"}
+    for name, text in files.items():
+        put(layer, below, name, text)
+    owner = (below / "home" / SUDO_USER).stat()
+    for name in (".ssh", ".ssh/authorized_keys"):
+        path = layer / "home" / SUDO_USER / name
+        os.chown(path, owner.st_uid, owner.st_gid)
+        path.chmod(0o700)
+    (layer / "etc/ssh/ssh_host_ed25519_key").chmod(0o600)
+
+
+def identity(lab: Lab, host: Host, interface: str, environment: str = "") -> dict[str, str]:
+    """The files (path below the root, text) that make a copy of the root file system this lab's host."""
     keys = lab.state / "ssh" / host.name
-    files = {
-        "etc/machine-id": uuid.uuid4().hex + "\n",
+    return {
         "etc/hostname": host.name + "\n",
         "etc/hosts": "127.0.0.1 localhost\n::1 localhost\n"
-        + "".join(f"{other.address} {other.name}\n" for other in lab.hosts),
-        "etc/systemd/network/10-lab.network": "[Match]\nName=host0\n\n"
+        + "".join(f"{other.address} {other.name}\n" for other in lab.every_host),
+        "etc/systemd/network/10-lab.network": f"[Match]\nName={interface}\n\n"
         f"[Network]\nAddress={host.address}/24\nGateway={lab.gateway}\nLinkLocalAddressing=no\nIPv6AcceptRA=no\n",
         "etc/apt/apt.conf.d/10lab-network": apt_network(
             run(["apt-config", "dump"], check=False).stdout, f"http://{lab.gateway}:{HTTP_PORT}"
@@ -210,14 +234,6 @@ def _personalise(layer: Path, lab: Lab, host: Host) -> None:
         "etc/ssh/ssh_host_ed25519_key.pub": (keys / "ssh_host_ed25519_key.pub").read_text(),
         f"home/{SUDO_USER}/.ssh/authorized_keys": lab.ssh_key.with_suffix(".pub").read_text(),
     }
-    for name, text in files.items():
-        put(layer, below, name, text)
-    owner = (below / "home" / SUDO_USER).stat()
-    for name in (".ssh", ".ssh/authorized_keys"):
-        path = layer / "home" / SUDO_USER / name
-        os.chown(path, owner.st_uid, owner.st_gid)
-        path.chmod(0o700)
-    (layer / "etc/ssh/ssh_host_ed25519_key").chmod(0o600)
 
 
 def put(layer: Path, below: Path, name: str, text: str) -> None:

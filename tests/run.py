@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The runner behind `make lint`, `make test` and the targets `test-*`.
 
-    python tests/run.py lint|unit|ocr|lab|gate [--keep]
+    python tests/run.py lint|unit|ocr|lab|vm|gate [--keep]
     python tests/run.py gpu
     python tests/run.py long [--from CASE] [--issue NAME]
 
@@ -50,6 +50,8 @@ GATE_LAB = "gate"
 LONG_LAB = "long"
 DEBIAN_13 = "debian-13"  # a case of its own: everything the gate does on hosts, on the next Debian
 DEBIAN_13_LAB = "long13"
+UEFI = "uefi-machine"  # a case of its own: tests/vm, on a lab that has nothing but the UEFI machine
+UEFI_LAB = "uefi"
 GPU_PARTS = ("build", "layers", "cache", "draft", "tuner")  # of scripts/bench_gpu.py
 KILL_GRACE_S = 30
 PYTEST_NO_TESTS = 5
@@ -379,6 +381,27 @@ def lab_stages(name: str, *, suite: str | None = None, keep: bool = False) -> li
     ]
 
 
+# --- the UEFI machine ---
+
+
+def vm_stages(*, keep: bool = False) -> list[Stage]:
+    """Make the UEFI machine, test on it, remove it."""
+    env = environment(LAB_NAME=UEFI_LAB)
+    down = [sys.executable, "-m", "lab", "down"]
+
+    def tests() -> Outcome:
+        if reason := needs_root():
+            return skipped(f"vm: {reason}")
+        return pytest("vm", "tests/vm", timeout=120 * MINUTE, env=env)
+
+    def removal() -> Outcome:
+        if keep or needs_root():
+            return NOTHING
+        return command_stage("lab down", down, timeout=5 * MINUTE, env=env)
+
+    return [Stage("vm", tests), Stage("lab down", removal)]
+
+
 # --- gpu ---
 
 
@@ -619,16 +642,16 @@ def long_stage(case: str, head: str, env: dict[str, str]) -> Stage:
     return Stage(case, run, ("site",))
 
 
-def debian_13(report: Report, head: str, *, keep: bool) -> None:
-    """Everything the gate does on hosts, on Debian 13, as one row of `report`."""
+def one_row(case: str, stages: Sequence[Stage], report: Report, head: str) -> None:
+    """Run stages as one case, one row of `report`."""
     inner = Report()
     started = time.monotonic()
     try:
-        run_stages(lab_stages(DEBIAN_13_LAB, suite="trixie", keep=keep), inner)
+        run_stages(stages, inner)
     finally:
         outcome = sum((row[1] for row in inner.rows), NOTHING)
-        report.rows.append((DEBIAN_13, outcome, time.monotonic() - started))
-        keep_result(DEBIAN_13, head, outcome, time.monotonic() - started)
+        report.rows.append((case, outcome, time.monotonic() - started))
+        keep_result(case, head, outcome, time.monotonic() - started)
 
 
 def run_long(start: str | None, issue: str, *, keep: bool) -> Report:
@@ -637,11 +660,16 @@ def run_long(start: str | None, issue: str, *, keep: bool) -> Report:
     Raises ValueError for an unknown --from, RuntimeError when the tests cannot be collected.
     """
     head = commit()
-    cases = [*long_tests(), DEBIAN_13]
+    # What runs on a lab of its own.
+    own_lab = {
+        UEFI: vm_stages(keep=keep),
+        DEBIAN_13: lab_stages(DEBIAN_13_LAB, suite="trixie", keep=keep),
+    }
+    cases = [*long_tests(), *own_lab]
     todo = to_run(cases, start, head, stored)
     print(f"{len(cases)} cases, {len(cases) - len(todo)} of them already passed at {head}")
     report = Report()
-    on_lab = [case for case in todo if case != DEBIAN_13]
+    on_lab = [case for case in todo if case not in own_lab]
     stages: list[Stage] = []
     if on_lab:
         by_name = {stage.name: stage for stage in lab_stages(LONG_LAB, keep=keep)}
@@ -651,8 +679,9 @@ def run_long(start: str | None, issue: str, *, keep: bool) -> Report:
         stages += [by_name["lab down"]]
     try:
         run_stages(stages, report)
-        if DEBIAN_13 in todo:
-            debian_13(report, head, keep=keep)
+        for case, its_stages in own_lab.items():
+            if case in todo:
+                one_row(case, its_stages, report, head)
     finally:
         write_summary(ROOT / "docs" / "test-runs" / f"{issue}.md", issue, cases, head)
     return report
@@ -716,7 +745,7 @@ def alone(folder: Path) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=["lint", "unit", "ocr", "lab", "gate", "long", "gpu"])
+    parser.add_argument("what", choices=["lint", "unit", "ocr", "lab", "vm", "gate", "long", "gpu"])
     parser.add_argument("--from", dest="start", metavar="CASE", help="long: run CASE and all after it")
     parser.add_argument(
         "--issue",
@@ -736,6 +765,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fast = [Stage("lint", lint), Stage("unit", unit), Stage("ocr", ocr)]
     lab = lab_stages(GATE_LAB, keep=args.keep)  # never the lab that LAB_NAME chooses: it is made anew
     plans = {"lint": fast[:1], "unit": fast[1:2], "ocr": fast[2:], "lab": lab, "gate": [*fast, *lab]}
+    plans["vm"] = vm_stages(keep=args.keep)
     if args.what == "gpu":
         plans["gpu"] = gpu_stages()
     try:

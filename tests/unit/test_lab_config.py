@@ -41,7 +41,7 @@ def test_other_labs_get_other_addresses_but_the_same_host_names() -> None:
 def test_interface_names_fit_the_kernels_15_characters() -> None:
     lab = make("abcdef")
     assert len(lab.bridge) <= 15
-    assert all(len(f"vb-{lab.machine(host)}") <= 15 for host in lab.hosts)
+    assert all(len(f"vb-{lab.machine(host)}") <= 15 for host in lab.every_host)
 
 
 @pytest.mark.parametrize("name", ["Lab", "seven77", "a-b", "../x", "a b", "é"])
@@ -65,7 +65,7 @@ def test_a_relative_cache_directory_is_ignored_as_the_xdg_specification_says() -
 def test_hosts_are_found_by_both_names() -> None:
     lab = make()
     assert lab.host("llm") == lab.host("lab-llm") == lab.hosts[0]
-    with pytest.raises(LabError, match=r"no lab host 'gpu'; there are lab-llm, lab-ocr, lab-client"):
+    with pytest.raises(LabError, match=r"no lab host 'gpu'; there are lab-llm, lab-ocr, lab-client, lab-vm"):
         lab.host("gpu")
 
 
@@ -78,7 +78,7 @@ def test_the_inventory_has_the_groups_of_production() -> None:
         "ocr_servers": ["lab-ocr"],
         "clients": ["lab-client"],
     }
-    assert found["lab"] == {"children": ["llama_hosts", "clients", "routers"]}
+    assert found["lab"] == {"children": ["llama_hosts", "clients", "routers", "lab_machines"]}
     assert found["all"]["vars"] == {
         "lab_source_git": "git://10.213.179.1",
         "lab_network": "10.213.179.0/24",

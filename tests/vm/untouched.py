@@ -1,0 +1,92 @@
+"""What a lab or a machine must never touch on the machine that runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Boot files, modules and their settings, clock settings, firmware variables.
+PLACES = (
+    *(
+        "/boot",
+        "/efi",
+        "/etc/default/grub",
+        "/etc/default/grub.d",
+        "/etc/grub.d",
+        "/sys/firmware/efi/efivars",
+    ),
+    *(
+        "/etc/kernel",
+        "/etc/modules",
+        "/etc/modules-load.d",
+        "/etc/modprobe.d",
+        "/lib/modules",
+        "/etc/initramfs-tools",
+    ),
+    *("/etc/sysctl.conf", "/etc/sysctl.d", "/etc/adjtime", "/etc/localtime", "/etc/timezone", "/etc/fstab"),
+)
+# Counters and pools of the kernel; and what a lab borrows and gives back, which test_hygiene looks at.
+MOVING = (
+    *(
+        "dentry-state",
+        "file-nr",
+        "inode-nr",
+        "inode-state",
+        "aio-nr",
+        "random/",
+        "ns_last_pid",
+        "pty/nr",
+        "sched_",
+    ),
+    *("/net/", "perf_event_max_sample_rate", "perf_cpu_time_max_percent", "lost_mem", "/fs/binfmt_misc/"),
+)
+
+
+@dataclass(frozen=True)
+class MachineState:
+    """One look at this machine."""
+
+    files: dict[str, str]
+    sysctls: dict[str, str]
+    modules: frozenset[str]
+    clock_offset: float  # of the wall clock against the time since the machine was started
+
+    @classmethod
+    def now(cls) -> MachineState:
+        """Look."""
+        clock = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return cls(_files(), _sysctls(), _modules(), clock)
+
+
+def _files() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for place in map(Path, PLACES):
+        for path in sorted([place, *place.rglob("*")]) if place.is_dir() else [place]:
+            if path.is_symlink():
+                found[str(path)] = f"link to {path.readlink()}"
+            elif path.is_file():
+                found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _sysctls() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for folder, _, names in os.walk("/proc/sys"):
+        for name in names:
+            path = Path(folder, name)
+            if any(part in str(path) for part in MOVING):
+                continue
+            try:
+                found[str(path)] = path.read_text(errors="replace")
+            except OSError:
+                continue  # write-only, or not for this kernel
+    return found
+
+
+def _modules() -> frozenset[str]:
+    listed = Path("/proc/modules")  # not there where the kernel has everything built in
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    return frozenset(line.split()[0] for line in lines)
