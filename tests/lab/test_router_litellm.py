@@ -25,12 +25,15 @@ import pytest
 from llama_common.router import router_files
 
 from scripts.build_wheelhouse import App, Target, cache_root, ensure
+from tests import support
 from tests.stub_boxes import StubBox, stub_box
+from tests.unit import scripted_llm
 from tests.unit.test_router_files import options
 
 pytestmark = pytest.mark.long
 
 START_S = 180
+GONE_S = 5.0
 KEYS: dict[str, dict[str, Any]] = {"me": {}, "rich": {"cloud": True}, "tight": {"requests_per_minute": 1}}
 TOOLS = {
     "/v1/messages": [{"name": "Write", "input_schema": {"type": "object"}}],
@@ -252,3 +255,77 @@ def test_a_box_dies_under_load_and_requests_go_on(router: Router) -> None:
         reply.text for started, _, reply in replies if started > died and isinstance(reply, httpx.Response)
     ]
     assert late and all("two" in text for text in late), late[:2]
+
+
+# --- the same LiteLLM in front of a server for local-claude's session ---
+
+FIELDS = {
+    "model",
+    "messages",
+    "max_tokens",
+    "stream",
+    "stream_options",
+    "tools",
+    "tool_choice",
+    "temperature",
+}
+# In claude's place: sends what Claude Code sends, and tells what came.
+ASKS = f"""#!{sys.executable}
+import json, os, sys, urllib.request
+if "--help" in sys.argv:
+    sys.exit()
+body = {{
+    "model": os.environ["ANTHROPIC_MODEL"], "max_tokens": 50, "metadata": {{"user_id": "x"}},
+    "system": [{{"type": "text", "text": "Be brief.", "cache_control": {{"type": "ephemeral"}}}}],
+    "messages": [{{"role": "user", "content": "Hi"}}], "thinking": {{"type": "adaptive"}},
+    "context_management": {{"edits": []}}, "output_config": {{"effort": "high"}},
+}}
+request = urllib.request.Request(os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages", json.dumps(body).encode())
+request.add_header("Authorization", "Bearer " + os.environ["ANTHROPIC_AUTH_TOKEN"])
+request.add_header("Content-Type", "application/json")
+request.add_header("anthropic-beta", "context-management-2025-06-27")
+print(urllib.request.urlopen(request, timeout=60).read().decode())
+sys.exit(7)
+"""
+
+
+def strict(body: dict[str, Any]) -> Any:
+    """OpenAI's protocol, and nothing beside it."""
+    if more := sorted(body.keys() - FIELDS):
+        return 422, {"error": {"message": f"Extra inputs are not permitted: {', '.join(more)}"}}
+    message = {"role": "assistant", "content": "Hello."}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    return 200, {"id": "c", "object": "chat.completion", "model": "a", "choices": [choice], "usage": usage}
+
+
+def test_local_claude_puts_it_in_front_of_a_strict_server(python: Path, tmp_path: Path) -> None:
+    """Fields that such a server refuses are taken out; exit code 7 is claude's, and nothing is left."""
+    (tmp_path / "claude").write_text(ASKS)
+    (tmp_path / "claude").chmod(0o755)
+    answers: dict[str, Any] = {
+        "/v1/models": scripted_llm.models({"id": "a"}),
+        "/v1/chat/completions": strict,
+    }
+    environment = {
+        "PATH": f"{tmp_path}:{os.defpath}",
+        "HOME": str(tmp_path),
+        "LOCAL_CLAUDE_LITELLM": str(python.parent / "litellm"),
+    }
+    with scripted_llm.ScriptedLlm(answers) as server:
+        words = ("--port", str(server.port), "--skip-checks", "-p", "x")
+        done = subprocess.run(
+            [support.BIN / "local-claude", *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+            check=False,
+        )
+    assert done.returncode == 7, done.stderr[-2000:]
+    assert json.loads(done.stdout)["content"][0]["text"] == "Hello."
+    until, files = time.monotonic() + GONE_S, tmp_path / ".claude-local/local-claude"
+    while support.run("pgrep", "-f", f"litellm.*{tmp_path}").stdout or list(files.glob("litellm-*")):
+        assert time.monotonic() < until, list(files.iterdir())
+        time.sleep(0.1)

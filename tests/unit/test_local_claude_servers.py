@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from local_claude.errors import LocalClaudeError
 from local_claude.keeping import Kept, Order
 from local_claude.wire import Server
 
+from tests.support import ROOT
 from tests.unit import scripted_llm
 from tests.unit.scripted_llm import Answer, ScriptedLlm
 from tests.unit.test_local_claude import started
@@ -186,6 +188,14 @@ def test_a_server_without_anthropic_s_api_gets_litellm(world: Path, monkeypatch:
     assert "cache_control" in model["litellm_params"]["additional_drop_params"]
     assert key not in order.remove[0].read_text()
     assert set(launch.CHAT_ONLY) <= set(became.command), "4096 tokens are for a chat"
+
+
+def test_litellm_is_installed_as_the_router_has_it() -> None:
+    pinned = (ROOT / "apps/llm_router/requirements.lock").read_text()
+    names = set(re.findall(r"^([a-z0-9-]+)==", pinned, re.MULTILINE))
+    assert set(translator.PROXY) <= names and "litellm-enterprise" not in names
+    assert f"\nlitellm=={translator.VERSION} " in pinned
+    assert "[proxy]" not in translator.FIX and "enterprise" not in translator.FIX
 
 
 # --- choosing with the arrow keys ---

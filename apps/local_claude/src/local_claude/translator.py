@@ -1,6 +1,6 @@
 """LiteLLM in front of a server that does not speak Anthropic's API: started for one session.
 
-It lives in an environment of its own (pipx install 'litellm[proxy]'): nothing of it is imported here.
+It lives in an environment of its own: nothing of it is imported here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,32 @@ from local_claude.keeping import Kept, Order, answers, free_port
 from local_claude.wire import Server
 
 START_TIMEOUT_S = 120.0
-FIX = "type: pipx install 'litellm[proxy]' (or set LOCAL_CLAUDE_LITELLM to the program)"
-PLACES = ("~/.local/bin/litellm", "~/.local/share/pipx/venvs/litellm/bin/litellm", "/opt/litellm/bin/litellm")
+VERSION = "1.108.7"
+# What the router has of the extra `proxy`, most of it imported at the start. Not the extra itself, to which
+# litellm-enterprise belongs, under a commercial licence.
+PROXY = (
+    *(
+        "apscheduler",
+        "backoff",
+        "cryptography",
+        "expression",
+        "fastapi",
+        "fastapi-sso",
+        "gunicorn",
+        "hiredis",
+    ),
+    *("httpx2", "litellm-proxy-extras", "mcp", "orjson", "pyjwt", "pynacl", "python-multipart", "rich"),
+    *("soundfile", "uvicorn", "uvloop", "websockets"),
+)
+FIX = (
+    f"type: pipx install litellm=={VERSION} && pipx inject litellm {' '.join(PROXY)} "
+    "(or set LOCAL_CLAUDE_LITELLM to the program)"
+)
+PLACES = (
+    "~/.local/bin/litellm",
+    "~/.local/share/pipx/venvs/litellm/bin/litellm",
+    "/opt/llm-router/bin/litellm",  # where this machine is a router too
+)
 # What Claude Code sends and servers of OpenAI's shape answer with 422.
 DROPPED = (
     "betas",
