@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lab import config
+from scripts import _rote_model
 from tests import support
-from tests.lab import rote_model
 from tests.lab.test_lmswitch import Box
 from tests.lab.test_lmswitch import box as box  # the fixture
 from tests.lab.tool_template import calling, tool_template
@@ -115,7 +115,7 @@ def test_a_tool_is_called_and_its_answer_comes_back(claude: Path, box: Box, tmp_
         )
         asked = agent.audited()[before:]
     assert (tmp_path / "made.txt").read_text() == f"{SAID}\n", result
-    assert result["result"] == rote_model.ANSWER and result["num_turns"] == 2, result
+    assert result["result"] == _rote_model.ANSWER and result["num_turns"] == 2, result
     assert [entry["status"] for entry in asked] == [200, 200]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -15,22 +16,23 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from lab import config
+from scripts import bench_local_claude
+from scripts._tool_template import AGENT, template_flags
 from tests import support
-from tests.lab.test_gateway_claude_code import OUTPUT_TOKENS, TURN_TIMEOUT_S
 from tests.lab.test_gateway_claude_code import claude as claude  # the fixture
 from tests.lab.test_lmswitch import Box
 from tests.lab.test_lmswitch import box as box  # the fixture
-from tests.lab.tool_template import tool_template
+from tests.lab.tool_template import CHOOSES, ONLY_TOOLS, tool_template
 
 LOCAL_CLAUDE = support.BIN / "local-claude"
 GONE_S = 5.0
 START_S = 60.0
+CHECKS_S = 120.0
 SILENT_S = 40.0
 MODEL = "smollm2-135m-instruct-q4_1"
 SERVERS = "pgrep -fa '[l]lama-server .*/tmp/local-claude-' || true"
@@ -131,6 +133,36 @@ def test_the_user_s_own_stays_and_nothing_leaves(claude: Path, tmp_path: Path) -
     assert (home / ".claude-local/projects").is_dir()
 
 
+# --- the checks before the start, on a real model ---
+
+
+@pytest.mark.parametrize(
+    ("template", "flags", "code", "said"),
+    [
+        (CHOOSES, ONLY_TOOLS, 0, ("ok   tool calls: ", "ok   prompt cache: a second turn found ")),
+        (CHOOSES, (*ONLY_TOOLS, "--no-jinja"), 76, ("tool calls: ", "; fix: set `jinja: true`")),
+        pytest.param(
+            *(CHOOSES, (*ONLY_TOOLS, "--no-cache-prompt"), 77, ("prompt cache: ", "; fix: ")),
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["sound", "no jinja", "no cache"],
+)
+def test_the_checks_tell_a_sound_server_from_a_broken_one(
+    template: str, flags: tuple[str, ...], code: int, said: tuple[str, ...], box: Box, tmp_path: Path
+) -> None:
+    preset = next(name for name, data in box.wanted.config.llama_presets.items() if data.agent)
+    where = {"LOCAL_CLAUDE_DIR": str(tmp_path / "claude"), "HOME": str(tmp_path)}
+    words = ("--host", box.wanted.url(box.hostvars["ansible_host"]), "--model", preset, "--print-env")
+    with tool_template(box, preset, template, *flags):
+        done = support.run(LOCAL_CLAUDE, *words, env=where, timeout=CHECKS_S)
+        assert done.rc == code and all(part in done.stderr for part in said), done.tail()
+        if code == 0:  # once for each server, model and version
+            again = support.run(LOCAL_CLAUDE, *words, env=where).check()
+            assert "checking" in done.stderr and "checking" not in again.stderr
+            assert "ok   tool calls: " in again.stderr
+
+
 # --- life cycle: what was started there is gone with the session, however that ends ---
 
 
@@ -180,7 +212,7 @@ def far(box: Box, tmp_path: Path) -> Iterator[dict[str, str]]:
         "LOCAL_CLAUDE_REMOTE_MODELS": "/tmp/lc-models",
         "LOCAL_CLAUDE_REMOTE_LLAMA_SERVER": server,
     }
-    box.run("rm -rf /tmp/lc-models")
+    box.run("rm -rf /tmp/lc-models ~/lc")
 
 
 class Session:
@@ -311,107 +343,77 @@ def test_the_connection_goes_silent(session: Session) -> None:
     print(f"gone after {took:.1f} s of silence")
 
 
+# --- a server on the machine itself ---
+
+# In claude's place: asks the server that it was given, says what it saw, and ends with 7.
+ASKS = """\
+#!/usr/bin/python3
+import json, os, signal, sys, urllib.request
+if "--help" in sys.argv:
+    sys.exit()
+url = os.environ["ANTHROPIC_BASE_URL"]
+body = {"model": os.environ["ANTHROPIC_MODEL"], "max_tokens": 8}
+body["messages"] = [{"role": "user", "content": "Hi"}]
+request = urllib.request.Request(url + "/v1/messages", json.dumps(body).encode())
+request.add_header("Authorization", "Bearer " + os.environ["ANTHROPIC_AUTH_TOKEN"])
+request.add_header("Content-Type", "application/json")
+answer = json.load(urllib.request.urlopen(request, timeout=60))
+servers = os.popen("pgrep -f '^[^ ]*llama-server .*lc-models'").read().split()
+print(json.dumps({"url": url, "tokens": answer["usage"]["output_tokens"], "servers": servers}), flush=True)
+if "die" in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "code"), [("end", 7), pytest.param("die", 128 + signal.SIGKILL, marks=pytest.mark.long)]
+)
+def test_a_server_here_is_started_on_a_free_port_and_only_it_is_stopped(
+    word: str, code: int, far: dict[str, str], box: Box
+) -> None:
+    box.lmswitch(box.first).check()  # somebody else's server, and the gateway on its port
+    theirs = box.run("pgrep -f '[l]lama-server.*--alias'").check().stdout.split()
+    sources = " ".join(f"-C {support.ROOT}/apps/{app}/src {app}" for app in ("local_claude", "llama_common"))
+    packed = subprocess.run(["tar", "-cz", *sources.split()], stdout=subprocess.PIPE, check=True).stdout
+    give = "mkdir -p ~/lc/bin && base64 -d | tar -xz -C ~/lc"
+    box.run(give, stdin=base64.b64encode(packed).decode()).check()
+    box.run("cat > ~/lc/bin/claude && chmod +x ~/lc/bin/claude", stdin=ASKS).check()
+    python = f"{support.expected_host().variables['llmbox_path']}/bin/python"
+    words = ["--backend", "llama", "--context", "2048", "--skip-checks", "-p", word]
+    done = box.run(
+        "env PATH=~/lc/bin:/usr/bin:/bin PYTHONPATH=~/lc LOCAL_CLAUDE_MODELS=/tmp/lc-models "
+        f"LOCAL_CLAUDE_LLAMA_SERVER={far['LOCAL_CLAUDE_REMOTE_LLAMA_SERVER']} "
+        f"{python} -m local_claude.cli {shlex.join(words)}; exit $?"
+    )
+    assert done.rc == code, done.tail()
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["tokens"], seen
+    assert seen["url"].startswith("http://127.0.0.1:") and not seen["url"].endswith(":1234")
+    (pid,) = seen["servers"]
+    box.run(f"for i in $(seq 50); do test -e /proc/{pid} || exit 0; sleep 0.1; done; exit 1").check()
+    assert box.run("pgrep -f '[l]lama-server.*--alias'").check().stdout.split() == theirs
+    assert box.complete()
+
+
 # --- end to end: Claude Code, the gateway, a real model ---
 
 
-class Client:
-    """Claude Code in the lab's client host, with the wrapper or with bare settings."""
-
-    HOME = "/home/ops"
-
-    def __init__(self, claude: Path, url: str, preset: str, box: Box) -> None:
-        self.url, self.preset, self.box = url, preset, box
-        program = claude.resolve()
-        with program.open("rb") as file:
-            self.push(file, "mkdir -p ~/lc/bin && cat > ~/lc/bin/claude && chmod +x ~/lc/bin/claude")
-        sources = [support.ROOT / f"apps/{app}/src" for app in ("local_claude", "llama_common")]
-        packed = subprocess.run(
-            ["tar", "-c", *(word for path in sources for word in ("-C", str(path), path.parent.name))],
-            stdout=subprocess.PIPE,
-            check=True,
-        )
-        self.push(packed.stdout, "tar -x -C ~/lc")
-
-    def push(self, content: Any, command: str) -> None:
-        """Feed a command there."""
-        argv = [sys.executable, "-m", "lab", "ssh", support.CLIENT, command]
-        given = {"input": content} if isinstance(content, bytes) else {"stdin": content}
-        subprocess.run(argv, cwd=support.ROOT, env=support.environment(), check=True, timeout=300, **given)
-
-    def turn(self, name: str, prompt: str, folder: str, *options: str, wrapped: bool) -> dict[str, Any]:
-        """One turn: its result, and what the gateway wrote about its largest request."""
-        before = len(self.audited())
-        limits = {"API_TIMEOUT_MS": str(TURN_TIMEOUT_S * 1000), "HOME": f"{self.HOME}/lc/{name}"}
-        words = ["-p", prompt, "--output-format", "json", *options]
-        if wrapped:
-            command = ["python3", "-m", "local_claude.cli", "--host", self.url, "--model", self.preset]
-            command += ["--skip-checks", *words]
-        else:
-            command = ["claude", *words]
-            models = (
-                "ANTHROPIC_MODEL",
-                *(f"ANTHROPIC_DEFAULT_{kind}_MODEL" for kind in ("OPUS", "SONNET", "HAIKU")),
-            )
-            limits |= dict.fromkeys(models, self.preset) | {
-                "ANTHROPIC_BASE_URL": self.url,
-                "ANTHROPIC_AUTH_TOKEN": "none",
-                "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-                "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(OUTPUT_TOKENS),
-            }
-        exports = shlex.join(f"{key}={value}" for key, value in limits.items())
-        place = f"{self.HOME}/lc/{folder}"
-        line = (
-            f"mkdir -p {place} {self.HOME}/lc/{name} && cd {place} && env {exports} "
-            f"PYTHONPATH={self.HOME}/lc "
-            f"PATH={self.HOME}/lc/bin:$PATH {shlex.join(command)} < /dev/null"
-        )
-        done = self.box.on_host(support.CLIENT, line, timeout=TURN_TIMEOUT_S)
-        assert done.rc == 0, done.tail()
-        result = json.loads(done.stdout.strip().splitlines()[-1])
-        asked = self.audited()[before:]
-        assert asked and all(entry["status"] == 200 for entry in asked), asked
-        largest = max(asked, key=lambda entry: entry["prompt_tokens"])
-        cached = largest["cached_tokens"] or 0
-        return {
-            "prompt": largest["prompt_tokens"],
-            "cached": cached,
-            "reused": round(cached / largest["prompt_tokens"], 4),
-            "ttft_s": round(result["ttft_ms"] / 1000, 1),
-            "requests": len(asked),
-        }
-
-    def audited(self) -> list[dict[str, Any]]:
-        """The gateway's lines about messages, oldest first."""
-        path = f"{self.box.wanted.home}/.local/state/llmbox/audit.jsonl"
-        lines = self.box.run(f"sudo cat {path}").check().stdout.splitlines()
-        return [entry for entry in map(json.loads, lines) if entry["path"] == "/v1/messages"]
+def held(found: bench_local_claude.Turns) -> None:
+    """What the cache had of each prompt; the times are published (docs/benchmarks/local-claude.md)."""
+    print(json.dumps(found, indent=1))
+    for step, (_, _, _, bar) in bench_local_claude.STEPS.items():
+        (turn,) = found[bench_local_claude.OURS][step]
+        assert turn["reused"] >= bar, (step, turn)
 
 
-STEPS = (
-    ("first turn", "Say hello.", "a", ()),
-    ("second turn", "And again.", "a", ("--continue",)),
-    ("new session", "Say hello.", "a", ()),
-    ("another directory", "Say hello.", "b", ()),
-)
+def test_what_the_wrapper_saves(claude: Path, lab: str) -> None:
+    with bench_local_claude.bench(str(support.LAB_INVENTORY), claude) as both, both.by_rote() as flags:
+        held(both.turns(1, *flags, ways=(bench_local_claude.OURS,)))
 
 
 @pytest.mark.long
-def test_what_the_wrapper_saves(claude: Path, box: Box) -> None:
-    presets = box.wanted.config.llama_presets
-    preset = next(name for name, data in presets.items() if data.agent)
-    found: dict[str, list[dict[str, Any]]] = {}
-    with tool_template(box, preset, "Qwen3-Coder"):
-        client = Client(claude, box.wanted.url(box.hostvars["ansible_host"]), preset, box)
-        for step, prompt, folder, options in STEPS:  # interleaved: the machine is not always as busy
-            for wrapped in (False, True):
-                name = "wrapped" if wrapped else "bare"
-                found.setdefault(step, []).append(
-                    client.turn(name, prompt, f"{name}-{folder}", *options, wrapped=wrapped)
-                )
-    support.FIGURES.mkdir(parents=True, exist_ok=True)
-    (support.FIGURES / "local-claude.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
-    ours = {step: both[1] for step, both in found.items()}
-    assert ours["second turn"]["reused"] >= 0.99
-    assert ours["new session"]["reused"] >= 0.90
-    assert ours["another directory"]["reused"] >= 0.80
+def test_what_the_wrapper_saves_with_a_real_model(claude: Path, lab: str) -> None:
+    flags = template_flags(AGENT)
+    with bench_local_claude.bench(str(support.LAB_INVENTORY), claude) as both:
+        held(both.turns(1, *flags, ways=(bench_local_claude.OURS,)))

@@ -17,32 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from lab import config
-from tests.lab import rote_model
+from scripts import _rote_model
+from scripts._tool_template import CHOOSES as CHOOSES
+from scripts._tool_template import ONLY_TOOLS as ONLY_TOOLS
+from scripts._tool_template import template_flags
 from tests.lab.test_lmswitch import Box
-
-VOCABULARY = "smollm2-*.gguf"
-TEMPLATES = "/opt/llama.cpp/upstream/src/models/templates"
-# Gemma's <eos> and <end_of_turn>: a base model hardly ever stops by itself, with this after a few words.
-STOPS = ("-l", "1+8", "-l", "106+8")
-# This template lets a model choose between `all`, which is everybody, and a tool. "tool_choice": "required"
-# leaves both open, a call may follow what is said to all: so what `all` begins with is taken away.
-CHOOSES = "meetkai-functionary-medium-v3.2"
-ONLY_TOOLS = ("-l", "236746-100", "-l", "514-100", "-l", "712-100")
 
 
 @contextmanager
 def tool_template(box: Box, preset: str, template: str, *flags: str) -> Iterator[None]:
     """The preset serves with this template and these flags; afterwards nothing serves."""
-    with _serving(box, preset, "--chat-template-file", f"{TEMPLATES}/{template}.jinja", *STOPS, *flags):
+    with _serving(box, preset, *template_flags(template, *flags)):
         yield
 
 
 @contextmanager
 def calling(box: Box, preset: str, folder: Path, name: str, arguments: dict[str, Any]) -> Iterator[None]:
-    """The preset serves a model that calls this tool (rote_model.py); afterwards nothing serves."""
+    """The preset serves a model that calls this tool (scripts/_rote_model.py); afterwards nothing serves."""
     file = folder / "rote.gguf"
     models = config.from_environment().cache / "sources/models"
-    rote_model.write(file, next(models.glob(VOCABULARY)), name, arguments)
+    _rote_model.write(file, next(models.glob(_rote_model.VOCABULARY)), name, arguments)
     packed = base64.b64encode(gzip.compress(file.read_bytes())).decode()
     place = f"{box.wanted.home}/rote.gguf"
     box.run(f"base64 -d | gzip -d | sudo -u {box.wanted.user} tee {place} > /dev/null", stdin=packed).check()

@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +109,8 @@ def knows(program: Path, option: str, folder: Path) -> bool:
         kept = {}
     if isinstance(kept, dict) and kept.get("program") == key and isinstance(kept.get("help"), str):
         return option in kept["help"].split()
+    import subprocess  # not at every start
+
     try:
         asked = subprocess.run(
             [str(program), "--help"],

@@ -17,6 +17,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+VOCABULARY = "smollm2-*.gguf"  # of the lab's models
 CONTEXT, WIDTH, LOUDNESS = 131_072, 64, 8.0
 ANSWER = "The tool has been used."
 AFTER_QUESTION, AFTER_TOOL = "\n", "\n\n"  # the last word of a prompt; each is one token
