@@ -51,6 +51,7 @@ bench: setup ## benchmarks against the running lab, written to docs/benchmarks
 	@$(BIN)/python scripts/bench.py
 	@$(BIN)/python scripts/bench_gateway.py
 	@$(BIN)/python scripts/bench_update.py
+	@$(BIN)/python scripts/bench_local_claude.py
 
 TRAIN := build/train-detector
 DETECTOR := apps/ocr_pipeline/src/ocr_pipeline/data/plates
