@@ -77,9 +77,9 @@ class World:
         verdict = self.judge.verdict(self.now)
         while self.now < end and not verdict.stop:
             if found is not None:
-                self.judge.card(found, self.now)
+                self.judge.card(found, self.now, self.now)
             if log is not None:
-                self.judge.log(log, self.now)
+                self.judge.log(log, self.now, self.now)
             verdict = self.judge.verdict(self.now)
             self.now += INTERVAL
         return verdict
@@ -164,7 +164,7 @@ def test_a_guard_whose_first_look_never_comes_back() -> None:
 def test_a_fatal_error_is_acted_on_at_once(world: World, line: str) -> None:
     xid = kernel_log.xid_in(line)
     assert xid is not None
-    assert world.judge.log(News((xid,), "c2"), world.now) == []
+    assert world.judge.log(News((xid,), "c2"), world.now, world.now) == []
     verdict = world.judge.verdict(world.now)
     assert verdict.stop and f"Xid {xid.number}" in verdict.reason
 
@@ -172,12 +172,28 @@ def test_a_fatal_error_is_acted_on_at_once(world: World, line: str) -> None:
 def test_an_error_of_a_program_and_a_card_that_recovered_are_told_only(world: World) -> None:
     lines = ["NVRM: Xid (PCI:0000:01:00): 13, pid=4711, Graphics Exception", RECOVERED]
     found = tuple(xid for line in lines if (xid := kernel_log.xid_in(line)))
-    assert [xid.number for xid in world.judge.log(News(found, "c2"), world.now)] == [13, 154]
+    assert [xid.number for xid in world.judge.log(News(found, "c2"), world.now, world.now)] == [13, 154]
     assert world.judge.verdict(world.now) == Verdict("ok")
 
 
+def test_a_slow_answer_that_tells_of_heat_counts_from_then_on(world: World) -> None:
+    """It began when the card was still cool, and does not make the heat last longer than it did."""
+    world.judge.card(Reading(90, 0), world.now, world.now + TIMEOUT)
+    world.judge.log(QUIET, world.now, world.now + HOLD)
+    assert not world.judge.verdict(world.now + TIMEOUT + HOLD - 1).stop
+    world.judge.card(Reading(90, 0), world.now + TIMEOUT, world.now + TIMEOUT + HOLD)
+    world.judge.log(QUIET, world.now, world.now + TIMEOUT + HOLD)
+    assert world.judge.verdict(world.now + TIMEOUT + HOLD).stop
+
+
+def test_an_answer_that_never_came_counts_from_its_beginning(world: World) -> None:
+    world.judge.card(Unreadable("nvidia-smi gave no answer in 10 s"), world.now, world.now + TIMEOUT)
+    world.judge.log(QUIET, world.now, world.now + HOLD)
+    assert world.judge.verdict(world.now + HOLD).stop
+
+
 def test_cleared_it_counts_anew(world: World) -> None:
-    world.judge.log(News((Xid(79, FELL),), "c2"), world.now)
+    world.judge.log(News((Xid(79, FELL),), "c2"), world.now, world.now)
     world.during(HOLD, Reading(91, 0))
     world.judge.clear(world.now)
     assert not world.judge.verdict(world.now).stop
@@ -185,19 +201,19 @@ def test_cleared_it_counts_anew(world: World) -> None:
 
 
 def test_a_guard_that_is_killed_again_and_again_still_acts() -> None:
-    now = good = 1000.0
+    now = since = 1000.0
     for _ in range(20):
         judge = Judge(limits(), now)
-        judge.resume(good, now)
+        judge.resume(since, now)
         assert not judge.verdict(now).stop, "its first look has a moment"
         for _ in range(3):
             now += 1
-            judge.card(Unreadable("nvidia-smi failed with status 1"), now)
-            judge.log(QUIET, now)
+            judge.card(Unreadable("nvidia-smi failed with status 1"), now, now)
+            judge.log(QUIET, now, now)
             if judge.verdict(now).stop:
                 assert HOLD <= now - 1000 <= 1.5 * HOLD
                 return
-        good = judge.good
+        since = judge.since
     pytest.fail("never acted")
 
 
@@ -588,7 +604,7 @@ def test_the_report(tmp_path: Path) -> None:
     state = {"level": "warning", "reason": "warm", "temperature": 84, "updated": 99.0}
     latch.write(tmp_path / latch.STATE, state)
     assert report.text(report.report(tmp_path, 100.0)) == "84 °C, warning: warm"
-    assert not report.report(tmp_path, 110.0).running, "it has written nothing for too long"
+    assert not report.report(tmp_path, 130.0).running, "it has written nothing for too long"
     latch.close(tmp_path, "it was hot", 0.0)
     found = report.report(tmp_path, 100.0)
     assert not found.serves and report.text(found).startswith("out of service: it was hot; now: 84 °C")

@@ -1,6 +1,6 @@
 """The verdict, from what the looks delivered and when. Pure: time comes in with every call.
 
-There is one rule for heat, for failures and for a hang: without a good look for `hold` seconds the card is
+There is one rule for heat, for failures and for a hang: a card that has not been well for `hold` seconds is
 taken out of service. A look that never comes back is no good look: nothing has to notice that it hangs.
 """
 
@@ -30,20 +30,24 @@ class Verdict:
 
 @dataclass
 class _Source:
-    """What one kind of look has delivered. `fault` is the trouble that the last one found."""
+    """What one kind of look has delivered. `fault` is the trouble of the last one, `since` when it began.
+
+    After a good look that is when the next one is due.
+    """
 
     name: str
-    good: float
+    since: float
     heard: float
     fault: str = ""
     begun: bool = False
 
-    def hear(self, fault: str, now: float) -> None:
-        self.begun = True
-        self.heard = now
-        self.fault = fault
+    def hear(self, fault: str, began: float, now: float, due: float) -> None:
+        """A look that began then has come back."""
         if not fault:
-            self.good = now
+            self.since = due
+        elif not self.fault:
+            self.since = began
+        self.begun, self.heard, self.fault = True, now, fault
 
 
 class Judge:
@@ -51,23 +55,27 @@ class Judge:
 
     def __init__(self, settings: Settings, now: float) -> None:
         self._settings = settings
-        self._limit = settings.hold + settings.interval
         self._card = _Source("nvidia-smi", now, now)
         self._log = _Source("the look at the kernel log", now, now)
         self._fatal = ""
         self.reading: Reading | None = None
 
-    def card(self, found: Reading | Unreadable, now: float) -> None:
-        """A look at the card came back."""
-        self.reading = None if isinstance(found, Unreadable) else found
-        self._card.hear(str(found) if isinstance(found, Unreadable) else self._heat(found), now)
-
-    def log(self, found: News | Unreadable, now: float) -> list[Xid]:
-        """A look at the kernel log came back. Returns the errors in it that a card survives."""
+    def card(self, found: Reading | Unreadable, began: float, now: float) -> None:
+        """A look at the card came back, which began then."""
+        due = now + self._settings.interval
         if isinstance(found, Unreadable):
-            self._log.hear(str(found), now)
+            self.reading = None
+            self._card.hear(str(found), began, now, due)
+        else:
+            self.reading = found
+            self._card.hear(self._heat(found), now, now, due)
+
+    def log(self, found: News | Unreadable, began: float, now: float) -> list[Xid]:
+        """A look at the kernel log came back. Returns the errors in it that a card survives."""
+        fault = str(found) if isinstance(found, Unreadable) else ""
+        self._log.hear(fault, began, now, now + self._settings.interval)
+        if isinstance(found, Unreadable):
             return []
-        self._log.hear("", now)
         fatal = [xid for xid in found.xids if xid.number in self._settings.fatal_xids and not xid.recovered]
         if fatal and not self._fatal:
             self._fatal = f"the kernel log tells of Xid {fatal[0].number}: {fatal[0].text or 'no word why'}"
@@ -77,18 +85,18 @@ class Judge:
         """What is to be said and done now."""
         if self._fatal:
             return Verdict("critical", self._fatal, stop=True)
-        late = min(self._settings.interval + self._settings.timeout + LATE_S, self._limit)
+        late = self._settings.interval + self._settings.timeout + LATE_S
         troubles = []
         for source in (self._card, self._log):
-            since, silent, fault = now - source.good, now - source.heard, source.fault
+            lasts, silent, fault = now - source.since, now - source.heard, source.fault
             if not source.begun:
                 fault = f"{source.name} has not answered yet"
-                if since < self._limit:
+                if lasts < self._settings.hold:
                     return Verdict("starting", fault)
-            elif silent > late:
+            elif silent > late or (not fault and lasts >= self._settings.hold):
                 fault = f"{source.name} hangs: no answer for {silent:.0f} s"
-            if fault and since >= self._limit:
-                return Verdict("critical", f"{fault} (for {since:.0f} s)", stop=True)
+            if fault and lasts >= self._settings.hold:
+                return Verdict("critical", f"{fault} (for {lasts:.0f} s)", stop=True)
             troubles += [fault] if fault else []
         if troubles:
             return Verdict("critical", troubles[0])
@@ -96,18 +104,20 @@ class Judge:
         return Verdict("warning" if warning else "ok", warning)
 
     @property
-    def good(self) -> float:
-        """When all was well for the last time."""
-        return min(self._card.good, self._log.good)
+    def since(self) -> float:
+        """Since when not all has been well, or when the next look is due."""
+        return min(self._card.since, self._log.since)
 
-    def resume(self, good: float, now: float) -> None:
+    def resume(self, since: float, now: float) -> None:
         """Go on where a former guard was: one that is killed again and again must not begin to count anew."""
-        self._card.good = self._log.good = min(now, max(good, now - self._limit + GRACE_S))
+        for source in (self._card, self._log):
+            source.since = min(now, max(since, now - self._settings.hold + GRACE_S))
+            source.fault = "the guard was killed or hung"
 
     def clear(self, now: float) -> None:
         """Somebody says that the cause is gone: everything counts from now on."""
         self._fatal = ""
-        self._card.good = self._log.good = now
+        self._card.since = self._log.since = now
 
     def _heat(self, reading: Reading) -> str:
         """Why a reading is critical; empty when it is not."""

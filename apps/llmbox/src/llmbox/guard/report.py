@@ -10,7 +10,7 @@ from llmbox.guard import latch
 
 SETTINGS_FILE = "/etc/llmbox/gpu-guard.json"
 UNIT = "gpu-guard.service"
-FRESH_S = 5.0  # a guard that lives has written its state since
+FRESH_S = 15.0  # a guard that lives has written its state since, on a busy machine, too
 
 
 @dataclass(frozen=True)

@@ -39,18 +39,21 @@ class Look(threading.Thread):
     def run(self) -> None:
         """Look until it is to end, and once at least."""
         while True:
+            began = time.monotonic()
+            found: Any
             try:
-                self.found.put(self._look())
+                found = self._look()
             except Unreadable as error:
-                self.found.put(error)
+                found = error
             except Exception as error:  # whatever it is, it is no reading
                 log.exception("a look failed")
-                self.found.put(Unreadable(f"{type(error).__name__}: {error}"))
+                found = Unreadable(f"{type(error).__name__}: {error}")
+            self.found.put((began, found))
             if self.ending.wait(self._interval_s):
                 return
 
-    def news(self) -> list[Any]:
-        """What has been found since the last call."""
+    def news(self) -> list[tuple[float, Any]]:
+        """What has been found since the last call, and when each look began."""
         return [self.found.get_nowait() for _ in range(self.found.qsize())]
 
 
@@ -67,7 +70,6 @@ class Guard:
         card: Callable[[], Reading],
         kernel_log: Callable[[str], Callable[[], News]],
         enforcer: Enforcer,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         former = latch.read(runtime / latch.STATE) or {}
         self._cursor = str(former.get("cursor") or "")
@@ -77,18 +79,17 @@ class Guard:
         )
         self._runtime = runtime
         self._enforcer = enforcer
-        self._clock = clock
         self._level = "starting"
         self._written = 0.0
         self._stopped = ""
         self._latched = False
         self.ending = False
-        now = clock()
+        now = time.monotonic()
         self._judge = Judge(limits, now)
         self._restarts = int(former.get("restarts") or 0)
         self._xid = str(former.get("xid") or "")
         if former and not former.get("ended"):
-            self._judge.resume(float(former.get("good") or now), now)
+            self._judge.resume(float(former.get("since") or now), now)
             self._say_restart(now - float(former.get("updated") or now))
         if (closed := latch.read(runtime / latch.LATCH)) is not None:
             self._stopped, self._latched = str(closed.get("reason") or "unknown"), True
@@ -108,16 +109,16 @@ class Guard:
         for look in self._looks:
             look.ending.set()
         self._enforcer.end()
-        self._write_state(self._judge.verdict(self._clock()), self._clock(), ended=True)
+        self._write_state(self._judge.verdict(time.monotonic()), time.monotonic(), ended=True)
 
     def tick(self) -> None:
         """Take in what was found, and act on the verdict."""
-        now = self._clock()
+        now = time.monotonic()
         card, kernel_log = self._looks
-        for reading in card.news():
-            self._judge.card(reading, now)
-        for found in kernel_log.news():
-            self._tell_xids(self._judge.log(found, now))
+        for began, found in card.news():
+            self._judge.card(found, began, now)
+        for began, found in kernel_log.news():
+            self._tell_xids(self._judge.log(found, began, now))
             self._cursor = found.cursor if isinstance(found, News) else self._cursor
         if self._latched and latch.read(self._runtime / latch.LATCH) is None:
             log.warning("the card is in service again: it was cleared")
@@ -174,7 +175,7 @@ class Guard:
             "xid": self._xid,
             "restarts": self._restarts,
             "cursor": self._cursor,
-            "good": self._judge.good,
+            "since": self._judge.since,
             "updated": now,
             "ended": ended,
         }
