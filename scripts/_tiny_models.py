@@ -347,39 +347,6 @@ def write_draft(model: Path, folder: Path) -> Path:
     return path
 
 
-def write_deeper(model: Path, folder: Path, more: int) -> Path:
-    """`model` with `more` blocks that change nothing: it writes the same and works longer for it.
-
-    The original is its best possible draft. A block adds what its attention and its feed-forward part put
-    out; here both last matrices are zero.
-    """
-    path = folder / f"deeper-{model.name}"
-    reader = gguf.GGUFReader(model)
-    architecture = str(reader.fields["general.architecture"].contents())
-    writer = gguf.GGUFWriter(path, architecture)
-    count = int(reader.fields[f"{architecture}.block_count"].contents())
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.alignment"):
-            continue
-        value = count + more if field.name == f"{architecture}.block_count" else field.contents()
-        kind, *sub = field.types
-        writer.add_key_value(field.name, value, kind, sub[-1] if sub else None)
-    last = {tensor.name: tensor for tensor in reader.tensors if tensor.name.startswith(f"blk.{count - 1}.")}
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for index in range(count, count + more):
-        for name, tensor in last.items():
-            silent = name.endswith((".attn_output.weight", ".ffn_down.weight"))
-            data = np.zeros_like(tensor.data) if silent else tensor.data
-            own = name.replace(f"blk.{count - 1}.", f"blk.{index}.", 1)
-            writer.add_tensor(own, data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def _vocabulary(writer: gguf.GGUFWriter) -> None:
     """A byte-level vocabulary without merges."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
