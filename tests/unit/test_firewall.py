@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +155,111 @@ def test_our_own_table_and_chains_that_accept_are_no_other_firewall() -> None:
     ]
     legacy = {"iptables-legacy-save": ":INPUT ACCEPT [0:0]\n"}
     assert list(module.others({"nftables": chains}, "ENABLED=no\n", set(), legacy)) == []
+
+
+class Kernel:
+    """A host's nft and systemd, told by their command lines; a rule set is its own listing."""
+
+    def __init__(self) -> None:
+        self.loaded, self.armed, self.enabled, self.broken = "former", False, False, False
+        self.told: list[str] = []
+
+    def run(self, *argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        line = " ".join(argv)
+        self.told.append(line)
+        code, said = 0, ""
+        if argv[0] == "unshare":
+            said = stdin
+        elif line.startswith("nft --stateless list"):
+            code, said = (0, self.loaded) if self.loaded else (1, "")
+        elif line == "nft -f -":
+            code, said = (1, "syntax error") if self.broken else (0, "")
+            self.loaded = self.loaded if self.broken else stdin
+        elif argv[0] == "systemd-run":
+            self.armed = True
+        elif line.startswith("systemctl stop llmbox-firewall-revert"):
+            self.armed = False
+        elif line.startswith("systemctl is-active llmbox-firewall-revert"):
+            said = "active" if self.armed else "inactive"
+        elif line.startswith("systemctl show"):
+            said = f"ActiveState={'active' if self.enabled else 'inactive'}\nUnitFileState=enabled\n"
+        elif line.startswith("systemctl enable"):
+            self.enabled = True
+        return subprocess.CompletedProcess(argv, code, said, "")
+
+    def position(self, start: str) -> int:
+        return next(index for index, line in enumerate(self.told) if line.startswith(start))
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    made = Kernel()
+    monkeypatch.setattr(module, "run", made.run)
+    monkeypatch.setattr(module, "look_for_others", lambda: None)
+    monkeypatch.setattr(module, "connection", lambda: "10.0.0.1 40002 10.0.0.2 22")
+    monkeypatch.setattr(module, "FORMER", tmp_path / "run/former.nft")
+    monkeypatch.setattr(module, "SYSTEM_DIR", tmp_path)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: "/usr/sbin/nft")
+    return made
+
+
+def host(tmp_path: Path, rules: str = "wanted") -> module.Firewall:
+    return module.Firewall(
+        {
+            "rules": rules,
+            "file": tmp_path / "llmbox/firewall.nft",
+            "unit": "llmbox-firewall.service",
+            "unit_text": "[Service]\n",
+            "confirm_timeout": 30,
+        }
+    )
+
+
+def test_the_way_back_is_armed_before_new_rules_and_disarmed_by_a_new_connection_alone(
+    kernel: Kernel, tmp_path: Path
+) -> None:
+    assert host(tmp_path).apply(check=False)["pending"]
+    assert kernel.position("systemd-run") < kernel.position("nft -f -")
+    assert "--on-active=30s" in kernel.told[kernel.position("systemd-run")]
+    assert module.FORMER.read_text().endswith("former") and kernel.loaded == "wanted"
+    assert not (tmp_path / "llmbox").exists(), "no boot knows the rules yet"
+
+    with pytest.raises(module.Refused, match="proves nothing"):
+        host(tmp_path).confirm("10.0.0.1 40002 10.0.0.2 22")
+    assert kernel.armed and not (tmp_path / "llmbox").exists()
+
+    assert host(tmp_path).confirm("10.0.0.1 40001 10.0.0.2 22")["changed"]
+    assert not kernel.armed and kernel.enabled
+    assert (tmp_path / "llmbox/firewall.nft").read_text().endswith("wanted")
+    assert host(tmp_path).apply(check=False) == {"changed": False, "diff": []}
+
+
+def test_a_confirmation_after_the_former_rules_is_none(kernel: Kernel, tmp_path: Path) -> None:
+    host(tmp_path).apply(check=False)
+    kernel.armed = False
+    with pytest.raises(module.Refused, match="too late"):
+        host(tmp_path).confirm("another")
+    kernel.armed, kernel.loaded = True, "former"  # the timer was faster than its end
+    with pytest.raises(module.Refused, match="too late"):
+        host(tmp_path).confirm("another")
+    assert not (tmp_path / "llmbox").exists()
+
+
+def test_rules_that_nft_refuses_disarm_the_timer(kernel: Kernel, tmp_path: Path) -> None:
+    kernel.broken = True
+    with pytest.raises(module.Refused, match="syntax error"):
+        host(tmp_path).apply(check=False)
+    assert not kernel.armed and kernel.loaded == "former"
+
+
+def test_a_dry_run_loads_nothing(kernel: Kernel, tmp_path: Path) -> None:
+    shown = host(tmp_path).apply(check=True)
+    assert shown["changed"] and shown["diff"][0]["after"] == "wanted"
+    assert kernel.loaded == "former" and not kernel.armed
+
+
+def test_two_runs_at_once_do_not_take_each_other_s_way_back(kernel: Kernel, tmp_path: Path) -> None:
+    kernel.armed = True
+    with pytest.raises(module.Refused, match="another run"):
+        host(tmp_path).apply(check=False)
+    assert kernel.loaded == "former"

@@ -271,6 +271,17 @@ def test_a_client_has_local_claude(answer: dict[str, Any] | None, said: str | No
     assert check.ok == (said is None) and (said or "") in check.detail
 
 
+def test_the_loaded_firewall_is_compared_whole() -> None:
+    rules = "table inet llmbox {\n\tchain input {\n\t\ttcp dport 22 accept\n\t}\n}\n"
+    assert verify_health.firewall_check({"wanted": rules, "loaded": rules}).ok
+    opened = rules.replace("22 accept", "22 accept\n\t\ttcp dport 9999 accept")
+    check = verify_health.firewall_check({"wanted": rules, "loaded": opened})
+    assert not check.ok and check.value == 1 and "+ tcp dport 9999 accept" in check.detail
+    emptied = verify_health.firewall_check({"wanted": rules, "loaded": ""})
+    assert not emptied.ok and emptied.value == 5
+    assert not verify_health.firewall_check(None).ok
+
+
 def test_exit_codes_and_json() -> None:
     well = HostReport("a", (Check("x", True, 1, "B", 1),))
     short = HostReport("b", (Check("x", False, 1, "tokens", 2, "fix: y"),))
