@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,26 +175,41 @@ def test_only_declared_ports_answer_and_rules_that_cut_ssh_off_revert(place: Pla
     assert place.table() == loaded
 
 
-@pytest.mark.long
-def test_a_controller_that_dies_before_it_confirms_changes_nothing(place: Place) -> None:
-    """The former rules, here none, come back by the host's own timer; no boot knows the new ones."""
-    variables = {**place.variables, "firewall_confirm_timeout": 20}
-    words = [str(support.BIN / "ansible-playbook"), "-i", str(support.LAB_INVENTORY), str(place.playbook)]
+@contextmanager
+def started(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A program in a session of its own, which ends with the block."""
     process = subprocess.Popen(
-        [*words, "-e", json.dumps(variables)],
+        words,
         cwd=support.ROOT,
         env=support.environment(),
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 120
-        while not place.table():
-            assert time.monotonic() < deadline and process.poll() is None
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.mark.long
+def test_a_controller_that_dies_before_it_confirms_changes_nothing(place: Place) -> None:
+    """The former rules, here none, come back by the host's own timer; no boot knows the new ones."""
+    variables = {**place.variables, "firewall_confirm_timeout": 20}
+    words = [str(support.BIN / "ansible-playbook"), "-i", str(support.LAB_INVENTORY), str(place.playbook)]
+    # Over a connection that is open already: to ask each time would take longer than a confirmation.
+    watching = "until sudo nft list table inet llmbox >/dev/null 2>&1; do sleep 0.02; done"
+    watch = [str(support.BIN / "python"), "-m", "lab", "ssh", HOST, watching]
+    with (
+        started(watch) as loaded,
+        started([*words, "-e", json.dumps(variables)]) as process,
+    ):
+        assert loaded.wait(timeout=120) == 0
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
     began = time.monotonic()
     while place.table():
         assert time.monotonic() - began < REVERT_BAR_S
