@@ -28,6 +28,7 @@ HOST, NEIGHBOUR = support.CLIENT, support.LLM
 # SSH, the gateway's, the OCR service's, one that nobody declared; the test listens on all but the first.
 PORTS = (22, 1234, 8091, 9999)
 LISTENERS = "llmbox-test-listeners"
+FORMER = "/run/llmbox-firewall/former.nft"
 LISTEN = f"""
 import asyncio
 async def main():
@@ -200,20 +201,23 @@ def test_a_controller_that_dies_before_it_confirms_changes_nothing(place: Place)
     """The former rules, here none, come back by the host's own timer; no boot knows the new ones."""
     variables = {**place.variables, "firewall_confirm_timeout": 20}
     words = [str(support.BIN / "ansible-playbook"), "-i", str(support.LAB_INVENTORY), str(place.playbook)]
-    # Over a connection that is open already: to ask each time would take longer than a confirmation.
-    watching = "until sudo nft list table inet llmbox >/dev/null 2>&1; do sleep 0.02; done"
+    # What the module writes just before it arms the timer: it goes on after that, whoever listens.
+    place.root(f"rm -f {FORMER}")
+    since = place.root("date +%s").strip()
+    watching = f"sudo sh -c 'until test -e {FORMER}; do sleep 0.02; done'"
     watch = [str(support.BIN / "python"), "-m", "lab", "ssh", HOST, watching]
-    with (
-        started(watch) as loaded,
-        started([*words, "-e", json.dumps(variables)]) as process,
-    ):
-        assert loaded.wait(timeout=120) == 0
-        assert process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+    with started(watch) as seen, started([*words, "-e", json.dumps(variables)]) as process:
+        assert seen.wait(timeout=120) == 0 and process.poll() is None
+        # Its workers have sessions of their own, and would go on.
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, workers)):
+            os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
-    while place.table():
-        assert time.monotonic() - began < REVERT_BAR_S
+    undone = f"journalctl --since=@{since} --unit=llmbox-firewall-revert.service --output=cat"
+    while "Deactivated successfully" not in place.root(undone):
+        assert time.monotonic() - began < REVERT_BAR_S, "the former rules did not come back"
         time.sleep(0.5)
+    assert not place.table()
     left = place.root("ls /etc/systemd/system/llmbox-firewall.service /etc/llmbox/firewall.nft 2>&1 || true")
     assert left.count("No such file") == 2
 
