@@ -44,7 +44,7 @@ from ocr_pipeline.synthetic import dataset
 from ocr_pipeline.synthetic.scene import sample
 from PIL import Image
 
-from scripts import verify_ocr
+from scripts import _second_plates, verify_ocr
 from scripts._chart import Bar, bar_chart
 from scripts._inventory import ROOT
 from scripts.bench import commit, machine, verdict
@@ -67,8 +67,7 @@ def accuracy(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def second(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """verify_ocr's figures on the other generator."""
-    other = importlib.import_module("scripts._second_plates")
-    return verified(folder / "second-photos", SECOND_SEED, args.second, other.sample)
+    return verified(folder / "second-photos", SECOND_SEED, args.second, _second_plates.sample)
 
 
 def verified(folder: Path, first: int, count: int, make: Callable[..., Any]) -> dict[str, Any]:
@@ -81,7 +80,8 @@ def verified(folder: Path, first: int, count: int, make: Callable[..., Any]) -> 
         for o in outcomes
         if not o.correct
     ]
-    return {"first": first, **verify_ocr.report(outcomes), "not_right": wrong}
+    counts = [[int(o.photo.plate), len(o.right), o.printed] for o in outcomes]
+    return {"first": first, **verify_ocr.report(outcomes), "counts": counts, "not_right": wrong}
 
 
 def speed(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -213,6 +213,7 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
                 "",
                 verify_ocr.table(found),
                 "",
+                *(languages(found) if name == "second" else ()),
                 *failures(found),
                 "",
             ]
@@ -301,6 +302,16 @@ def explained(name: str, found: dict[str, Any]) -> list[str]:
         "on: other manufacturers, labels, fonts and layouts; the photo around the plate is spoiled",
         "by the same code.",
     ]
+
+
+def languages(found: dict[str, Any]) -> list[str]:
+    """The other generator's plates in Portuguese apart from those in English."""
+    parts = []
+    for title, english in (("Portuguese", False), ("English", True)):
+        rows = [row for row in found["counts"] if _second_plates.in_english(row[0]) is english]
+        right, printed = sum(row[1] for row in rows), sum(row[2] for row in rows)
+        parts.append(f"{title} {right / max(1, printed):.1%} of {printed}")
+    return [f"By the plate's language: {', '.join(parts)} printed fields.", ""]
 
 
 def failures(found: dict[str, Any]) -> list[str]:
