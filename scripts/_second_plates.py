@@ -1,8 +1,9 @@
 """Nameplates drawn by another hand: to see how much the parser knows of plates and how much of one generator.
 
 Manufacturers, wordings, number formats, layouts and typefaces are those of plates by NBR 5356 and NBR 5440,
-and of imported ones by IEEE C57.12.00; none was taken from `ocr_pipeline.synthetic.plates` or from the parser's
-labels. The scene around the plate is `ocr_pipeline.synthetic.scene`. The parser is not tuned on these.
+and of imported ones by IEEE C57.12.00; none was taken from `ocr_pipeline.synthetic.plates` or from the labels
+that the parser knows. The scene around the plate is `ocr_pipeline.synthetic.scene`. The parser is not
+tuned on these.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
     scripts/bench_ocr.py [PART ...] [--results DIR] [--output DIR] [--seed N] [--photos N]
 
-PART is accuracy, second, speed or memory; without one, all of them. Each part keeps its figures in the
+PART is accuracy, second, bank, speed or memory; without one, all of them. Each part keeps its figures in the
 results' folder, so that a long measurement can be made in pieces; ocr.md and ocr.png are written from all
 that is there. Accuracy is what scripts/verify_ocr.py counts, on photos of seeds that nothing was trained or
 tuned on.
@@ -40,6 +40,7 @@ import cv2
 from ocr_pipeline import build, settings
 from ocr_pipeline.errors import OcrError
 from ocr_pipeline.pipeline import CROP_SIDE, WHOLE_PHOTO, Pipeline, cut, shrunk
+from ocr_pipeline.stages import PlateClass
 from ocr_pipeline.synthetic import dataset
 from ocr_pipeline.synthetic.scene import sample
 from PIL import Image
@@ -49,7 +50,7 @@ from scripts._chart import Bar, bar_chart
 from scripts._inventory import ROOT
 from scripts.bench import commit, machine, verdict
 
-PARTS = ("accuracy", "second", "speed", "memory")
+PARTS = ("accuracy", "second", "bank", "speed", "memory")
 SEED, SECOND_SEED, SPEED_SEED, MEMORY_SEED = 7000, 9000, 8000, 8500  # tuned on: 3000 to 3999, nothing else
 LARGE = 12_000_000  # pixels of a photo whose seconds are published
 SECONDS_AIM, RATIO_BAR, RSS_BAR_MB, DROP_BAR = 0.8, 1.5, 900.0, 0.05
@@ -82,6 +83,23 @@ def verified(folder: Path, first: int, count: int, make: Callable[..., Any]) -> 
     ]
     counts = [[int(o.photo.plate), len(o.right), o.printed] for o in outcomes]
     return {"first": first, **verify_ocr.report(outcomes), "counts": counts, "not_right": wrong}
+
+
+def bank(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """On accuracy's photos: where the detector sees a utility's plate, where one is read, where one is."""
+    pipeline = build.pipeline(settings.Settings())
+    dataset.write(folder / "photos", args.seed, args.photos)
+    rows = json.loads((folder / "photos" / dataset.LABELS).read_text(encoding="utf-8"))["photos"]
+    counts = dict.fromkeys(("there", "seen", "seen_false", "read", "read_false"), 0)
+    for at, row in enumerate(rows, 1):
+        found = pipeline.inspect((folder / "photos" / row["file"]).read_bytes())
+        there = any(kind == PlateClass.TRANSFORMER for kind, _ in row["boxes"])
+        counts["there"] += there
+        for what, tags in (("seen", found.tags), ("read", pipeline.confirmed_tags(found))):
+            counts[what if there else f"{what}_false"] += PlateClass.TRANSFORMER in tags
+        if at % 10 == 0:
+            progress(f"{at} of {len(rows)} photos")
+    return {"photos": len(rows), **counts}
 
 
 def speed(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -217,6 +235,8 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
                 *failures(found),
                 "",
             ]
+    if found := parts.get("bank"):
+        lines += ["## Banks", "", *spoken_bank(found), ""]
     if found := parts.get("speed"):
         lines += ["## Speed", "", *spoken_speed(found), ""]
     if found := parts.get("memory"):
@@ -328,6 +348,18 @@ def failures(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def spoken_bank(found: dict[str, Any]) -> list[str]:
+    """What counts for a bank, in Markdown."""
+    return [
+        "| photos with a utility's plate | there | of these found | elsewhere |",
+        "|---|---:|---:|---:|",
+        f"| by the detector alone | {found['there']} | {found['seen']} | {found['seen_false']} |",
+        f"| read as one, which is what counts | {found['there']} | {found['read']} | {found['read_false']} |",
+        "",
+        f"The {found['photos']} photos of the accuracy above. Two photos with such a plate make a bank.",
+    ]
+
+
 def spoken_speed(found: dict[str, Any]) -> list[str]:
     """The seconds, in Markdown."""
     rows = ["| s a photo, median | by the clock | of the processor |", "|---|---:|---:|"]
@@ -424,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.worker:
         return worker()
-    measures = {"accuracy": accuracy, "second": second, "speed": speed, "memory": memory}
+    measures = {"accuracy": accuracy, "second": second, "bank": bank, "speed": speed, "memory": memory}
     try:
         args.results.mkdir(parents=True, exist_ok=True)
         for name in () if args.page else args.part or PARTS:
