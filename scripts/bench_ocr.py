@@ -169,8 +169,11 @@ def memory(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     assert child.stdin
     assert child.stdout
     rows: list[list[float]] = []
+    end = time.monotonic() + 60 * args.minutes
     try:
         for at in range(args.memory):
+            if rows and time.monotonic() > end:
+                break
             data = resized(originals[at % REPEATED], chance.uniform(0.4, 1.0))
             child.stdin.write(struct.pack(">I", len(data)) + data)
             child.stdin.flush()
@@ -180,7 +183,6 @@ def memory(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             rows.append(json.loads(line))
             if (at + 1) % 25 == 0:
                 progress(f"{at + 1} of {args.memory} images, {rows[-1][0]:.0f} MB")
-                (folder / "memory.partial.json").write_text(json.dumps(rows))
     finally:
         child.stdin.close()
         child.wait(PHOTO_TIMEOUT_S)
@@ -442,6 +444,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--second", type=int, default=45, metavar="N", help="photos of the other generator")
     parser.add_argument("--speed", type=int, default=12, metavar="N", help="photos whose seconds are taken")
     parser.add_argument("--memory", type=int, default=500, metavar="N", help="images that one process reads")
+    parser.add_argument("--minutes", type=float, default=60, help="of reading these at most")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page anew")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

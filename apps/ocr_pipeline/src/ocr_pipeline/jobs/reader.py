@@ -13,8 +13,8 @@ PLATE = "placa_transformador"
 class Read:
     """A photo that was read. `result` is the object that `ocr-pipeline read` prints.
 
-    `tags` are the detector's classes, `lines` the text by line with its class, `crop` a small JPEG of the
-    plate.
+    `tags` are the classes that were seen and read, `lines` the text by line with its class, `crop` a small
+    JPEG of the plate.
     """
 
     result: dict[str, Any]

@@ -1,0 +1,89 @@
+"""What bench_ocr.py says of its figures, and the plates of the other generator."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from scripts import _second_plates, bench_ocr, verify_ocr
+
+needs_fonts = pytest.mark.skipif(
+    not all(
+        (_second_plates.FOLDER / name).is_file()
+        for name in (*_second_plates.PRINTED, *_second_plates.STAMPED)
+    ),
+    reason=f"the other generator's fonts are not installed: {_second_plates.PACKAGES}",
+)
+
+
+def measured(wrong: int, *, difficulty: str = "easy", review: bool = False) -> dict[str, Any]:
+    """100 plates with one field, some read wrong."""
+    outcomes = []
+    for number in range(100):
+        photo = verify_ocr.Labelled(f"{number}.jpg", str(number), difficulty, {"fases": 3})
+        answer = {"fases": 1 if number < wrong else 3, "_needs_review": review}
+        outcomes.append(verify_ocr.judge(photo, answer, 0.5))
+    told = {"commit": "abc", "day": "2026-11-28", "machine": "a machine", "first": 0, "not_right": []}
+    return {**told, **verify_ocr.report(outcomes), "counts": [[4, 1, 1], [5, 0, 1]]}
+
+
+def row(page: str, begins: str) -> str:
+    return next(line for line in page.splitlines() if line.startswith(f"| {begins}"))
+
+
+def test_a_bar_that_is_missed_is_said_so() -> None:
+    good = bench_ocr.page({"accuracy": measured(0)})
+    bad = bench_ocr.page({"accuracy": measured(4)})
+    reviewed = bench_ocr.page({"accuracy": measured(0, review=True)})
+    assert row(good, "easy and medium").endswith("| 100.0% | met |")
+    assert row(bad, "easy and medium").endswith("| 96.0% | **not met** |")
+    assert row(bad, "wrong and not marked").endswith("| 4 of 100, 4.00% | **not met** |")
+    assert row(reviewed, "correct plates").endswith("| 100 of 100, 100.0% | **not met** |")
+
+
+def test_hard_photos_have_a_bar_of_their_own() -> None:
+    assert row(bench_ocr.page({"accuracy": measured(14, difficulty="hard")}), "hard,").endswith("met |")
+    assert row(bench_ocr.page({"accuracy": measured(16, difficulty="hard")}), "hard,").endswith(
+        "**not met** |"
+    )
+
+
+def test_the_drop_and_the_languages_of_the_other_generator_are_told() -> None:
+    page = bench_ocr.page({"accuracy": measured(0), "second": measured(7)})
+    assert row(page, "another generator").endswith("| 7.0 | **not met** |")
+    assert "Portuguese 0.0% of 1, English 100.0% of 1" in page
+
+
+def test_what_was_not_measured_is_not_on_the_page() -> None:
+    page = bench_ocr.page({"accuracy": measured(0)})
+    assert "## Speed" not in page
+    assert "900 MB" not in page
+
+
+def test_speed_is_held_against_the_engine_on_the_same_crop() -> None:
+    stages = dict.fromkeys(("decode", "detector", "vision", "reasoning", "audit"), 0.1)
+    rows = [{"total": {"wall": 2.0, "cpu": 3.2}, "engine": {"wall": 9.0, "cpu": 2.0}, "stages": stages}] * 3
+    told = {"commit": "abc", "day": "2026-11-28", "machine": "a machine", "rows": rows, "megapixels": 12.0}
+    page = bench_ocr.page({"speed": told})
+    assert row(page, "end to end, at most").endswith("| 1.60 | **not met** |")
+    assert row(page, "a photo of 12").endswith("| 2.00 s | **not met** |")
+
+
+def test_a_part_that_there_is_not_is_bad_usage() -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench_ocr.main(["colour"])
+    assert caught.value.code == 2
+
+
+@needs_fonts
+@pytest.mark.parametrize("english", [False, True])
+def test_every_value_of_the_other_generator_has_its_place(english: bool) -> None:
+    for seed in range(2):
+        drawn = _second_plates.draw(random.Random(f"{seed}"), english=english)  # noqa: S311 - plates of a test
+        height, width = drawn.pixels.shape[:2]
+        assert drawn.places.keys() == drawn.values.keys()
+        for left, top, right, bottom in drawn.places.values():
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= height
