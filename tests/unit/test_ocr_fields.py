@@ -56,6 +56,28 @@ def test_a_year_beside_a_month_that_cannot_be_read_is_no_date(text: str) -> None
     assert normal.date(text) is None
 
 
+@pytest.mark.parametrize("text", ["380Y/220 V", "380Y/220", "380 Y / 220"])
+def test_a_star_between_two_voltages_is_no_end(text: str) -> None:
+    assert normal.secondary(text) == "380/220"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("Nº 88534854", "88534854"), ("N. 1234", "1234"), ("N63167", "N63167")]
+)
+def test_a_number_sign_is_no_part_of_a_number(text: str, value: str) -> None:
+    assert normal.code(text) == value
+
+
+def test_one_phase_is_no_letter_of_a_word() -> None:
+    assert normal.phases("I") == 1
+    assert normal.phases("I EXC.") is None
+
+
+def test_the_nominal_high_voltage_is_no_asset_tag() -> None:
+    values, _ = parsed(*column("WEG", "POTÊNCIA: 75 kVA", "TENSÃO NOM. AT 7967/7621"))
+    assert values["patrimonio"] is None
+
+
 def test_a_voltage_whose_second_half_is_covered_is_none() -> None:
     assert normal.secondary("380/2") is None
     assert normal.secondary("380 /") is None
@@ -340,7 +362,12 @@ def test_of_two_numbers_the_one_on_the_plate_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heading", "name"), [("Líder Transformadores Ltda", "LIDER"), ("TRANSFORMADOR TRIFÁSICO", None)]
+    ("heading", "name"),
+    [
+        ("Líder Transformadores Ltda", "LIDER"),
+        ("TRANSFORMADOR TRIFÁSICO", None),
+        ("TRANSFORMADOR PARA REDES AÉREAS", None),
+    ],
 )
 def test_a_manufacturer_in_no_template_is_read_for_a_person(heading: str, name: str | None) -> None:
     values, reasons = parsed(*column(heading, "POTÊNCIA: 75 kVA", "SÉRIE: 123456", "DATA: 2010"))

@@ -33,6 +33,7 @@ _ENGLISH = {"FEB": 2, "APR": 4, "MAY": 5, "AUG": 8, "SEP": 9, "OCT": 10, "DEC": 
 MONTHS = {name: month for month, name in enumerate(_NAMES, 1)} | _ENGLISH
 FIRST_YEAR = 1940
 _MONTH_AND_YEAR = r"(?:[0-3]?[0-9]/)?[01]?[0-9]/(?:19|20)[0-9]{2}"  # beside a label that was cut: no number
+NUMBER_SIGN = re.compile(r"^\s*[Nn](?:[º°ª]|[oO0]?[.:]|[oO]\s)[\s.:]*")  # `PATRIM. Nº 12345`
 _NUMBER = r"[0-9OQISBZL|]+(?: ?[.,] ?[0-9OQISBZL|]+)*"
 
 
@@ -97,7 +98,7 @@ def secondary(text: str) -> str | None:
     if re.search(r"[0-9]{3}\s*[/\\]\s*[0-9]{0,2}\s*$", folded):
         return None  # `380/2`: the second one was covered
     found = re.search(
-        r"(?<![0-9.,])([1-9][0-9]{2}(?:[.,][0-9])?)(?:\s*V?\s*[/\-X\\]\s*([1-9][0-9]{2}(?:[.,][0-9])?))?(?![0-9])",
+        r"(?<![0-9.,])([1-9][0-9]{2}(?:[.,][0-9])?)(?:\s*[VY]?\s*[/\-X\\]\s*([1-9][0-9]{2}(?:[.,][0-9])?))?(?![0-9])",
         folded,
     )
     if not found:
@@ -175,7 +176,7 @@ def phases(text: str) -> int | None:
         if stem in folded:
             return count
     found = re.search(
-        r"(?<![0-9.,/A-Z])0?([123I])\s*(?:F(?:ASES?)?|[Ø0O~\u03c6\u03a6]|\(?[A-Z]{3,4}\)?)?(?![0-9A-Z.,/])",
+        r"(?<![0-9.,/A-Z])0?([123]|^I$)\s*(?:F(?:ASES?)?|[Ø0O~\u03c6\u03a6]|\(?[A-Z]{3,4}\)?)?(?![0-9A-Z.,/])",
         folded,
     )
     if not found:
@@ -195,7 +196,7 @@ def self_protected(text: str) -> bool | None:
 
 def code(text: str) -> str | None:
     """A serial number, asset tag or registration: one word with at least three digits, as printed."""
-    cleaned = fold(text).strip(" .:;,=_*|'\"")
+    cleaned = fold(NUMBER_SIGN.sub("", text)).strip(" .:;,=_*|'\"")
     best = ""
     for word in re.findall(r"[0-9A-Z]+(?:[./\-][0-9A-Z]+)*", cleaned):
         if sum(sign.isdigit() for sign in word) >= 3 and not re.fullmatch(_MONTH_AND_YEAR, word):

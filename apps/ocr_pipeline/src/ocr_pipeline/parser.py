@@ -54,10 +54,11 @@ FORMS = (  # what only one field looks like, its label unread
 )
 WORD = 3  # letters: SIM, TRIFASICO
 _COMPANY = "TRANSFORMADORES EQUIPAMENTOS ELETRICOS ELETRICA PRODUTOS COMERCIO LTDA ENERGIA INDUSTRIAL"
-_NO_NAME = """TRANSFORMADOR DISTRIBUICAO INDUSTRIA BRASILEIRA BRASIL TRIFASICO MONOFASICO BIFASICO PLACA
+_TITLE = """TRANSFORMADOR DISTRIBUICAO INDUSTRIA BRASILEIRA BRASIL TRIFASICO MONOFASICO BIFASICO PLACA
 IDENTIFICACAO FABRICADO NORMA ABNT NBR OLEO MINERAL VEGETAL IMERSO AUTOPROTEGIDO"""
 COMPANY = tuple(_COMPANY.split())
-NO_NAME = (*COMPANY, *_NO_NAME.split())  # words that stand above a nameplate and name nobody
+TITLE = tuple(_TITLE.split())  # words that stand above a nameplate and name nobody
+NO_NAME = (*COMPANY, *TITLE)
 PLATE_LABELS = 3  # below a heading
 LARGE = 1.35  # of the usual height of a line
 MOST_NAMES = 3  # words of a name
@@ -291,11 +292,12 @@ class Parser:
                 continue
             words = re.findall(r"[0-9A-Z&]+", fold(line.text))
             own = [word for word in words if not any(alike(word, known) for known in NO_NAME)]
-            company = any(alike(word, known) for word in words for known in COMPANY)
+            titled = any(alike(word, known) for word in words for known in TITLE)
+            company = any(word in COMPANY for word in words)
             name = " ".join(word for word in own if word not in ("E", "DE", "DO", "DA", "S", "A"))
             if not re.fullmatch(r"[A-Z&][A-Z& ]{2,39}", name) or len(own) > MOST_NAMES:
                 continue
-            if company or line.box.height > LARGE * usual:
+            if company or (line.box.height > LARGE * usual and not titled):
                 extraction.candidates["fabricante"] = Candidate(name, name, at, line.confidence)
                 extraction.reasons.append(f"{Reason.UNKNOWN_MANUFACTURER}:fabricante")
                 return name
@@ -362,7 +364,7 @@ def _longest(
     """The longest label that stands at `start`, as (field, length), with few wrong letters."""
     best: tuple[float, str, int] | None = None
     for name, phrase in _phrases(template):
-        allowed = 0 if len(phrase) < 5 else 1 if len(phrase) < 9 else 2
+        allowed = 0 if len(phrase) < 6 else 1 if len(phrase) < 9 else 2
         for length in (len(phrase), len(phrase) - 1, len(phrase) + 1) if allowed else (len(phrase),):
             end = start + length
             if length < 2 or end > len(flat):
