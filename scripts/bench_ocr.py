@@ -322,7 +322,7 @@ def explained(name: str, found: dict[str, Any]) -> list[str]:
     return [
         f"Seeds {seeds} of `scripts/_second_plates.py`, written after the parser was finished, never tuned",
         "on: other manufacturers, labels, fonts and layouts; the photo around the plate is spoiled",
-        "by the same code.",
+        "by the same code. What it does not read is told in [OCR](../ocr.md#what-it-does-not-read).",
     ]
 
 
