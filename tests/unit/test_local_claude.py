@@ -247,6 +247,21 @@ def test_limits_follow_from_the_real_context(context: int, output: str, window: 
     assert found.get("CLAUDE_CODE_AUTO_COMPACT_WINDOW") == window
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CLAUDE_CODE_ATTRIBUTION_HEADER", "0"),  # it differs each time, at the head of the prompt
+        ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1"),
+        ("DISABLE_AUTOUPDATER", "1"),
+        ("ANTHROPIC_API_KEY", ""),
+        ("CLAUDE_CODE_SUBAGENT_MODEL", "m"),
+        ("ANTHROPIC_DEFAULT_HAIKU_MODEL", "m"),
+    ],
+)
+def test_what_breaks_the_cache_or_leaves_the_network_is_off(name: str, value: str) -> None:
+    assert environment.variables("http://x", "", "m", 65536)[name] == value
+
+
 def test_what_is_a_matter_of_taste_stays_the_user_s() -> None:
     wanted = environment.variables("http://x", "", "m", 65536)
     own = {"CLAUDE_CODE_DISABLE_BUNDLED_SKILLS": "0", "ANTHROPIC_BASE_URL": "http://elsewhere"}
