@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from types import GenericAlias
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from llama_common.fields import (
     Address,
@@ -122,6 +130,26 @@ MemoryMax = Annotated[
 HostAddress = Annotated[
     str, Text(r"[0-9A-Fa-f:.]+", "an address, IPv4 or IPv6", "write it like 192.168.1.255")
 ]
+BoxAddress = Annotated[
+    str, Text(r"[0-9A-Fa-f:.]+", "an address of the box, IPv4 or IPv6", "write it like 100.64.0.11")
+]
+StateFolder = Annotated[
+    str,
+    Text(r"/var/lib/[a-z0-9_-]+", "a folder of /var/lib, which systemd makes", "write it like /var/lib/ocr"),
+]
+OllamaSetting = Annotated[
+    str,
+    Text(
+        r"(?!OLLAMA_(HOST|MODELS)$)(OLLAMA|CUDA|GGML)_[A-Z0-9_]+",
+        "a setting of Ollama; OLLAMA_HOST and OLLAMA_MODELS follow from ollama_host, _port and _state_dir",
+        "write it like OLLAMA_KEEP_ALIVE",
+    ),
+]
+UnitValue = Annotated[
+    str,
+    Text(r'[^\x00-\x1f"\\%]{0,500}', 'a value without ", \\ and %', "write it like 5m"),
+]
+
 SystemUnit = Annotated[
     str,
     Text(
@@ -195,6 +223,11 @@ Fingerprint = Annotated[
 ]
 
 
+Sha256 = Annotated[
+    str, Text(r"[0-9a-fA-F]{64}", "a SHA-256, 64 hexadecimal digits", "copy it from who publishes the file")
+]
+
+
 class OcrKey(BaseModel):
     """A key of the OCR service, by its hash: what `ocr-key new NAME` prints."""
 
@@ -227,6 +260,46 @@ class OcrShare(BaseModel):
     folder: Line = ""
     domain: Line = ""
     port: Annotated[int, Field(ge=1, le=65535)] = 445
+
+
+class OllamaArchive(BaseModel):
+    """A release of Ollama, or with nothing in it none."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    url: Annotated[
+        str,
+        Text(
+            r"(https?|file)://[^\s@?#]+\.(tgz|tar\.gz|tar\.zst|tar\.xz)",
+            "the address of an archive",
+            "write it like https://HOST/ollama-linux-amd64.tar.zst",
+        ),
+    ] = ""
+    sha256: Sha256 = ""
+
+    @model_validator(mode="after")
+    def _both(self) -> OllamaArchive:
+        if bool(self.url) != bool(self.sha256):
+            raise refuse(
+                "must have url and sha256, or neither", "nothing unverified is installed: add the other"
+            )
+        return self
+
+
+class OllamaModel(BaseModel):
+    """A model that an Ollama is to have."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[
+        str,
+        Text(
+            r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}(:[A-Za-z0-9._-]{1,80})?",
+            "a model's name, with its tag",
+            'write it like "qwen2.5:14b"',
+        ),
+    ]
+    digest: Sha256 = ""
 
 
 AtLeast0 = Annotated[int, Field(ge=0)]
@@ -370,17 +443,20 @@ LIMITS: Final[Mapping[str, Any]] = {
     "local_claude_alias_prefix": AliasPrefix,
     "llm_gateway_audit_max_size": Annotated[int, Field(ge=4096, le=2**40)],
     "llm_gateway_audit_keep": Annotated[int, Field(ge=1, le=1000)],
+    "ollama_archive": OllamaArchive,
+    "ollama_models": list[OllamaModel],
+    "ollama_host": BoxAddress,
+    "ollama_port": Annotated[int, Field(ge=1024, le=65535)],
+    "ollama_user": AccountName,
+    "ollama_state_dir": StateFolder,
+    "ollama_environment": dict[OllamaSetting, UnitValue],
+    "ollama_memory_max": MemoryMax,
+    "ollama_start_timeout": SomeSeconds,
+    "ollama_stall_timeout": SomeSeconds,
     "ocr_service_user": AccountName,
-    "ocr_service_host": Annotated[
-        str, Text(r"[0-9A-Fa-f:.]+", "an address of the box, IPv4 or IPv6", "write it like 100.64.0.11")
-    ],
+    "ocr_service_host": BoxAddress,
     "ocr_service_port": Annotated[int, Field(ge=1024, le=65535)],
-    "ocr_service_state_dir": Annotated[
-        str,
-        Text(
-            r"/var/lib/[a-z0-9_-]+", "a folder of /var/lib, which systemd makes", "write it like /var/lib/ocr"
-        ),
-    ],
+    "ocr_service_state_dir": StateFolder,
     "ocr_service_workers": Annotated[int, Field(ge=1, le=64)],
     "ocr_service_keys": list[OcrKey],
     "ocr_service_shares": dict[str, OcrShare],
