@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zipfile
 import zlib
 
 from PIL import Image
@@ -23,6 +24,13 @@ def png_header(width: int, height: int, depth: int = 8, colour: int = 2, data: b
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+def jpeg_header(width: int, height: int) -> bytes:
+    """A JPEG that says it has that size."""
+    plain = photo(64, 48)
+    at = plain.index(b"\xff\xc0") + 5  # its SOF0: length and precision come before the size
+    return plain[:at] + struct.pack(">HH", height, width) + plain[at + 4 :]
+
+
 def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
     """A picture as a file."""
     out = io.BytesIO()
@@ -35,6 +43,23 @@ def exif_bomb() -> bytes:
     plain = photo(64, 48)
     segment = b"\xff\xe1\xff\xff" + b"Exif\0\0" + b"MM\0*\0\0\0\x08" + b"\xff\xff" * 32759 + b"\xff"
     return plain[:2] + segment[: 2 + 65535] * 40 + plain[2:]
+
+
+def zipped() -> bytes:
+    """A ZIP file."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("run.sh", "reboot")
+    return out.getvalue()
+
+
+def png_text_bomb() -> bytes:
+    """A PNG whose compressed text chunk says that it is 100 MB."""
+    plain = saved(Image.new("RGB", (64, 64)), "PNG")
+    content = b"Comment\0\0" + zlib.compress(b"\0" * 100_000_000, 9)
+    kind = b"zTXt"
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return plain[:33] + chunk + plain[33:]
 
 
 def files() -> dict[str, tuple[bytes, str]]:
@@ -52,6 +77,12 @@ def files() -> dict[str, tuple[bytes, str]]:
         "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><script/></svg>", "image/svg+xml"),
         "SVG that claims to be a JPEG": (b"<?xml version='1.0'?><svg/>", "image/jpeg"),
         "polyglot: a PDF before a JPEG": (b"%PDF-1.7\n" + jpeg, "image/jpeg"),
+        "polyglot: a ZIP behind a JPEG": (jpeg + zipped(), "image/jpeg"),
+        "polyglot: a PDF within a JPEG": (
+            jpeg[:2] + b"\xff\xfe\x00\x0b%PDF-1.7\n" + jpeg[2:],
+            "image/jpeg",
+        ),
+        "polyglot: JavaScript in a GIF": (b"GIF89a/*" + b"\0" * 64 + b"*/=alert(1)", "image/gif"),
         "HTML": (b"<!doctype html><script>alert(1)</script>", "image/png"),
         "GIF, animated": (
             saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
@@ -72,4 +103,6 @@ def files() -> dict[str, tuple[bytes, str]]:
         "2 x 2": (saved(Image.new("RGB", (2, 2)), "PNG"), "image/png"),
         "zeros": (b"\0" * 100_000, "image/jpeg"),
         "not an image's MIME type": (jpeg, "application/pdf"),
+        "another image's MIME type": (jpeg, "image/png"),
+        "PNG with a text of 100 MB, compressed": (png_text_bomb(), "image/png"),
     }

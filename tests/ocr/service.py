@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from PIL import Image
 from tests import support
 from tests.ocr import servers
 
-WORKER = ["-m", "tests.ocr.fake_worker"]
+FAKE_WORKER = ("-m", "tests.ocr.fake_worker")
+REAL_WORKER = ("-m", "ocr_pipeline.jobs.run", "--settings")
 
 
 def photo(width: int = 64, height: int = 48, seed: int = 0, kind: str = "JPEG") -> bytes:
@@ -46,8 +47,16 @@ def generate(data: bytes, mime: str = "image/jpeg") -> dict[str, Any]:
 class Service:
     """Processes of one service. `key` is a valid API key."""
 
-    def __init__(self, folder: Path, *, environment: dict[str, str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        environment: dict[str, str] | None = None,
+        worker: Sequence[str] = FAKE_WORKER,
+        **settings: Any,
+    ) -> None:
         self.folder = folder
+        self.worker = worker
         self.port = servers.free_port()
         self.key, entry = new("tester")
         self.other_key, other = new("other")
@@ -87,7 +96,7 @@ class Service:
 
     def start_worker(self) -> subprocess.Popen[bytes]:
         """One more worker."""
-        worker = self._start(*WORKER)
+        worker = self._start(*self.worker)
         self.workers.append(worker)
         return worker
 

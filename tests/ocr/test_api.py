@@ -93,6 +93,7 @@ def test_google_client_counts_and_lists(service: Service) -> None:
     [
         (photo(), "ocr-wrong", 401, "UNAUTHENTICATED"),
         (b"no photo at all", None, 400, "INVALID_ARGUMENT"),
+        (hostile.jpeg_header(50_000, 50_000), None, 413, "INVALID_ARGUMENT"),
         (photo(width=fake_worker.DOWN), None, 503, "UNAVAILABLE"),
         (photo(width=fake_worker.BREAKS), None, 500, "INTERNAL"),
     ],
@@ -107,6 +108,32 @@ def test_google_client_knows_each_error(
     kind = genai_errors.ClientError if code < 500 else genai_errors.ServerError
     assert isinstance(caught.value, kind)
     assert "secret-of-the-inside" not in str(caught.value)
+
+
+def test_google_client_knows_the_errors_of_a_busy_box(tmp_path: Path) -> None:
+    """One request may wait, and nobody reads: it is told 503 in the end, the next one 429 at once."""
+    settings = {"queue_limit": 1, "answer_timeout": 3}
+    with running(tmp_path, workers=0, **settings) as service, ThreadPoolExecutor(2) as pool:
+
+        def ask(seed: int) -> genai_errors.APIError:
+            client = google(service)  # it closes with the last reference to it
+            with pytest.raises(genai_errors.APIError) as caught:
+                client.models.generate_content(model="g", contents=contents(photo(seed=seed)))
+            return caught.value
+
+        found = sorted(pool.map(ask, range(2)), key=lambda error: error.code)
+    assert [(type(error), error.code, error.status) for error in found] == [
+        (genai_errors.ClientError, 429, "RESOURCE_EXHAUSTED"),
+        (genai_errors.ServerError, 503, "UNAVAILABLE"),
+    ]
+
+
+def test_google_client_is_told_of_a_photo_that_takes_too_long(tmp_path: Path) -> None:
+    with running(tmp_path, image_timeout=1, attempts=1) as service:
+        client, slow = google(service), contents(photo(width=fake_worker.SLEEPS))
+        with pytest.raises(genai_errors.ServerError) as caught:
+            client.models.generate_content(model="g", contents=slow)
+    assert (caught.value.code, caught.value.status) == (504, "DEADLINE_EXCEEDED")
 
 
 def test_url_safe_base64_arrives_whole(service: Service) -> None:

@@ -85,12 +85,11 @@ def test_each_fault_has_its_own_loud_error(
 
 def test_a_server_that_cannot_encrypt_is_not_used(tmp_path: Path) -> None:
     with servers.samba(tmp_path, encryption="off") as samba:
-        (samba.photos / "P1_a.jpg").write_bytes(b"x")
-        with (
-            pytest.raises((ShareInsecureError, ShareRefusedError, ShareUnreachableError)),
-            share(samba) as opened,
-        ):
+        (samba.photos / "F").mkdir()
+        (samba.photos / "F/P1_a.jpg").write_bytes(b"x")
+        with pytest.raises(ShareInsecureError) as caught, share(samba) as opened:
             opened.list("F")
+    assert not caught.value.temporary, "nobody tries that again"
 
 
 def test_credentials_are_one_shares_alone(samba: servers.Samba) -> None:
@@ -121,11 +120,13 @@ def test_the_api_tells_each_fault_at_the_submit(samba: servers.Samba, tmp_path: 
         service.start_api()
         answers = {name: tra(service, name) for name in ("empty", "none", "..")}
         answers["unknown"] = tra(service, "F", "elsewhere")
+        answers["locked"] = tra(service, "F", "locked")
         samba.stop()
         answers["away"] = tra(service, "F")
         with service.client() as client:
             assert client.get("/api/v41/ocr/jobs").json() == [], "never a job of 0 photos"
         assert samba.password not in service.log_text()
+        assert "not-the-password" not in service.log_text() + answers["locked"].text
     finally:
         service.stop()
     told = {
@@ -137,6 +138,7 @@ def test_the_api_tells_each_fault_at_the_submit(samba: servers.Samba, tmp_path: 
         "none": (404, "SMB_NOT_FOUND"),
         "..": (400, "BAD_JOB"),
         "unknown": (400, "SMB_UNKNOWN_SHARE"),
+        "locked": (400, "SMB_WRONG_PASSWORD"),
         "away": (503, "SMB_UNREACHABLE"),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -128,6 +129,23 @@ def test_a_large_photo_is_made_smaller_and_keeps_its_shape() -> None:
     photo = images.load(encoded("L", size=(6400, 4800)))
     assert photo.width * photo.height <= images.DECODED_PIXELS * 1.06
     assert abs(photo.width / photo.height - 4 / 3) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_photo_that_is_a_zip_file_too_is_refused(kind: str) -> None:
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("x.sh", "reboot")
+        archive.comment = b"with a comment"
+    error = refused(encoded(kind=kind) + zipped.getvalue())
+    assert (error.reason, "a ZIP file" in str(error)) == ("POLYGLOT", True)
+
+
+def test_a_photo_that_is_a_pdf_too_is_refused() -> None:
+    jpeg = encoded()
+    comment = b"\xff\xfe\x00\x20" + b"%PDF-1.7\n".ljust(30)
+    assert images.load(jpeg[:2] + comment.replace(b"%PDF-", b"harml") + jpeg[2:]).width == 64
+    assert refused(jpeg[:2] + comment + jpeg[2:]).reason == "POLYGLOT"
 
 
 def test_bytes_behind_a_jpeg_are_left_alone() -> None:

@@ -29,6 +29,7 @@ READ_AS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: the JPEG with a second picture 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 DECODED_PIXELS = 16_000_000  # a larger photo is made smaller: a nameplate keeps enough of them
 MAX_EXIF = 512 * 1024
+ZIP_END, ZIP_END_MAX = b"PK\5\6", 22 + 0xFFFF  # its last record, with a comment of at most 64 KB
 OURS = ("a JPEG", "a PNG", "a WebP")
 KNOWN = (
     (b"%PDF", 0, "a PDF"),
@@ -85,6 +86,8 @@ def load(data: bytes, limits: Limits | None = None) -> Photo:
         raise ImageTooLargeError(
             "IMAGE_TOO_LARGE", f"the image has {len(data)} bytes; at most {limits.max_bytes} are read"
         )
+    if other := also(data):
+        raise ImageRefusedError("POLYGLOT", f"the file is {other} as well as an image; send the photo alone")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is refused below anyway
@@ -113,6 +116,18 @@ def load(data: bytes, limits: Limits | None = None) -> Photo:
         struct.error,
     ):
         raise _damaged(kind(data)) from None
+
+
+def also(data: bytes) -> str:
+    """What else a file is that begins like a photo, or "". What phones put behind a JPEG is nothing of it."""
+    if kind(data) not in OURS:
+        return ""
+    if b"%PDF-" in data[:1024]:  # readers of PDF look that far
+        return "a PDF"
+    end = data.rfind(ZIP_END, -ZIP_END_MAX)
+    if end >= 0 and end + 22 + int.from_bytes(data[end + 20 : end + 22], "little") == len(data):
+        return "a ZIP file"
+    return ""
 
 
 def _damaged(seems: str) -> ImageRefusedError:

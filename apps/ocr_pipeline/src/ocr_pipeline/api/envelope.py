@@ -23,6 +23,12 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _WHITESPACE = b" \t\r\n\v\f"
 _NOT_BASE64 = re.compile(rb"[^A-Za-z0-9+/]")
 _MIME = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,63}/[a-z0-9][a-z0-9!#$&^_.+-]{0,63}")
+# The types of photos that are read, and how each begins.
+_MAGIC = {
+    "image/jpeg": (0, b"\xff\xd8\xff"),
+    "image/png": (0, b"\x89PNG\r\n\x1a\n"),
+    "image/webp": (8, b"WEBP"),
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,11 @@ def picture(value: object, where: str) -> Picture:
     mime = found.get("mime_type", "")
     if not isinstance(mime, str) or not _MIME.fullmatch(mime.strip().lower()):
         raise invalid("BAD_ENVELOPE", f"{where}.mime_type = {mime!r:.60}: must be like image/jpeg")
-    return Picture(decode_base64(found.get("data"), f"{where}.data"), mime.strip().lower())
+    claimed, data = mime.strip().lower(), decode_base64(found.get("data"), f"{where}.data")
+    real = next((name for name, (at, magic) in _MAGIC.items() if data[at : at + len(magic)] == magic), "")
+    if real and claimed in _MAGIC.keys() - {real}:
+        raise invalid("WRONG_MIME_TYPE", f"{where}.mime_type = {claimed!r}: the bytes are {real}")
+    return Picture(data, claimed)
 
 
 def asked(body: object) -> Asked:

@@ -230,6 +230,8 @@ class Share:
         except (TimeoutError, SMBConnectionClosed, OSError, ValueError, SMBException) as error:
             # smbprotocol raises ValueError for a refused connection.
             why = " ".join(str(error).split())[:160] or type(error).__name__
+            if "encryption is required" in why:  # it has no class of its own for that
+                raise ShareInsecureError(f"{server} does not encrypt; enable it there") from None
             fix = "check the server, the network and the port"
             raise ShareUnreachableError(f"{server} does not answer ({why}); {fix}") from None
 
