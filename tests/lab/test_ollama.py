@@ -20,11 +20,11 @@ ON_HOST = "/var/tmp/stand-in-ollama.tgz"
 OnHost = Callable[..., Any]
 
 
-def play(folder: Path, **variables: Any) -> PlaybookRun:
+def play(folder: Path, *options: str, **variables: Any) -> PlaybookRun:
     """The role, with these variables of its own."""
     file = folder / "variables.json"
     file.write_text(json.dumps({f"ollama_{name}": value for name, value in variables.items()}))
-    return ansible_playbook("tests/lab/ollama.yml", "-e", f"@{file}", timeout=180)
+    return ansible_playbook("tests/lab/ollama.yml", "-e", f"@{file}", *options, timeout=180)
 
 
 def models_of(on_host: OnHost) -> set[str]:
@@ -53,6 +53,7 @@ def test_an_archive_is_verified_run_and_given_its_models(
     assert on_host(OCR, "ls /opt/ollama/releases/*/* /usr/local/bin/ollama").rc != 0, "nothing of it was kept"
 
     models = [{"name": "qwen2.5:14b", "digest": stand_in.digest("qwen2.5:14b")}, {"name": "tiny"}]
+    assert play(tmp_path, "--check", archive=archive, models=models).check().changed > 0
     assert play(tmp_path, archive=archive, models=models).check().changed > 0
     shown = on_host(
         OCR, "systemctl show -p User,NoNewPrivileges,ProtectSystem,ActiveState,UnitFileState ollama"
