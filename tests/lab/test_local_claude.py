@@ -407,6 +407,7 @@ def held(found: bench_local_claude.Turns) -> None:
         assert turn["reused"] >= bar, (step, turn)
 
 
+@pytest.mark.long
 def test_what_the_wrapper_saves(claude: Path, lab: str) -> None:
     with bench_local_claude.bench(str(support.LAB_INVENTORY), claude) as both, both.by_rote() as flags:
         held(both.turns(1, *flags, ways=(bench_local_claude.OURS,)))
