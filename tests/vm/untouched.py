@@ -41,7 +41,14 @@ MOVING = (
         "pty/nr",
         "sched_",
     ),
-    *("/net/", "perf_event_max_sample_rate", "perf_cpu_time_max_percent", "lost_mem", "/fs/binfmt_misc/"),
+    *(
+        "/net/",
+        "fs/quota/",
+        "perf_event_max_sample_rate",
+        "perf_cpu_time_max_percent",
+        "lost_mem",
+        "/fs/binfmt_misc/",
+    ),
 )
 
 
