@@ -44,6 +44,7 @@ def archive(on_host: OnHost, tmp_path: Path) -> Iterator[dict[str, str]]:
     play(tmp_path).check()
 
 
+@pytest.mark.long
 def test_an_archive_is_verified_run_and_given_its_models(
     on_host: OnHost, archive: dict[str, str], tmp_path: Path
 ) -> None:
