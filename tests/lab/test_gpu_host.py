@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.stand_in_repository import DECOY, SERVED, STAND_INS, Repository, serve, take_away
+from tests.stand_in_nvidia import DECOY, SERVED, STAND_INS, Repository, serve, take_away
 from tests.support import OCR, ROOT, PlaybookRun, Run, ansible_playbook, on_host
 
 pytestmark = pytest.mark.usefixtures("lab")
@@ -49,7 +49,7 @@ def forget_packages() -> None:
 @pytest.fixture(scope="module")
 def repository(lab: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
     """The stand-in repository, served on the host. Afterwards nothing of it is left there."""
-    made = Repository.make(tmp_path_factory.mktemp("stand-in"))
+    made = Repository(tmp_path_factory.mktemp("stand-in"))
     take_away(as_root)
     made.lay_out(as_root)
     serve(as_root)
@@ -170,7 +170,7 @@ def test_a_list_that_the_key_did_not_sign_is_refused(repository: Repository, tmp
     """Somebody on the way serves other packages, with a signature of his own."""
     forget_packages()
     play(repository, gpu_host_driver_version="580.1-1ubuntu1").check()
-    Repository.make(tmp_path).lay_out(as_root)
+    Repository(tmp_path).lay_out(as_root)
     try:
         run = play(repository, gpu_host_driver_version="580.2-1ubuntu1")
     finally:

@@ -6,10 +6,7 @@ machine would have seen of it meanwhile.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +15,7 @@ import yaml
 
 from lab.config import from_environment
 from tests import support
-from tests.apt_stand_in import AptRepository
+from tests.stand_in_apt import AptRepository
 
 Host = Callable[..., support.Run]
 
@@ -52,12 +49,9 @@ WantedBy=multi-user.target
 
 def lay_out(repository: AptRepository) -> None:
     """Put the repository on the host, where apt reads it as files."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        archive.add(repository.folder, arcname="debian")
-    unpack = f"mkdir -p {PLACE}; base64 -d | tar -xz --no-same-owner -C {PLACE}; chmod -R a+rX {PLACE}"
-    text = base64.b64encode(packed.getvalue()).decode()
-    support.on_host(HOST, f"sudo sh -ec '{unpack}'", stdin=text).check()
+    place = f"{PLACE}/debian"
+    unpack = f"mkdir -p {place}; base64 -d | tar -xz --no-same-owner -C {place}; chmod -R a+rX {PLACE}"
+    support.on_host(HOST, f"sudo sh -ec '{unpack}'", stdin=repository.packed()).check()
 
 
 @pytest.fixture
@@ -68,6 +62,7 @@ def repository(lab: str, tmp_path: Path) -> Iterator[AptRepository]:
     made.package(
         "tailscale", "1.0-1", {"usr/bin/tailscale": PROGRAM, "lib/systemd/system/tailscaled.service": UNIT}
     )
+    (made.folder / f"{made.suite}.noarmor.gpg").write_bytes(made.key)
     made.sign()
     lay_out(made)
     yield made
