@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from llmbox.errors import UsageError
 from llmbox.gateway import app
-from llmbox.gateway.requests import ROUTES
+from llmbox.gateway.refusals import Refusal
+from llmbox.gateway.requests import ROUTES, read_body
 from llmbox.presets import PresetsFile
 
 from tests.unit.gateway_process import Forge, Gateway, preset, running
@@ -232,6 +233,12 @@ def test_a_body_that_says_no_clear_thing_is_refused(
     status, _, answer = ask(gateway, path, body)
     assert status == 400 and said in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error" and len(stub.bodies) == asked
+
+
+def test_a_body_of_a_million_values_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(Refusal, match="commas and brackets; the limit is 1000000") as refused:
+        read_body(b'{"n": [' + b"{}," * 600_000 + b"{}]}")
+    assert refused.value.status == 413
 
 
 def test_a_model_of_null_is_whatever_runs(gateway: Gateway) -> None:

@@ -103,6 +103,26 @@ def test_a_named_preset_is_started_once_what_runs_has_finished() -> None:
     run(body)
 
 
+def test_when_idle_what_begins_while_the_next_file_is_read_is_not_ended() -> None:
+    class SlowDisk(FakeBox):
+        async def prefetch(self, preset: str) -> None:
+            await super().prefetch(preset)
+            await asyncio.sleep(0.05)
+
+    async def body() -> None:
+        box = SlowDisk()
+        async with running(box, switch_policy="when_idle", drain_timeout=0.01) as board:
+            other = board.ask("b", "k", slot=True)
+            await until(lambda: "prefetch b" in box.log)
+            late = await turn(board.ask("a", "k", slot=True))
+            await asyncio.sleep(0.15)
+            assert late.ended is None and "switch b" not in box.log
+            board.release(late)
+            assert (await turn(other)).preset == "b"
+
+    run(body)
+
+
 def test_what_outlasts_the_drain_is_ended_with_a_reason() -> None:
     async def body() -> None:
         async with running(FakeBox(), drain_timeout=0.05) as board:
@@ -127,6 +147,8 @@ def test_requests_are_grouped_by_preset_while_it_dwells() -> None:
                 lease = await turn(board.ask("a", "k", slot=False))
                 assert lease.preset == "a"
                 board.release(lease)
+                await asyncio.sleep(0.02)  # the board may look, and must not go yet
+            assert "switch b" not in box.log
             await until(lambda: board.in_flight == 3)
             assert box.log.count("switch b") == 1
 

@@ -128,6 +128,17 @@ def test_a_word_that_is_not_understood_ends_the_hold(place: Place, said: bytes) 
     assert board.phase == "ready" and board.last_switch == {}
 
 
+def test_a_hold_for_what_is_no_name_is_refused(place: Place) -> None:
+    def lmswitch(_: Board) -> None:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(PATIENCE_S)
+            connection.connect(str(place.runtime / client.SOCKET))
+            connection.sendall(client.line({"do": "hold", "preset": ["b"]}))
+            assert b"error" in connection.makefile("rb").readline()
+
+    assert place.run(lmswitch).phase == "ready"
+
+
 def test_without_a_gateway_nothing_is_held(tmp_path: Path) -> None:
     with client.requests_held(tmp_path, "b", lambda _figures: None) as switched:
         switched(True, {})

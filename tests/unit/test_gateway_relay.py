@@ -69,6 +69,20 @@ def test_a_request_is_sent_again_once_when_its_server_dies(
     run(body)
 
 
+def test_signs_of_life_are_no_answer_yet(tmp_path: Path) -> None:
+    """llama-server sends the head as it begins with a prompt, and a comment where that takes long."""
+
+    async def body() -> None:
+        box = FakeBox()
+        place = Place(tmp_path, dying(box, HEAD, chunk(b":\n\n")), stream, box=box)
+        async with place.running():
+            status, _, said = await place.ask({"stream": True})
+            assert status == 200 and len(place.bodies) == 2
+            assert said.startswith(b":\n\n" + EVENT) and b"error" not in said
+
+    run(body)
+
+
 def test_at_the_second_crash_it_is_given_up_and_remembered(tmp_path: Path) -> None:
     async def body() -> None:
         box = FakeBox()

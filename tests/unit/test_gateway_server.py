@@ -182,6 +182,29 @@ def test_a_hundred_megabytes_without_a_length_are_refused_at_the_limit(gateway: 
     assert gateway.memory() - before < 10_000_000
 
 
+@pytest.mark.parametrize("piece", [b"A: b\r\n", b"x" * 64])
+def test_trailers_without_end_are_refused(gateway: Gateway, piece: bytes) -> None:
+    before = gateway.memory()
+    with connect(gateway) as sock:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        sock.sendall(head.encode() + b"2\r\n{}\r\n0\r\nT: ")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20):
+                sock.sendall(piece * 16_384)
+        with contextlib.suppress(ConnectionError):
+            assert refused(sock)[0] == 431
+    assert gateway.memory() - before < 10_000_000
+
+
+def test_small_chunks_and_a_trailer_are_fine(gateway: Gateway) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 30_000}]}).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    with connect(gateway) as sock:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        sock.sendall(head + chunks + b"0\r\nT: a\r\n\r\n")
+        assert read_answer(sock)[0] == 200
+
+
 def test_a_body_that_nobody_will_read_ends_the_connection(gateway: Gateway) -> None:
     with connect(gateway) as sock:
         sock.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 500000\r\n\r\n" + bytes(400_000))

@@ -395,8 +395,8 @@ class Board:
         assert self.serving is not None
         former = self.serving.preset
         parts = {"prefetch": await self._timed(self._prepare(target, gone))}
-        if not any(ticket.preset == target for ticket in self.waiting):
-            return  # whoever wanted it has left meanwhile
+        if self._target() != target:
+            return  # whoever wanted it has left meanwhile, or the server is not idle any more
         parts["drain"] = await self._timed(self._drain(f"the box goes over to the preset {target}"))
         await self._move(former, target, parts)
 

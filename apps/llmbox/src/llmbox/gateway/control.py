@@ -31,7 +31,7 @@ async def serve(board: Board, listener: socket.socket) -> asyncio.Server:
             asked = json.loads(await reader.readline() or b"{}")
             if asked.get("do") == "status":
                 writer.write(line(status(board)))
-            elif asked.get("do") == "hold":
+            elif asked.get("do") == "hold" and isinstance(asked.get("preset"), str | None):
                 await _hold(board, asked.get("preset"), reader, writer)
             elif asked.get("do") in ("block", "unblock"):
                 board.block(str(asked.get("reason") or "") if asked["do"] == "block" else "")

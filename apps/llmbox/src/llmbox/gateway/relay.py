@@ -48,7 +48,7 @@ class Reply:
         self.protocol = protocol
         self.status = 0
         self.begun = False
-        self.forwarded = False  # a byte of the server's answer went out: from here on nothing is replayed
+        self.forwarded = False  # some of the server's answer went out: from here on nothing is replayed
 
     async def comment(self, text: str) -> None:
         """Tell a waiting stream something that its protocol ignores."""
@@ -62,8 +62,10 @@ class Reply:
         await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
 
     async def forward(self, chunk: bytes) -> None:
-        """Pass a piece of the server's stream on."""
-        self.forwarded = True
+        """Pass a piece of the server's stream on; what only keeps the connection alive is no answer yet."""
+        self.forwarded = self.forwarded or any(
+            line and not line.startswith(b":") for line in chunk.splitlines()
+        )
         await self._body(chunk, more=True)
 
     async def finish(self, last: bytes = b"") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from llmbox.gateway.refusals import Protocol, Refusal
 
 ALONE = b"x-llmbox-alone"  # the header of a measurement: no other request runs beside it
+PARTS_LIMIT = 1_000_000
 MODEL_NAME_LIMIT = 200  # characters; the longest name of a model in use is well below
 
 
@@ -92,6 +93,10 @@ def _pairs(pairs: list[tuple[str, Any]]) -> _Pairs:
 
 def read_body(body: bytes) -> Asked:
     """What the JSON body of a request asks for. Raises Refusal(400) for one that says no clear thing."""
+    # Parsed, a value of two bytes takes a hundred and its time; in text these count as well.
+    parts = sum(map(body.count, (b",", b"{", b"[")))
+    if parts > PARTS_LIMIT:
+        raise Refusal(413, f"the body has {parts} commas and brackets; the limit is {PARTS_LIMIT}")
     try:
         found = json.loads(body.decode("utf-8"), object_pairs_hook=_pairs)
     except UnicodeDecodeError as error:

@@ -146,6 +146,7 @@ class GatewayProtocol(HttpToolsProtocol):
     _farewell: Farewell
     _heading = False  # the head of a request has begun and is not complete
     _head_size = 0
+    _bodiless = 0  # bytes in a row behind the head that were no body: the framing of chunks, trailers
     _head_timer: asyncio.TimerHandle | None = None
     _wrong: Refusal | None = None
     _surplus = False
@@ -199,10 +200,13 @@ class GatewayProtocol(HttpToolsProtocol):
             head, blank, body = data.partition(b"\r\n\r\n")
             data = _UPGRADE.sub(b"\r\nX-Upgrade:", head) + blank + body
         alone = resting or self._heading
+        self._bodiless += len(data)
         super().data_received(data)
         if self._farewell.is_closing():
             return
-        if self._heading:
+        if not self._at_rest() and self.cycle.more_body and self._bodiless > HEAD_LIMIT:
+            self._refuse(Refusal(431, f"the trailers behind the body are larger than {HEAD_LIMIT} bytes"))
+        elif self._heading:
             # A piece that another request ends in does not count; the loop bounds its size.
             self._head_size += len(data) if alone and cycle is self.cycle else 0
             if self._head_size > HEAD_LIMIT:
@@ -229,9 +233,20 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._wrong = Refusal(400, "neither CONNECT nor an upgrade of the protocol is possible here")
             raise ValueError
+        self._bodiless = 0
         super().on_headers_complete()
         if self.server_state.draining:
             self.cycle.keep_alive = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; a trailer is nobody's."""
+        if self._heading:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Take in a piece of the body."""
+        self._bodiless = 0
+        super().on_body(body)
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         async def answer(scope: Any, receive: Any, send: Any) -> None:
