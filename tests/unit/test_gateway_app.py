@@ -276,7 +276,11 @@ def test_with_keys_everything_but_health_needs_one(forge: Forge, tmp_path: Path)
         assert ask(gateway, CHAT, {"model": "gemma"}, **{"x-api-key": "secret"})[0] == 200
         gateway.signal(signal.SIGTERM)
         assert gateway.wait() == 0
-        assert "secret" not in gateway.log.read_text() + (tmp_path / "audit.jsonl").read_text()
+        audited = (tmp_path / "audit.jsonl").read_text()
+        assert "secret" not in gateway.log.read_text() + audited
+        entries = [json.loads(line) for line in audited.splitlines()]
+        refused = {entry["path"] for entry in entries if entry["status"] == 401}
+        assert refused >= {"/ready", "/v1/models", "/metrics", "/props", "/nowhere"}, "a guess must be seen"
     stub.close()
 
 

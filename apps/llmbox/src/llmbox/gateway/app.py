@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from llmbox.errors import LlmboxError, UsageError
 from llmbox.gateway import control, server, settings
 from llmbox.gateway.accounts import Accounts
-from llmbox.gateway.audit import Audit
+from llmbox.gateway.audit import Audit, Entry
 from llmbox.gateway.board import Board, Box
 from llmbox.gateway.metrics import CONTENT_TYPE, Metrics
 from llmbox.gateway.prompt_cache import Guard
@@ -35,6 +35,7 @@ from llmbox.gateway.upstream import Upstream
 from llmbox.presets import PresetsFile, presets_path
 from llmbox.presets import load as load_presets
 
+PATH_LIMIT = 100  # characters of a path that are repeated
 FREE = ("/health", "/v1/health")  # for whoever asks whether the gateway lives
 USAGE = """\
 The gateway of the LLM box: one endpoint in front of all presets, which holds requests while one starts.
@@ -100,12 +101,21 @@ class Gateway:
             self._check(path, scope)
             await self._own(scope, receive, send)  # type: ignore[arg-type]
         except Refusal as refusal:
+            self._record(path, scope, refusal)
             await Reply(send, protocol_of(path)).refuse(refusal)
         except Exception:
             log.exception("%s %s", scope["method"], path)
             # uvicorn closes the connection instead when a response has begun.
             failed = Refusal(500, "the gateway failed; the reason is in: journalctl --user -u llm-gateway")
             await Reply(send, protocol_of(path)).refuse(failed)
+
+    def _record(self, path: str, scope: Scope, refusal: Refusal) -> None:
+        """Write down what was refused here, as the relay does with its own: a guessed key must be seen."""
+        client = scope.get("client")
+        entry = Entry(path[:PATH_LIMIT], client[0] if client else "", error=refusal.message)
+        entry.end(refusal.status)
+        self.metrics.observe(entry)
+        self.relay.audit.write(entry)
 
     def _check(self, path: str, scope: Scope) -> None:
         """Raise Refusal for a path or method that is not the gateway's own, and for who may not ask."""
@@ -114,7 +124,9 @@ class Gateway:
             self.accounts.identify(scope["headers"], client[0] if client else "")
         methods = self._methods.get(path)
         if methods is None:
-            raise Refusal(404, f"no such path: {path[:100]}; there are: {', '.join(sorted(self._methods))}")
+            raise Refusal(
+                404, f"no such path: {path[:PATH_LIMIT]}; there are: {', '.join(sorted(self._methods))}"
+            )
         if scope["method"] not in methods:
             allowed = ", ".join(methods)
             raise Refusal(405, f"{path} takes {allowed}, not {scope['method']}", {"Allow": allowed})
