@@ -129,15 +129,15 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         problems = [problem for name in raw if (problem := self._roles.unknown(str(name), raw[name]))]
         try:
             values = self._role_variables(raw)
-            wrong = self._roles.check(values)
-            problems += wrong or [
-                *client_problems(values, self._llm_servers(hostvars)),
-                *firewall.problems(self._with_defaults(raw, values, firewall.VARIABLES)),
-            ]
+            problems += (wrong := self._roles.check(values))
+            # First, as defaults of roles are worked out from it.
+            config = HostConfig.load(self._data(raw)) if with_data else None
+            if not wrong:
+                problems += client_problems(values, self._llm_servers(hostvars))
+                problems += firewall.problems(self._with_defaults(raw, values, firewall.VARIABLES))
             if not wrong and host in self._members("routers", hostvars):
                 yield from self._of_router(values, files, host, hostvars)
-            if with_data:
-                config = HostConfig.load(self._data(raw))
+            if config:
                 problems += [] if wrong else cuda_problems(config, values)
                 refused, unchecked = fit.check(config)
                 problems += refused
