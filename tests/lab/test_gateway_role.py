@@ -74,6 +74,7 @@ def test_an_address_that_appears_later(box: Box) -> None:
         box.run(f"sudo ip address del {NOT_THERE_YET}/32 dev lo")
 
 
+@pytest.mark.long
 def test_only_another_address_opens_the_port_anew(box: Box) -> None:
     """A socket that is closed takes along what waits in its backlog."""
 

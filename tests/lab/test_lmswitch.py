@@ -289,6 +289,7 @@ def test_over_ssh_without_a_login_shell(box: Box) -> None:
     assert json.loads(done.stdout)["state"] in {"ready", "stopped"}
 
 
+@pytest.mark.long
 def test_keys_are_a_block_beside_the_user_s_own(box: Box, tmp_path: Path) -> None:
     own = "ssh-ed25519 AAAAOWN own"
     keys = f"{box.wanted.home}/.ssh/authorized_keys"

@@ -134,6 +134,7 @@ def test_damage_is_found_and_mended(ansible_playbook: Callable[..., support.Play
     assert ansible_playbook("site.yml").check().changed == 0
 
 
+@pytest.mark.long
 def test_the_service_manager_gets_groups_that_a_broken_run_left_it_without(
     ansible_playbook: Callable[..., support.PlaybookRun],
 ) -> None:

@@ -91,7 +91,8 @@ def test_memory_that_does_not_suffice_is_told_apart(serving: list[str], on_host:
     assert command(on_host) == serving
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
 def test_the_box_goes_back_when_the_search_is_ended(
     serving: list[str], on_host: OnHost, signum: int, tmp_path: Path
 ) -> None:
