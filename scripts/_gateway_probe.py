@@ -216,15 +216,15 @@ def switch(asked: dict[str, Any]) -> dict[str, Any]:
                     first_token(listen, target)
                     first_token(asked["gateway"], target)
                     time.sleep(asked["dwell"])
-                for number in range(asked["pairs"]):
-                    target = names[number % 2]
+                for number in range(asked["pairs"] * len(names)):
+                    target = names[number % len(names)]
                     ways = [("gateway", asked["gateway"]), ("router", listen)]
                     pair = {"to": target}
-                    for name, where in ways if number % 4 < 2 else reversed(ways):
+                    for name, where in ways if number // len(names) % 2 == 0 else reversed(ways):
                         time.sleep(asked["dwell"])
                         pair[name] = first_token(where, target)
                     pairs.append(pair)
-                    say(f"switch {number + 1}/{asked['pairs']}: {pair}")
+                    say(f"switch {number + 1}/{asked['pairs'] * len(names)}: {pair}")
             finally:
                 router.terminate()
                 try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import pytest
-
 from scripts import _gateway_probe as probe
 from scripts import bench_gateway as bench
 
@@ -18,8 +16,9 @@ def one_row(rows: list[str], what: str) -> list[str]:
 
 
 def rounds(*outages: float, share: float = 0.0) -> list[dict[str, float]]:
-    """Cold rounds with these outages."""
-    return [{"read_share": share, "seconds": 2 * outage, "outage": outage} for outage in outages]
+    """Cold rounds with these outages, of a file that was out of memory."""
+    same = {"resident_before": 0.0, "read_share": share}
+    return [{**same, "seconds": 2 * outage, "outage": outage} for outage in outages]
 
 
 def cold(**more: Any) -> dict[str, Any]:
@@ -32,22 +31,21 @@ def test_a_row_has_min_median_max() -> None:
     assert bench.row("x", [3, 1, 2], 1, "<= 2", "met") == "| x | 1.0 | 2.0 | 3.0 | <= 2 | met |"
 
 
-def test_the_interval_holds_the_ratio_and_is_always_the_same() -> None:
-    pairs = [(1.0 + number / 10, 1.0 + number / 20) for number in range(15)]
-    low, ratio, high = bench.interval(pairs)
-    assert low < ratio < high and ratio == pytest.approx(1.7 / 1.35)
-    assert bench.interval(pairs) == (low, ratio, high)
-    assert bench.interval([(2.0, 1.0)] * 3) == (2.0, 2.0, 2.0)
+def switches(to: str, *seconds: float, router: float) -> list[dict[str, Any]]:
+    """Pairs of switches to one preset; the router always takes the same time."""
+    return [{"to": to, "gateway": one, "router": router} for one in seconds]
 
 
-def test_a_switch_is_compared_with_the_router_s() -> None:
-    pairs = [{"gateway": seconds, "router": 1.0} for seconds in (1.2, 1.0, 1.3)]
-    rows, bars = bench.switch_lines({"pairs": pairs})
-    cells = one_row(rows, "ratio of the medians of 3 pairs")
-    assert cells[2] == "1.20" and cells[-2:] == ["<= 1.1", "**not met**"]
-    assert [bar.length for bar in bars] == [1.2, 1.0]
-    rows, _ = bench.switch_lines({"pairs": [{"gateway": 1.05, "router": 1.0}] * 15})
-    assert one_row(rows, "ratio of the medians of 15 pairs")[-1] == "met"
+def test_a_switch_is_compared_with_the_router_s_for_each_target() -> None:
+    small, large = switches("small", 0.2, 0.25, 0.3, router=0.2), switches("large", 0.7, 0.8, 0.9, router=1.0)
+    mixed = [pair for both in zip(small, large, strict=True) for pair in both]
+    rows, bars = bench.switch_lines({"pairs": mixed})
+    cells = one_row(rows, "switch to small: gateway to router mode, 3 pairs")
+    assert cells[1:] == ["1.00", "1.25", "1.50", "<= 1.1", "**not met**"]
+    cells = one_row(rows, "switch to large: gateway to router mode, 3 pairs")
+    assert cells[1:] == ["0.70", "0.80", "0.90", "<= 1.1", "met"]
+    assert one_row(rows, "switch to large: ratio in each pair")[1:4] == ["0.70", "0.80", "0.90"]
+    assert [bar.length for bar in bars] == [0.25, 0.2, 0.8, 1.0]
 
 
 def test_overhead_is_a_difference_of_quantiles() -> None:
@@ -78,6 +76,15 @@ def test_outages_on_a_slow_disk_are_compared_by_their_medians() -> None:
     rows, _ = bench.cold_lines(cold(slow=slow, rates=[5e7]))
     cells = one_row(rows, "disk at 50 MB/s: outage, with")
     assert (cells[2], cells[-1]) == ("0.80", "**not met**")
+
+
+def test_a_file_that_stayed_in_memory_is_no_cold_file() -> None:
+    found = cold(slow={"with": rounds(0.6), "without": rounds(5.0)}, rates=[5e7])
+    assert one_row(bench.cold_lines(found)[0], "cold file: part in memory")[1:] == [
+        *("0.000", "0.000", "0.000", "<= 0.01", "met")
+    ]
+    found["slow"]["without"][0]["resident_before"] = 0.02
+    assert one_row(bench.cold_lines(found)[0], "cold file: part in memory")[-1] == "**not met**"
 
 
 def test_a_disk_that_cannot_be_slowed_down_is_skipped_with_the_reason() -> None:
