@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Make the controller's environment: `.venv` with requirements.txt and the apps, installed editable.
 
-A no-op when nothing changed: the stamp in `.venv` is the hash of the interpreter, requirements.txt and the
-apps' pyproject files, and it is written last. Standard library only; run by `make setup`.
+A no-op when nothing changed: the stamp in `.venv`, written last, has the hash of the interpreter and
+requirements.txt and that of the apps' pyproject files. Where only these changed, only the apps are installed
+again. Standard library only; run by `make setup`.
 Exit codes: 0 done, 1 a step failed, 2 this machine cannot run it (the line says what to do), 130 interrupted.
 """
 
@@ -36,12 +37,18 @@ def apps() -> list[Path]:
     return sorted(path.parent for path in (ROOT / "apps").glob("*/pyproject.toml"))
 
 
-def fingerprint() -> str:
-    """Hash of everything that decides what `.venv` holds."""
-    digest = hashlib.sha256(f"{sys.executable} {sys.version} {ROOT}".encode())
-    for path in [REQUIREMENTS, *(app / "pyproject.toml" for app in apps())]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def fingerprints() -> tuple[str, str]:
+    """Hashes of what decides what `.venv` holds: of the environment, and of how the apps are installed."""
+    names = [app.name for app in apps()]
+    environment = hashlib.sha256(f"{sys.executable} {sys.version} {ROOT} {names}".encode())
+    environment.update(REQUIREMENTS.read_bytes())
+    editable = hashlib.sha256(b"".join((app / "pyproject.toml").read_bytes() for app in apps()))
+    return environment.hexdigest(), editable.hexdigest()
+
+
+def stamp() -> list[str]:
+    """The hashes that `.venv` was made for; none where it was not made to its end."""
+    return STAMP.read_text().split() if STAMP.is_file() else []
 
 
 def pip(*arguments: str) -> None:
@@ -72,30 +79,37 @@ def main() -> int:
 
 def make() -> int:
     """Make the environment, or find it as it should be."""
-    wanted = fingerprint()
-    if STAMP.is_file() and STAMP.read_text().strip() == wanted:
+    wanted, found = fingerprints(), stamp()
+    if found == [*wanted]:
         return 0
+    only_apps = found[:1] == [wanted[0]]
     try:
         ensure_venv_module()
     except LabError as error:
         print(f"setup: {error}", file=sys.stderr)
         return error.code
-    version = sys.version.split()[0]
-    print(f"setup: making {VENV.name} with Python {version} (a few minutes the first time)", flush=True)
     STAMP.unlink(missing_ok=True)
     try:
-        subprocess.run(
-            [sys.executable, "-m", "venv", "--clear", str(VENV)], check=True, timeout=PIP_TIMEOUT_S
-        )
-        pip("install", "--quiet", "--requirement", str(REQUIREMENTS))
+        if only_apps:
+            print(f"setup: installing the apps into {VENV.name} again", flush=True)
+        else:
+            make_environment()
         editable = [argument for app in apps() for argument in ("--editable", str(app))]
         pip("install", "--quiet", "--no-build-isolation", "--no-deps", *editable)
-        STAMP.write_text(wanted + "\n")
+        STAMP.write_text(" ".join(wanted) + "\n")
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         why = room() or f"{error}; the lines above say why; run `make setup` again"
         print(f"setup: {why}", file=sys.stderr)
         return 1
     return 0
+
+
+def make_environment() -> None:
+    """A new `.venv` with requirements.txt. Raises subprocess.CalledProcessError when a step fails."""
+    version = sys.version.split()[0]
+    print(f"setup: making {VENV.name} with Python {version} (a few minutes the first time)", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True, timeout=PIP_TIMEOUT_S)
+    pip("install", "--quiet", "--requirement", str(REQUIREMENTS))
 
 
 def room() -> str:

@@ -66,6 +66,47 @@ def test_a_full_disk_is_named(
     assert "0 MiB free" in said and said.count("\n") == 1
 
 
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The programs that setup runs from here on; none does anything."""
+    ran: list[list[str]] = []
+
+    def record(command: list[str], **_options: object) -> None:
+        setup.VENV.mkdir(exist_ok=True)
+        ran.append(command)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    return ran
+
+
+def test_what_changed_decides_what_is_made_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = commands(monkeypatch)
+    app = place / "app/pyproject.toml"
+    app.parent.mkdir()
+    app.write_text("one")
+    monkeypatch.setattr(setup, "apps", lambda: [app.parent])
+    monkeypatch.setattr(setup, "REQUIREMENTS", place / "requirements.txt")
+    setup.REQUIREMENTS.write_text("one")
+    whole = [["-m", "venv"], ["--requirement", str(setup.REQUIREMENTS)], ["--editable", str(app.parent)]]
+
+    def made() -> list[list[str]]:
+        ran.clear()
+        assert setup.run() == 0
+        return [pair for command in ran for pair in whole if " ".join(pair) in " ".join(command)]
+
+    assert made() == whole
+    assert made() == []
+    app.write_text("two")
+    assert made() == whole[2:]
+    assert made() == []
+    setup.REQUIREMENTS.write_text("two")
+    assert made() == whole
+    stop_with(monkeypatch, subprocess.CalledProcessError(1, ["pip"]))
+    app.write_text("three")
+    assert setup.run() == 1
+    ran = commands(monkeypatch)
+    assert made() == whole, "what was interrupted is not trusted"
+
+
 def test_the_second_of_two_waits_and_finds_it_made(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,7 +118,7 @@ def test_the_second_of_two_waits_and_finds_it_made(
         second.join(timeout=0.1)
         assert second.is_alive()
         setup.VENV.mkdir()
-        setup.STAMP.write_text(setup.fingerprint())
+        setup.STAMP.write_text(" ".join(setup.fingerprints()))
     second.join(timeout=10)
     assert not second.is_alive()
     assert "waiting for another setup" in capsys.readouterr().out
