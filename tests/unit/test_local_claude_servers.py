@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from local_claude import choose, cli, environment, launch, lmstudio, machine, servers, translator
 from local_claude.checks import Result
-from local_claude.errors import LocalClaudeError
+from local_claude.errors import LocalClaudeError, one_line, shown
 from local_claude.keeping import Kept, Order
+from local_claude.servers import Found
 from local_claude.wire import Server
 
 from tests.support import ROOT
@@ -386,6 +387,17 @@ def test_claude_is_found_where_homebrew_and_its_own_installer_put_it(
     assert launch.find_claude() == own
     assert "/opt/homebrew/bin/claude" in launch.PLACES
     assert any(place.startswith("/Library/Application Support/ClaudeCode/") for place in environment.MANAGED)
+
+
+@pytest.mark.parametrize("breaks", ["\n", "\x1b[2J", "\u2028", "\u202e", "\u0085"])
+def test_nothing_breaks_a_line(breaks: str) -> None:
+    assert one_line(f"a{breaks}b") == f"a\\u{ord(breaks[0]):04x}{breaks[1:]}b"
+    assert breaks[0] not in shown(f"a{breaks}b")
+
+
+def test_a_key_is_in_no_text() -> None:
+    server = Server("http", "127.0.0.1", 1234, "hush")
+    assert "hush" not in repr(server) + str(Found(server, servers.KINDS["llama"], "", ()))
 
 
 def test_a_result_is_one_line() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(NamedTuple):
     """One value of --backend. `kinds` are the servers it accepts, empty for all; `starts` is what it runs."""
 
     name: str

@@ -10,9 +10,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from local_claude import environment
 from local_claude.errors import (
@@ -56,8 +55,7 @@ SYSTEM = (
 ) * 3
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """One check: its name, `ok`, `warn` or `fail`, what was found, how to mend it, the exit code."""
 
     name: str
@@ -248,7 +246,7 @@ class Kept:
         """Remember results that let claude start. A disk that takes nothing is no reason not to."""
         if not key or any(result.state == "fail" for result in results):
             return
-        entries = self._all() | {key: {"at": int(self.now()), "results": [asdict(one) for one in results]}}
+        entries = self._all() | {key: {"at": int(self.now()), "results": [one._asdict() for one in results]}}
         newest = sorted(entries, key=lambda one: entries[one].get("at", 0))[-MAX_KEPT:]
         try:
             environment.write(self.path, {one: entries[one] for one in newest})

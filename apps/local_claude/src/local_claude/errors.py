@@ -6,7 +6,6 @@ Claude Code ends with 0, 1 or, by a signal, above 128: what the wrapper refuses 
 from __future__ import annotations
 
 import json
-import unicodedata
 
 EXIT_USAGE = 2
 EXIT_UNREACHABLE = 71
@@ -48,10 +47,7 @@ class LocalClaudeError(Exception):
 
 def one_line(text: str) -> str:
     """`text` without anything that could break the line or turn its direction."""
-    return "".join(
-        character if unicodedata.category(character)[0] != "C" else f"\\u{ord(character):04x}"
-        for character in text.strip()
-    )
+    return "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text.strip())
 
 
 def shown(value: object) -> str:

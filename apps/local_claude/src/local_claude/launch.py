@@ -9,9 +9,8 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from local_claude import environment
 from local_claude.errors import EXIT_NO_CLAUDE, LocalClaudeError
@@ -28,8 +27,7 @@ PLACES = (
 )
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """A program to become: its words, and what is added to the environment."""
 
     command: tuple[str, ...]

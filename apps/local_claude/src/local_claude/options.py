@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple
 
 from local_claude.backends import BACKENDS, DEFAULT
 from local_claude.errors import CODES, EXIT_USAGE, LocalClaudeError, shown
@@ -24,8 +22,7 @@ DESCRIPTION = """Run Claude Code on a local model. Finds the server, checks that
 becomes claude with the right environment and settings; your own ~/.claude is never touched."""
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """One option of the wrapper. Without a metavar it is a switch."""
 
     flags: tuple[str, ...]
@@ -52,8 +49,7 @@ OPTIONS = (
 _BY_FLAG = {flag: option for option in OPTIONS for flag in option.flags}
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """A parsed command line; `claude` are the words that go to claude as they are."""
 
     backend: str = DEFAULT
@@ -85,13 +81,6 @@ class Options:
         return not printing and sys.stdin.isatty() and sys.stderr.isatty()
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise LocalClaudeError(EXIT_USAGE, message, "see: local-claude --help")
-
-
 def split(words: list[str]) -> tuple[list[str], list[str]]:
     """The wrapper's own words, and claude's: from the first that is not its own, or behind `--`."""
     at = 0
@@ -115,17 +104,13 @@ def parse(words: list[str]) -> Options:
     doctor = own[:1] == ["doctor"]
     if doctor and rest:
         raise LocalClaudeError(EXIT_USAGE, f"doctor takes no {shown(rest[0])}", "see: local-claude --help")
-    found = vars(_parser().parse_args(own[1:] if doctor else own))
-    backend = found["backend"]
-    if backend not in BACKENDS:
+    found = _values(own[1:] if doctor else own)
+    found |= {name: _number(name, found[name]) for name in ("port", "context") if name in found}
+    options = Options(**found, doctor=doctor, claude=tuple(rest))
+    if options.backend not in BACKENDS:
         raise LocalClaudeError(
-            EXIT_USAGE, f"--backend {shown(backend)} is none", f"one of {', '.join(BACKENDS)}"
+            EXIT_USAGE, f"--backend {shown(options.backend)} is none", f"one of {', '.join(BACKENDS)}"
         )
-    options = Options(
-        **{**found, "port": _number(found, "port"), "context": _number(found, "context")},
-        doctor=doctor,
-        claude=tuple(rest),
-    )
     if options.model is not None:
         _check_name("--model", options.model)
     _check_combination(options)
@@ -138,7 +123,13 @@ def usage() -> str:
     codes = [f"  {code:>3}  {meaning}" for code, meaning in CODES.items()]
     return "\n".join(
         [
-            _parser().format_help(),
+            "usage: local-claude [doctor] [options] [--] [CLAUDE ARGS]",
+            "",
+            DESCRIPTION,
+            "",
+            "options:",
+            *map(_listed, OPTIONS),
+            "",
             "backends:",
             *lines,
             "",
@@ -162,28 +153,34 @@ def config_dir(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get("LOCAL_CLAUDE_DIR") or "~/.claude-local").expanduser()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "local-claude",
-        description=DESCRIPTION,
-        usage="local-claude [doctor] [options] [--] [CLAUDE ARGS]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    for option in OPTIONS:
-        if option.metavar:
-            parser.add_argument(*option.flags, metavar=option.metavar, help=option.help)
-        else:
-            parser.add_argument(*option.flags, action="store_true", help=option.help)
-    parser.set_defaults(backend=DEFAULT, draft="auto")
-    return parser
+def _values(words: list[str]) -> dict[str, Any]:
+    """What the wrapper's own words say, by option. By hand: argparse alone delays every start by 5 ms."""
+    found: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        option = _BY_FLAG[flag]
+        if not option.metavar and equals:
+            raise LocalClaudeError(EXIT_USAGE, f"{flag} takes no value", "see: local-claude --help")
+        if option.metavar and not equals:
+            value = next(rest, "-")
+            if value.startswith("-"):
+                raise LocalClaudeError(EXIT_USAGE, f"{flag} needs a value", "see: local-claude --help")
+        name = option.flags[-1].lstrip("-").replace("-", "_")
+        found[name] = value if option.metavar else True
+    return found
 
 
-def _number(found: Mapping[str, str | None], name: str) -> int | None:
-    text = found[name]
-    if text is None:
-        return None
+def _listed(option: Option) -> str:
+    """One option as --help shows it."""
+    import textwrap  # not at every start
+
+    lines = textwrap.wrap(option.help, 70)
+    head = f"{', '.join(option.flags)} {option.metavar}"
+    return "\n".join(f"  {head if number == 0 else '':<17} {line}" for number, line in enumerate(lines))
+
+
+def _number(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
         raise LocalClaudeError(EXIT_USAGE, f"--{name} {shown(text)} is no number", "write it in digits")
     return int(text)

@@ -6,8 +6,7 @@ One table says for every kind what Claude Code can expect of it and what to set 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from local_claude.errors import EXIT_DENIED, EXIT_WRONG_SERVER, LocalClaudeError, shown
 from local_claude.wire import Reply, Server, Trouble
@@ -17,8 +16,7 @@ MAX_MODELS = 1000
 MAX_NAME = 200
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """One model of a server. `context` is in tokens, None where the server does not say."""
 
     name: str
@@ -28,8 +26,7 @@ class Model:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What is known of a kind of server."""
 
     name: str
@@ -111,8 +108,7 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A server that was recognised."""
 
     server: Server

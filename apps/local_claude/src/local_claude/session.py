@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,7 +140,7 @@ def in_front(found: Found, model: Model, wanted: Options, folder: Path, kept: li
 
     one, proxy = translator.start(found.server, model.name, folder, lambda text: say(text, wanted))
     kept.append(one)
-    return replace(found, server=proxy, version="")
+    return found._replace(server=proxy, version="")
 
 
 def choose_model(found: Found, wanted: Options) -> Model:

@@ -10,8 +10,7 @@ import json
 import re
 import socket
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from local_claude.errors import EXIT_UNREACHABLE, EXIT_USAGE, LocalClaudeError, shown
 
@@ -32,8 +31,7 @@ class Trouble(Exception):
         self.cause = cause
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """One answer: the status, the headers with small names, the JSON value or None, the text's beginning."""
 
     status: int
@@ -52,14 +50,17 @@ class Reply:
         return shown(found if found else self.text[:200])
 
 
-@dataclass(frozen=True)
-class Server:
+class Server(NamedTuple):
     """An address, and the key for it."""
 
     scheme: str
     host: str
     port: int
-    key: str = field(default="", repr=False)
+    key: str = ""
+
+    def __repr__(self) -> str:
+        """Without the key."""
+        return f"Server({self.url})"
 
     @property
     def url(self) -> str:
