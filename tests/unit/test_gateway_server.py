@@ -158,6 +158,25 @@ def test_nonsense_behind_a_good_request_does_not_cost_its_answer(gateway: Gatewa
     assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1") == 1
 
 
+def test_a_wrong_body_behind_a_good_request_does_not_spoil_its_answer(gateway: Gateway) -> None:
+    behind = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n".encode()
+    with connect(gateway) as sock:
+        sock.sendall(chat(stream=True, stub={"tokens": 5, "interval": 0.05}) + HEALTH)
+        assert sock.recv(20)
+        sock.sendall(behind)
+        answer = read_all(sock)
+    assert b"[DONE]" in answer and answer.endswith(b'{"status":"ok"}') and b"400" not in answer
+
+
+def test_requests_without_end_on_a_connection_take_no_memory(gateway: Gateway, stub: StubLlamaServer) -> None:
+    before = gateway.memory()
+    with connect(gateway) as sock:
+        sock.sendall(chat(stub={"delay": 1}) + b"GET /health HTTP/1.1\r\n\r\n" * 10_000)
+        answer = read_all(sock)
+    assert answer.count(b"HTTP/1.1 200 ") == 1 + server.PIPELINE_LIMIT
+    assert gateway.memory() - before < 5_000_000
+
+
 def test_a_hundred_megabytes_are_refused_unread(gateway: Gateway) -> None:
     before = gateway.memory()
     size = 100_000_000
@@ -376,6 +395,27 @@ def test_a_client_that_goes_away_ends_its_generation(
             assert sock.recv(100)
         until(lambda: stub.bodies)
     until(lambda: stub.given_up == 1)  # within a second, unless the machine has other things to do
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("behind", [HEALTH, b"nonsense\r\n\r\n"], ids=["request", "nonsense"])
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "later"])
+def test_a_client_that_sent_more_behind_its_request_and_goes_away_ends_its_generation(
+    gateway: Gateway, stub: StubLlamaServer, stream: bool, behind: bytes, at_once: bool
+) -> None:
+    request = chat(stream=stream, stub={"delay": 0 if stream else 30, "tokens": 300, "interval": 0.1})
+    with connect(gateway) as sock:
+        sock.sendall(request + behind if at_once else request)
+        if stream:
+            assert sock.recv(100)
+        until(lambda: stub.bodies)
+        if not at_once:
+            sock.sendall(behind)
+            time.sleep(0.05)  # the gateway has read it
+    until(lambda: stub.given_up == 1, 3)  # within a second, unless the machine has other things to do
+    gateway.signal(signal.SIGTERM)
+    assert gateway.wait() == 0
+    assert "Traceback" not in gateway.log.read_text()
 
 
 def stalled(gateway: Gateway, stream: bool = True, **stub: int) -> socket.socket:

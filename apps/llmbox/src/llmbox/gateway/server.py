@@ -33,6 +33,8 @@ LINGER_S = 3.0  # for a client to take its refusal before a connection with unre
 LOOK_INTERVAL_S = 0.02  # between two looks at the connections that are open at a stop
 TURNED_AWAY_LIMIT = 4096  # connections that are being told that there are too many
 KEEPALIVE_PROBE_S = 60  # a client that is gone without a word is found after some of these
+END_INTERVAL_S = 0.3  # between two looks whether a client has gone that is not read
+PIPELINE_LIMIT = 16  # requests that a client may send before the answer of its first one is whole
 
 _UPGRADE = re.compile(rb"\r\nUpgrade:", re.IGNORECASE)
 
@@ -88,12 +90,38 @@ class Farewell:
         self.transport = transport
         self.patience = patience
         self.write = transport.write
-        self.pause_reading = transport.pause_reading
-        self.resume_reading = transport.resume_reading
         self.get_extra_info = transport.get_extra_info
         self.unread = False
         self.lingering = False
         self._watch: asyncio.TimerHandle | None = None
+        self._end_watch: asyncio.TimerHandle | None = None
+
+    def pause_reading(self) -> None:
+        """Read no further, and look instead whether the client goes away: only reading would tell."""
+        self.transport.pause_reading()
+        self._await_end()
+
+    def resume_reading(self) -> None:
+        """Read on."""
+        if self._end_watch:
+            self._end_watch.cancel()
+            self._end_watch = None
+        self.transport.resume_reading()
+
+    def _await_end(self) -> None:
+        if self._end_watch:
+            self._end_watch.cancel()
+        self._end_watch = asyncio.get_running_loop().call_later(END_INTERVAL_S, self._look_for_end)
+
+    def _look_for_end(self) -> None:
+        if self.transport.is_closing():
+            return
+        poll = select.poll()
+        poll.register(self.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        if poll.poll(0):
+            self.transport.abort()
+        else:
+            self._await_end()
 
     def is_closing(self) -> bool:
         """Whether nothing more can be said."""
@@ -150,6 +178,7 @@ class GatewayProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _wrong: Refusal | None = None
     _surplus = False
+    _answered: Any = None  # the request that is being answered; `cycle` is the newest one
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection; turn it away at once when there are too many."""
@@ -179,6 +208,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self._farewell.forget()
         self.server_state.turned_away -= self._surplus
         super().connection_lost(exc)
+        if self._answered and self._answered is not self.cycle and not self._answered.response_complete:
+            self._end_cycle(self._answered)
 
     def pause_writing(self) -> None:
         """The client is slow: its answer waits, and so does what writes it."""
@@ -220,6 +251,8 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
+        if len(self.pipeline) >= PIPELINE_LIMIT:
+            raise ValueError  # those before it are answered, then the connection ends
         super().on_message_begin()
         self._heading, self._head_size = True, 0
 
@@ -249,6 +282,8 @@ class GatewayProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answered = cycle
+
         async def answer(scope: Any, receive: Any, send: Any) -> None:
             async def begin(message: Any) -> None:
                 # Answered before its body was there: the rest is not worth reading for the next request.
@@ -311,13 +346,15 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         self._farewell.unread = True
         if not self._at_rest():
+            if self.pipeline and self.cycle.more_body:  # it never came to its turn: what is before it counts
+                self.pipeline.popleft()
+                self.cycle = self.pipeline[0][0] if self.pipeline else self._answered
             cycle = self.cycle
             if not cycle.more_body:  # the wrong bytes came behind a good request: answer that one, then close
                 cycle.keep_alive = False
                 self._farewell.pause_reading()
                 return
-            cycle.disconnected = True
-            cycle.message_event.set()
+            self._end_cycle(cycle)
             if cycle.response_started:
                 self._farewell.close()
                 return
@@ -331,6 +368,12 @@ class GatewayProtocol(HttpToolsProtocol):
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self._farewell.write(STATUS_LINE[refusal.status] + head.encode() + b"\r\n" + body)
         self._farewell.close()
+
+    @staticmethod
+    def _end_cycle(cycle: Any) -> None:
+        """Its client is told nothing more; what answers it learns that the client is gone."""
+        cycle.disconnected = True
+        cycle.message_event.set()
 
 
 def _head_too_large() -> Refusal:
