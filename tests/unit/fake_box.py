@@ -16,6 +16,7 @@ class FakeBox:
         self.load_s = load_s
         self.failing: dict[str, str] = {}
         self.reason = ""
+        self.unloaded: str | None = None
         self.locked = 0
         self.coming = False
         self.log: list[str] = []
@@ -26,7 +27,7 @@ class FakeBox:
         if self.coming:
             return Seen("coming", self.preset)
         if self.preset is None:
-            return Seen("down", None, reason=self.reason)
+            return Seen("down", None, reason=self.reason, unloaded=self.unloaded)
         return Seen("ready", self.preset, self.pid)
 
     async def gone(self, pid: int) -> None:
@@ -48,10 +49,11 @@ class FakeBox:
         self.become(preset)
         return Moved(True, parts={"stop": 0.0, "load": self.load_s})
 
-    async def stop(self) -> None:
-        """Stop what runs."""
-        self.log.append("stop")
+    async def unload(self, preset: str) -> None:
+        """Stop what runs until the next request."""
+        self.log.append(f"unload {preset}")
         self.become(None)
+        self.unloaded = preset
 
     async def prefetch(self, preset: str) -> None:
         """Read the model's file."""
@@ -59,7 +61,7 @@ class FakeBox:
 
     def become(self, preset: str | None) -> None:
         """Another process, or none, from now on."""
-        self.preset, self.pid = preset, self.pid + 1
+        self.preset, self.pid, self.unloaded = preset, self.pid + 1, None
         self._gone.set()
         self._gone = asyncio.Event()
 

@@ -386,13 +386,15 @@ def test_a_lock_that_lmswitch_has_is_waited_for() -> None:
     run(body)
 
 
-def test_idle_unload_and_the_reload_by_the_next_request() -> None:
+def test_idle_unload_and_the_reload_by_the_next_request_to_the_next_gateway() -> None:
     async def body() -> None:
         box = FakeBox()
         async with running(box, idle_unload=0.05) as board:
-            await until(lambda: box.log == ["stop"])
             await until(lambda: board.phase == "stopped")
-            assert (await turn(board.ask(None, "k", slot=True))).preset == "a"
+            assert box.log == ["unload a"]
+        async with running(box) as restarted:
+            assert restarted.phase == "stopped"
+            assert (await turn(restarted.ask(None, "k", slot=True))).preset == "a"
 
     run(body)
 

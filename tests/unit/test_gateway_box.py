@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from llmbox.gateway.board import Busy, Seen
@@ -33,8 +34,8 @@ class Place:
         self.listeners: list[socket.socket] = []
         self.manager = FakeManager(folder, begin=lambda unit: self.serve(503, 503, 200) if unit else None)
         presets = {name: preset(self.listen, unit=f"llama-{name}.service") for name in "ab"}
-        file = PresetsFile.model_validate({"version": 1, "user": "llm", "presets": presets})
-        self.box = SystemdBox(file, Systemd(folder), folder)
+        self.file = PresetsFile.model_validate({"version": 1, "user": "llm", "presets": presets})
+        self.box = SystemdBox(self.file, Systemd(folder), folder)
 
     def serve(self, *statuses: int) -> Server:
         """Another server on the path, in the former one's place."""
@@ -97,10 +98,52 @@ def test_a_preset_that_is_ready_already_is_left_alone(place: Place) -> None:
     assert {call[0] for call in place.manager.calls} == {"ListUnitsByNames"}
 
 
-def test_what_runs_is_stopped(place: Place) -> None:
+def look(place: Place) -> Seen:
+    """As a gateway sees it that has just been started."""
+    systemd = Systemd(place.folder)
+    with mock.patch.object(systemd, "show", systemd.look):  # systemctl's longer answer says the same of these
+        return asyncio.run(SystemdBox(place.file, systemd, place.folder).look())
+
+
+@pytest.fixture
+def unloaded(place: Place) -> Place:
+    """A place where nobody used a."""
     place.manager.active = A
-    asyncio.run(place.box.stop())
+    asyncio.run(place.box.unload("a"))
     assert ("StopUnit", A, "replace") in place.manager.calls and place.manager.active == ""
+    return place
+
+
+def test_what_was_unloaded_is_known_to_the_next_gateway(unloaded: Place) -> None:
+    assert look(unloaded) == Seen("down", unloaded="a")
+    del unloaded.file.presets["a"]
+    assert look(unloaded) == Seen("down"), "it is no preset any more"
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_what_was_unloaded_is_forgotten_when_something_starts(unloaded: Place, by_hand: bool) -> None:
+    if by_hand:
+        unloaded.manager.active = B
+        unloaded.serve(200)
+        assert look(unloaded).state == "ready"
+    else:
+        asyncio.run(unloaded.box.switch("b"))
+    unloaded.manager.active = ""
+    assert look(unloaded) == Seen("down")
+
+
+def test_a_gateway_that_ends_while_it_unloads_has_told_the_next_one(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends() -> None:
+        raise KeyboardInterrupt
+
+    place.manager.active = A
+    monkeypatch.setattr(place.box.switcher, "off", ends)
+    with pytest.raises(KeyboardInterrupt):
+        place.box._unload("a")
+    place.manager.active = ""
+    assert look(place) == Seen("down", unloaded="a")
 
 
 UP = {"active": "active", "sub": "running", "main_pid": 7}

@@ -55,7 +55,7 @@ class Box:
         self.seen = Seen("ready", preset, self.seen.pid + 1)
         return Moved(True, parts={"stop": 0.5, "load": 2.0})
 
-    async def stop(self) -> None:
+    async def unload(self, preset: str) -> None:
         raise NotImplementedError
 
     async def prefetch(self, preset: str) -> None:

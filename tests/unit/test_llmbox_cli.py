@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from llmbox import cli, status
+from llmbox import cli, idle, status
 from llmbox.guard import report
 from llmbox.lock import held
 from llmbox.presets import PresetsFile
@@ -173,6 +173,14 @@ def test_resume_starts_what_was_stopped_and_has_it_generate(box: Box) -> None:
         done = box.lmswitch("resume")
     assert done.returncode == 0 and "coder is ready" in done.stdout and "and generates" in done.stdout
     assert "no preset served" in box.lmswitch("resume").stdout, "it was resumed already"
+
+
+def test_off_has_the_next_request_start_nothing_but_a_sleep_does_not(box: Box) -> None:
+    idle.remember(box.folder, "coder")
+    box.lmswitch("sleep")
+    assert idle.recall(box.folder) == "coder"
+    assert box.lmswitch("off").returncode == 0
+    assert idle.recall(box.folder) is None
 
 
 def test_a_card_that_generates_nothing_is_a_failed_resume(box: Box) -> None:

@@ -222,6 +222,7 @@ def change(
     options: argparse.Namespace,
 ) -> int:
     """The verbs that change what serves, under the lock and with signals turned into a way back."""
+    from llmbox import idle
     from llmbox import resume as stopped
     from llmbox.gateway.client import requests_held
     from llmbox.guard import latch
@@ -242,6 +243,8 @@ def change(
         reporter.progress(options.what, time.monotonic() - began, doing)
 
     with held(runtime, options.what), signals(Interrupted):
+        if verb == "off":
+            idle.remember(runtime, None)  # the card is to be free
         try:
             if preset is not None and switcher.serves(preset.name) and not options.restart:
                 outcome = switcher.switch(preset.name)

@@ -34,12 +34,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Seen:
-    """What a look at the box showed. `pid` is the server's process; `reason` says why nothing runs."""
+    """What a look at the box showed. `pid` is the server's process; `reason` says why nothing runs.
+
+    `unloaded` is the preset that was stopped because nobody used it, and that the next request starts.
+    """
 
     state: Literal["ready", "coming", "down"]
     preset: str | None = None
     pid: int = 0
     reason: str = ""
+    unloaded: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Box(Protocol):
     async def look(self) -> Seen: ...
     async def gone(self, pid: int) -> None: ...
     async def switch(self, preset: str) -> Moved: ...
-    async def stop(self) -> None: ...
+    async def unload(self, preset: str) -> None: ...
     async def prefetch(self, preset: str) -> None: ...
 
 
@@ -131,7 +135,6 @@ class Board:
         self._run = 0
         self._ready_since = self.clock()
         self._last_used = self.clock()
-        self._unloaded: str | None = None
         self._holds: dict[object, str | None] = {}
         self._cleared: tuple[str | None, dict[str, float]] = (None, {})  # for a hold: what served, and parts
         self._drained = asyncio.Event()
@@ -323,7 +326,6 @@ class Board:
         if seen.pid != self._run:
             self._run, self._ready_since = seen.pid, self.clock()
         self.serving = seen
-        self._unloaded = None
         self.failed.pop(seen.preset, None)
         for ticket in self.waiting:
             if self._fits(ticket):
@@ -372,7 +374,7 @@ class Board:
         self._enter("failed" if seen.reason else "stopped")
         if seen.preset and seen.reason:
             self.failed.setdefault(seen.preset, (self.clock(), seen.reason))
-        fallback = self._unloaded or self.settings.default_preset or None
+        fallback = seen.unloaded or self.settings.default_preset or None
         for ticket in list(self.waiting):
             wanted = ticket.preset or fallback
             if wanted is None:
@@ -475,8 +477,7 @@ class Board:
         log.info("%s: idle for %g s, unloading it", preset, self.clock() - self._last_used)
         await self._drain("the preset is being unloaded")
         with suppress(Busy):
-            await self.box.stop()
-            self._unloaded = preset
+            await self.box.unload(preset)
 
     # --- who may go, and when ---
 

@@ -8,8 +8,10 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+from llmbox import idle
 from llmbox.errors import Locked
 from llmbox.gateway.board import Busy, Moved, Seen
 from llmbox.guard import latch
@@ -85,11 +87,18 @@ class SystemdBox:
         states = self.systemd.show([preset.unit for preset in self.presets.values()])
         seen, unit = choose(self.presets, states)
         self._active = seen.preset if seen.state == "ready" else None
+        if seen.state == "ready":
+            idle.remember(self.runtime, None)
         if seen.state == "ready" and seen.preset and health(self.presets[seen.preset].listen) != "ok":
             return Seen("coming", seen.preset)
-        if seen.state == "down" and unit is not None:
-            lines = self.systemd.last_lines(unit, 3)
-            return Seen("down", seen.preset, reason="; ".join([seen.reason, *lines]))
+        if seen.state == "down":
+            lines = self.systemd.last_lines(unit, 3) if unit else []
+            unloaded = idle.recall(self.runtime)
+            return replace(
+                seen,
+                reason="; ".join([seen.reason, *lines]),
+                unloaded=unloaded if unloaded in self.presets else None,
+            )
         return seen
 
     async def gone(self, pid: int) -> None:
@@ -121,19 +130,21 @@ class SystemdBox:
         if not outcome.ok:
             return Moved(False, "; ".join([outcome.message, *outcome.reason[-3:]]))
         log.info("%s", outcome.message)
+        idle.remember(self.runtime, None)
         process = outcome.process
         if process is None or not process.pid:  # it was ready already, or has ended since
             return Moved(True)
         self._active = preset
         return Moved(True, parts=outcome.parts, seen=Seen("ready", preset, process.pid))
 
-    async def stop(self) -> None:
-        """Stop whatever preset runs. Raises Busy when lmswitch has the lock."""
-        await asyncio.shield(asyncio.to_thread(self._stop))
+    async def unload(self, preset: str) -> None:
+        """Stop the preset until the next request. Raises Busy when lmswitch has the lock."""
+        await asyncio.shield(asyncio.to_thread(self._unload, preset))
 
-    def _stop(self) -> None:
+    def _unload(self, preset: str) -> None:
         try:
             with held(self.runtime, "off (gateway)"):
+                idle.remember(self.runtime, preset)  # first: this process may end while the preset stops
                 log.info("%s", self.switcher.off().message)
         except Locked:
             raise Busy from None
