@@ -118,6 +118,12 @@ DRIFTS: dict[str, tuple[str, str, str, str]] = {
     "a key of the inventory is taken out": (
         "sed -i '/^ssh-/d' /home/llm/.ssh/authorized_keys", "/home/llm/.ssh/authorized_keys", "ssh-", "ssh-",
     ),
+    "a port is opened in the firewall that is loaded": (
+        "nft add rule inet llmbox input tcp dport 9999 accept",
+        "nftables table inet llmbox",
+        "line ",
+        "line ",
+    ),
     "the user left a group": ("gpasswd -d llm video", "/etc/group", "llm in video", "llm not in it"),
 }  # fmt: skip
 
@@ -219,8 +225,9 @@ def test_the_comparison_needs_no_right_that_its_unit_takes_away(deployed: str) -
     properties = " ".join(f"-p {shlex.quote(line)}" for line in lines)
     probe = f"sudo systemd-run --quiet --wait --collect {properties}"
     on_host(LLM, f"{probe} /bin/true").check()
-    for act in ("touch /etc/probe", "touch /home/llm/probe", "touch /opt/probe", "ip route get 1.1.1.1"):
-        on_host(LLM, f"sudo {act}").check()
+    connects = "python3 -c 'import socket; socket.socket()'"
+    for act in ("touch /etc/probe", "touch /home/llm/probe", "touch /opt/probe", connects):
+        on_host(LLM, f"sudo sh -c {shlex.quote(act)}").check()
         assert on_host(LLM, f"{probe} /bin/sh -c {shlex.quote(act)}").rc != 0, act
     as_root("rm /etc/probe /home/llm/probe /opt/probe")
 

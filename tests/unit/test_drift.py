@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,7 @@ class Box:
         }
         self.groups = {"llm": {"llm", "video"}}
         self.held = {"linux-image-generic", "nvidia-driver-580"}
+        self.table = "table inet llmbox {\n\tchain input {\n\t\ttcp dport 22 accept\n\t}\n}\n"
         self.deployed: dict[str, Any] = {
             "files": [str(self.unit), str(self.secret), str(self.command)],
             "environments": [str(self.environment)],
@@ -86,6 +88,7 @@ class Box:
             "lines": [{"path": str(self.keys), "lines": ["ssh-ed25519 AAAA ann"]}],
             "held_packages": ["nvidia-driver-580"],
             "kernel_parameters": Path("/proc/cmdline").read_text().split()[:1],
+            "tables": ["inet llmbox"],
         }
 
     def make_environment(self) -> Path:
@@ -146,6 +149,10 @@ class Box:
         ]
         return "\n\n".join(blocks)
 
+    def nft(self, argv: list[str], *_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        assert argv == ["nft", "--stateless", "list", "table", "inet", "llmbox"]
+        return subprocess.CompletedProcess(argv, 0 if self.table else 1, self.table, "")
+
     def record(self, *, dry_run: bool = False) -> bool:
         """Whether there was something to record."""
         changed: bool = cli.record(self.deployed, self.state, dry_run=dry_run)["changed"]
@@ -171,6 +178,7 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
     monkeypatch.setattr(host, "user_name", lambda uid: "root" if uid == os.geteuid() else str(uid))
     monkeypatch.setattr(host, "unit_folders", lambda user: [str(made.unit.parent)] if user else [])
     monkeypatch.setattr(host, "systemctl", made.systemctl)
+    monkeypatch.setattr(host, "ask", made.nft)
     monkeypatch.setattr(host, "groups_of", lambda _users: made.groups)
     monkeypatch.setattr(host, "held_packages", lambda: made.held)
     monkeypatch.setattr(models, "BLOCK_BYTES", 512)
@@ -301,6 +309,18 @@ DRIFTS: dict[str, tuple[Callable[[Box], object], tuple[str, str, str]]] = {
     "a key is taken out": (
         lambda box: box.keys.write_text("ssh-rsa BBBB own\n"),
         ("authorized_keys", "ssh-ed25519 AAAA ann in it", "ssh-ed25519 AAAA ann not in it"),
+    ),
+    "a port is opened in the table that is loaded": (
+        lambda box: setattr(box, "table", box.table.replace("22", "{ 22, 80 }")),
+        (
+            "nftables table inet llmbox",
+            "line 3 '\\t\\ttcp dport 22 accept'",
+            "line 3 '\\t\\ttcp dport { 22, 80 } accept'",
+        ),
+    ),
+    "the table is loaded no longer": (
+        lambda box: setattr(box, "table", ""),
+        ("nftables table inet llmbox", "a table", "nothing"),
     ),
     "a package is held no longer": (
         lambda box: box.held.remove("nvidia-driver-580"),

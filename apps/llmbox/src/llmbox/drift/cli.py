@@ -37,7 +37,7 @@ VERSION = 1
 # What a role may say that it deployed; docs/drift.md says what each means.
 FACTS = frozenset(
     {"files", "lines", "environments", "builds", "models", "units", "members"}
-    | {"kernel_parameters", "held_packages"}
+    | {"kernel_parameters", "held_packages", "tables"}
 )
 AS_DEPLOYED, DRIFTED, COULD_NOT_LOOK = 0, 1, 2
 LINES_SHOWN = 100
@@ -60,7 +60,18 @@ def manifest_of(deployed: Mapping[str, Any]) -> dict[str, Any]:
         for one in deployed.get("models", [])
     ]
     said = {**deployed, "models": models}
-    return {"version": VERSION, "deployed": said, "entries": entries, "drop_ins": found}
+    return {
+        "version": VERSION,
+        "deployed": said,
+        "entries": entries,
+        "drop_ins": found,
+        "tables": loaded_tables(deployed),
+    }
+
+
+def loaded_tables(deployed: Mapping[str, Any]) -> dict[str, Entry | None]:
+    """The nftables tables that roles load, as they are loaded now."""
+    return {f"nftables table {name}": host.table(name) for name in deployed.get("tables", [])}
 
 
 def kept(path: str, *, text: bool = True) -> Entry | None:
@@ -96,7 +107,7 @@ def record(deployed: Mapping[str, Any], state: Path, *, dry_run: bool) -> dict[s
 
 def lines(manifest: Mapping[str, Any]) -> str:
     """A manifest for --diff, without the texts."""
-    entries = {**manifest.get("entries", {}), **manifest.get("drop_ins", {})}
+    entries = {**manifest.get("entries", {}), **manifest.get("drop_ins", {}), **manifest.get("tables", {})}
     there = [
         f"{path}: {' '.join(value for key, value in entry.items() if key != 'text')}"
         for path, entry in sorted(entries.items())
@@ -122,6 +133,7 @@ def check(state: Path, *, full: bool, day: int | None = None) -> tuple[dict[str,
     differences = [
         *compare_all(manifest["entries"], {path: host.look(path) for path in manifest["entries"]}),
         *compare_all(manifest["drop_ins"], overrides),
+        *compare_all(manifest.get("tables", {}), loaded_tables(deployed)),
         *unit_differences(units, host.unit_states(units)),
         *member_differences(
             deployed.get("members", []), host.groups_of(one["user"] for one in deployed.get("members", []))

@@ -16,7 +16,8 @@ from typing import Any
 
 from llmbox.drift.compare import Entry, drop_in_folders
 
-SYSTEMCTL_TIMEOUT_S = 20
+ANSWER_TIMEOUT_S = 20
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 # Settings, units and lists are far smaller. What others than root may write must not keep root reading.
 FILE_LIMIT_BYTES = 1 << 24
 TEXT_LIMIT_BYTES = 1 << 16
@@ -120,10 +121,31 @@ def groups_of(users: Iterable[str]) -> dict[str, set[str]]:
     return found
 
 
+def ask(
+    argv: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT, **identity: Any
+) -> subprocess.CompletedProcess[str] | None:
+    """Run a program that only looks; None when it is missing or gives no answer in time."""
+    try:
+        return subprocess.run(
+            argv,
+            **identity,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ANSWER_TIMEOUT_S,
+            check=False,
+            cwd="/",
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
 def systemctl(user: str, *arguments: str) -> str:
     """Output of systemctl of the system (user "") or of a user's manager; "" when it does not answer."""
     identity: dict[str, Any] = {}
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+    environment = dict(ENVIRONMENT)
     scope = "--system"
     if user:
         try:
@@ -134,22 +156,8 @@ def systemctl(user: str, *arguments: str) -> str:
             identity = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": ()}
         environment["XDG_RUNTIME_DIR"] = f"/run/user/{entry.pw_uid}"
         scope = "--user"
-    try:
-        done: subprocess.CompletedProcess[str] = subprocess.run(
-            ["systemctl", scope, "--no-pager", *arguments],
-            **identity,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=SYSTEMCTL_TIMEOUT_S,
-            check=False,
-            cwd="/",
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
+    done = ask(["systemctl", scope, "--no-pager", *arguments], environment, **identity)
+    return done.stdout if done else ""
 
 
 def unit_states(units: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, str]]:
@@ -202,15 +210,15 @@ def unit_folders(user: str) -> list[str]:
 
 def held_packages() -> set[str]:
     """Packages that apt must leave as they are."""
-    try:
-        listed = subprocess.run(
-            ["dpkg-query", "--show", "--showformat=${db:Status-Want} ${Package}\n"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=SYSTEMCTL_TIMEOUT_S,
-            check=False,
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return set()
-    return {line.split()[1] for line in listed.splitlines() if line.startswith("hold ")}
+    done = ask(["dpkg-query", "--show", "--showformat=${db:Status-Want} ${Package}\n"])
+    listed = done.stdout.splitlines() if done else []
+    return {line.split()[1] for line in listed if line.startswith("hold ")}
+
+
+def table(name: str) -> Entry | None:
+    """An nftables table as it is loaded, in nft's own words without counters; None when it is not."""
+    done = ask(["nft", "--stateless", "list", "table", *name.split()])
+    if done is None or done.returncode != 0:
+        return None
+    digest = hashlib.sha256(done.stdout.encode()).hexdigest()
+    return {"type": "table", "sha256": digest, "text": done.stdout}
