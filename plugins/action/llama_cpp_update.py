@@ -49,15 +49,32 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             for name, entry in args["builds"].items()
             if entry["current"] and entry["current"] != entry["release"]
         }
-        if not new:
+        # What a run left that died after it had made a release current, and before the restart.
+        owed = {
+            name: entry
+            for name, entry in args["builds"].items()
+            if name not in new and entry["current"] and entry["still_served"]
+        }
+        if not new and not owed:
             self._say("nothing new: every build runs the release that the inventory asks for")
             return {"changed": False, "verdicts": {}}
         if self._task.check_mode:
+            for name, entry in owed.items():
+                self._say(
+                    f"would restart what serves with {name}: {entry['still_served'][0][:12]} still does"
+                )
             for name, entry in new.items():
                 self._say(f"would compare {name} {entry['commit'][:12]} with {entry['current'][:12]}")
             return {"changed": True, "verdicts": {}}
         result: dict[str, Any] = {"changed": False, "verdicts": {}}
         lines = []
+        for name, entry in owed.items():
+            done = self._module(args, "accept", name, entry["current"])
+            if done.get("failed"):
+                lines.append(f"{name}: {done['msg']}")
+            elif done.get("restarted"):
+                result["changed"] = True
+                self._say(f"{name}: {entry['current'][:12]} was current, and serves {done['restarted']} now")
         with dying_with_the_play():
             for name, entry in new.items():
                 verdict, line = self._update(args, name, entry)

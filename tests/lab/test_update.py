@@ -300,6 +300,22 @@ def test_killed_anywhere_the_box_serves_one_release_whole(
     assert max(one.waited_ms for one in traffic.sent) < 1000 * hold
 
 
+@pytest.mark.parametrize(
+    "playbook", [UPDATE, pytest.param("playbooks/llm_server.yml", marks=pytest.mark.long)]
+)
+def test_killed_between_the_links_and_the_restart_the_next_run_restarts(
+    new: tuple[Data, str], old: str, playbook: str
+) -> None:
+    """What kill -9 of that step leaves: the new release is current, the one before serves."""
+    data, release = new
+    for link, target in (("previous", old), ("current", release)):
+        host(f"cd {DIRECTORY} && ln -sfn releases/{target} .{link} && mv -T .{link} {link}")
+    assert f"{old}/bin/llama-server serves, current is {release}" in Seen.now().wrong
+    ansible_playbook(*data.arguments(playbook), timeout=PLAY_S).check()
+    assert settled().release == release
+    assert ansible_playbook(*data.arguments(playbook), timeout=PLAY_S).check().changed == 0
+
+
 def test_rolled_back_the_former_release_serves_and_stays(new: tuple[Data, str], old: str) -> None:
     data, release = new
     ansible_playbook(*data.arguments(ACCEPT, build=BUILD, release=release), timeout=PLAY_S).check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -272,7 +273,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> module.Host:
     monkeypatch.setattr(module, "RUN_DIR", tmp_path / "run")
     monkeypatch.setattr(module, "running_units", list)
     monkeypatch.setattr(module, "_give_to_root", lambda release: False)
-    monkeypatch.setattr(module, "in_use", lambda releases: set())
+    monkeypatch.setattr(module, "in_use", lambda releases, *_: set())
     monkeypatch.setattr(module.Host, "release", lambda self, build: "new")
     return module.Host(
         {
@@ -358,6 +359,44 @@ def test_an_accepted_release_is_current_and_serves(two: module.Host) -> None:
     assert links(two) == ("new", "old")
     assert (result["restarted"], result["removed"], two.restarts) == ("coder", ["older"], ["new"])  # type: ignore[attr-defined]
     assert module.rejection(two.root / "up", "new") is None
+
+
+def test_a_release_that_became_current_without_a_restart_is_seen_and_restarted(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after kill -9 between the two: no link tells, only what runs."""
+    running = {"old"}
+    monkeypatch.setattr(module, "in_use", lambda *_: running)
+    directory = two.root / "up"
+    assert module.still_served(directory) == [], "it is the current one"
+    module.point(directory / "previous", "old")
+    module.point(directory / "current", "new")
+    assert two._probe_build(two.builds["up"], False)["still_served"] == ["old"]
+    result = two.accept("up", "new")
+    assert (result["changed"], result["restarted"], two.restarts) == (True, "coder", ["new"])  # type: ignore[attr-defined]
+    assert links(two) == ("new", "old")
+    running = {"new"}
+    result = two.accept("up", "new")
+    assert (result["changed"], result["restarted"], two.restarts) == (False, None, ["new"])  # type: ignore[attr-defined]
+
+
+def test_only_a_server_counts_as_serving(tmp_path: Path) -> None:
+    for name in ("llama-server", "llama-bench"):
+        program = tmp_path / "releases" / name / "bin" / name
+        program.parent.mkdir(parents=True)
+        shutil.copy(Path("/bin/sleep").resolve(), program)
+    module.point(tmp_path / "current", "new")
+    processes = [
+        subprocess.Popen([tmp_path / "releases" / name / "bin" / name, "60"])
+        for name in ("llama-server", "llama-bench")
+    ]
+    try:
+        assert module.in_use(tmp_path / "releases") == {"llama-server", "llama-bench"}
+        assert module.still_served(tmp_path) == ["llama-server"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_a_release_that_does_not_serve_is_taken_back(two: module.Host) -> None:
@@ -458,7 +497,7 @@ def test_a_release_that_a_process_runs_is_never_removed(
     for age, name in enumerate(("new", "old", "older")):
         make_release(directory / "releases", name, finished_at=1000.0 - age)
     module.point(directory / "current", "old")
-    monkeypatch.setattr(module, "in_use", lambda releases: {"older"})
+    monkeypatch.setattr(module, "in_use", lambda releases, *_: {"older"})
     assert host.activate(host.builds["up"])["removed"] == []
 
 
@@ -490,7 +529,9 @@ def test_a_build_that_the_data_no_longer_names_is_reported_and_removed_on_reques
     (host.root / "libexec").mkdir()
     (host.root / "notes").mkdir()
     (host.root / "link").symlink_to(host.root / "gone")
-    monkeypatch.setattr(module, "in_use", lambda releases: {"old"} if "serves" in str(releases) else set())
+    monkeypatch.setattr(
+        module, "in_use", lambda releases, *_: {"old"} if "serves" in str(releases) else set()
+    )
     monkeypatch.setattr(module.Host, "_tool_differs", lambda self: False)
     monkeypatch.setattr(module.Host, "_probe_build", lambda self, *_: {"action": "none"})
     probed = host.probe()

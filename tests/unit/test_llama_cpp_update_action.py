@@ -14,7 +14,7 @@ from scripts._verdict import Behaviour, Comparison
 from tests.unit.test_verdict import WORLDS, world
 
 OLD, NEW = f"{'a' * 40}-1", f"{'b' * 40}-2"
-ENTRY = {"commit": "b" * 40, "current": OLD, "release": NEW}
+ENTRY = {"commit": "b" * 40, "current": OLD, "release": NEW, "still_served": []}
 
 
 class Play:
@@ -111,6 +111,19 @@ def test_nothing_new_is_said_and_changes_nothing(monkeypatch: pytest.MonkeyPatch
     result = play.run(up={**ENTRY, "current": NEW}, other=first)
     assert (result["changed"], play.did, play.compared) == (False, [], [])
     assert "nothing new" in play.said[0]
+
+
+def test_a_run_that_died_before_its_restart_is_completed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The release is current, the one before it serves on."""
+    play = Play(monkeypatch, [])
+    owed = {**ENTRY, "current": NEW, "still_served": [OLD]}
+    assert play.run(check=True, up=owed)["changed"] and play.did == []
+    assert "would restart what serves with up: aaaaaaaaaaaa still does" in play.said[-1]
+    result = play.run(up=owed)
+    assert (result["changed"], play.did, play.compared) == (True, [("accept", NEW)], [])
+    assert "up: bbbbbbbbbbbb was current, and serves coder now" in play.said[-1]
+    play.answers["accept"] = {"failed": True, "msg": "coder failed"}
+    assert play.run(up=owed)["msg"] == "up: coder failed"
 
 
 def test_a_dry_run_says_what_it_would_compare(monkeypatch: pytest.MonkeyPatch) -> None:

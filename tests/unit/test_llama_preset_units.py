@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -113,6 +114,28 @@ def test_a_preset_older_than_its_unit_is_a_change_though_every_file_is_right(box
     box.read = ["sleep", "61"]
     result = box.dry_run(["sleep", "61"], on_disk=["sleep", "61"])
     assert (result["changed"], result["restart"]) == (True, ["coder"])
+
+
+def test_a_preset_of_the_release_before_is_restarted(box: Box) -> None:
+    """`current` leads to another release since it started; the command is the same."""
+    for name in ("old", "new"):
+        (box.folder / name).mkdir()
+        shutil.copy(Path("/bin/sleep").resolve(), box.folder / name / "sleep")
+    current = box.folder / "current"
+    current.symlink_to("old")
+    command = [str(current / "sleep"), "60"]
+    with subprocess.Popen(command) as process:
+        box.pid, box.read = process.pid, command
+        while "current" not in Path(f"/proc/{process.pid}/cmdline").read_text():
+            time.sleep(0.01)
+        assert box.dry_run(command, on_disk=command)["restart"] == []
+        current.unlink()
+        current.symlink_to("new")
+        result = box.dry_run(command, on_disk=command)
+        process.kill()
+    assert (result["changed"], result["restart"]) == (True, ["coder"])
+    (shown,) = restarts(result)
+    assert (shown["before"], shown["after"]) == (f"{box.folder}/old/sleep\n", f"{box.folder}/new/sleep\n")
 
 
 def test_what_systemd_has_yet_to_read_is_a_change(box: Box) -> None:

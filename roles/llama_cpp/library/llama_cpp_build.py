@@ -139,6 +139,7 @@ RUN_DIR = Path("/run/llama-build")
 UNIT_PREFIX = "llama-build-"
 JOURNAL_TAIL = 25
 LMSWITCH = "/usr/local/bin/lmswitch"
+SERVER = "llama-server"
 RESTART_TIMEOUT_S = 900
 LOCK_PATIENCE_S, LOCK_PAUSE_S = 120.0, 1.0
 WHOLE = ("probe", "prepare", "remove")
@@ -573,13 +574,20 @@ def _answer(text: str) -> dict[str, Any]:
     return {"message": f"lmswitch gave no answer: {text.strip()[-200:]}"}
 
 
-def in_use(releases: Path) -> set[str]:
-    """Releases of which some process runs a program."""
+def in_use(releases: Path, program: str = "") -> set[str]:
+    """Releases of which some process runs a program, or this one."""
     used = set()
     for process in Path("/proc").glob("[0-9]*/exe"):
         with contextlib.suppress(OSError, ValueError):
-            used.add(process.readlink().relative_to(releases).parts[0])
+            path = process.readlink().relative_to(releases)
+            if program in ("", path.name):
+                used.add(path.parts[0])
     return used
+
+
+def still_served(directory: Path) -> list[str]:
+    """Releases beside the current one that serve: it became current, and nothing was restarted yet."""
+    return sorted(in_use(directory / "releases", SERVER) - {link_target(directory / "current") or ""})
 
 
 @contextlib.contextmanager
@@ -668,6 +676,7 @@ class Host:
         directory = self.directory(build)
         current = link_target(directory / "current")
         entry: dict[str, Any] = {"build": build.name, "commit": build.commit, "current": current}
+        entry["still_served"] = still_served(directory)
         try:
             release = self.release(build)
         except HostError as error:
@@ -821,7 +830,10 @@ class Host:
     # -- an update, by name: the data may ask for another release meanwhile
 
     def accept(self, name: str, release: str) -> dict[str, Any]:
-        """Make a release current after a comparison, and restart what serves with its build."""
+        """Make a release current after a comparison, and restart what serves with its build.
+
+        One that is current already is what a run left that died between the two.
+        """
         directory = self.root / name
         with one_play():
             self._refuse_damaged(directory, release)
@@ -830,7 +842,8 @@ class Host:
             former = link_target(directory / "current")
             restarted = self._change(directory, release, former)
             removed = self._prune(directory, release)
-        return {"changed": True, "former": former, "restarted": restarted, "removed": removed}
+        changed = former != release or restarted is not None
+        return {"changed": changed, "former": former, "restarted": restarted, "removed": removed}
 
     def reject(self, name: str, release: str) -> dict[str, Any]:
         """Keep that a release lost a comparison, and why."""
@@ -869,7 +882,8 @@ class Host:
         """
         before = link_target(directory / "previous")
         if former == release:
-            return None
+            owed = still_served(directory)
+            return restart_serving(self.params["serving_user"], directory.name) if owed else None
         if former:
             point(directory / "previous", former)
         point(directory / "current", release)

@@ -232,7 +232,8 @@ class Scope:
         return "NeedDaemonReload=yes" in shown or "LoadState=not-found" in shown
 
     def running_otherwise(self, written: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, str]]:
-        """Active units whose process was started with another command than the unit has: both commands.
+        """Active units whose process was started with another command than the unit has, or whose program is
+        no longer the one of that name (a new llama.cpp release): what runs, and what is to run.
 
         `written` holds the commands of the wanted units. They count in a dry run, where systemd has yet to
         read a unit, unless a drop-in has a command of its own.
@@ -260,6 +261,13 @@ class Scope:
                 running = " ".join(argv.rstrip("\0").split("\0"))
                 if running != command:
                     found[name] = (running, command)
+                    continue
+                program = str(Path(f"/proc/{values['MainPID']}/exe").readlink()).removesuffix(" (deleted)")
+                path = command.partition(" ")[0]
+                wanted = os.path.realpath(path)
+                # A script's program is its interpreter, of another name.
+                if path.startswith("/") and program != wanted and Path(program).name == Path(wanted).name:
+                    found[name] = (program, wanted)
         return found
 
 
