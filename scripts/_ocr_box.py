@@ -8,7 +8,6 @@ from typing import Any
 
 GROUP = "ocr_servers"
 PERSISTENCE = "nvidia-persistenced.service"
-KERNEL_PARAMETER = "pcie_aspm=off"
 
 
 @dataclass(frozen=True)

@@ -324,16 +324,11 @@ def firewall(rules: str) -> dict[str, str] | None:
 
 def ocr_layers(ocr: dict[str, Any]) -> dict[str, Any]:
     """What protects the GPU of an OCR box: of its host, of its program and of its units."""
-    try:
-        parameters = Path("/proc/cmdline").read_text().split()
-    except OSError:
-        parameters = None
     shown = [
         command(["systemctl", "show", "--value", "--property=ExecStartPre", unit]) for unit in ocr["workers"]
     ]
     return {
         "persistence": (units([ocr["persistence"]], None) or {}).get(ocr["persistence"]),
-        "kernel_parameters": parameters,
         "check": parsed(as_user(ocr["user"], ocr["check"])),
         "before_start": [answer["out"] if answer and answer["rc"] == 0 else "" for answer in shown],
     }
@@ -370,8 +365,16 @@ def links() -> list[dict[str, Any]]:
     return found
 
 
+def command_line() -> list[str]:
+    """The words that the kernel was started with; none where it has no such file."""
+    try:
+        return Path("/proc/cmdline").read_text().split()
+    except OSError:
+        return []
+
+
 def machine(wake: str) -> dict[str, Any]:
-    """What the machine below the services is: the kernel's command line, the card's links, driver, waking."""
+    """What the machine below the services is: the card's links, driver, waking."""
     kind = command(["systemd-detect-virt", "--container"])
     said = command(["ethtool", wake]) if wake else None
     on = [
@@ -383,13 +386,8 @@ def machine(wake: str) -> dict[str, Any]:
         driver = Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:
         driver = ""
-    try:
-        words = Path("/proc/cmdline").read_text().split()
-    except OSError:
-        words = []
     return {
         "container": bool(kind and kind["rc"] == 0),
-        "command_line": words,
         "links": links(),
         "driver": driver,
         "uvm": Path("/dev/nvidia-uvm").exists(),
@@ -414,6 +412,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "systemd": Path("/run/systemd/system").is_dir(),
         "failed_units": failed_units(),
         "disk": disk("/"),
+        "command_line": command_line(),
     }
     if request.get("client"):
         seen["local_claude"] = command([str(Path(request["client"]["local_claude"]).expanduser()), "--help"])

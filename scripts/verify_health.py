@@ -46,7 +46,7 @@ from scripts._ask_host import Unreachable, ask, bracketed, compare, reach
 from scripts._inventory import Host, load
 from scripts._llm_box import GATEWAY_UNITS, GROUP, LlmBox, gateway_units_unlike
 from scripts._ocr_box import GROUP as OCR_GROUP
-from scripts._ocr_box import KERNEL_PARAMETER, PERSISTENCE, OcrBox
+from scripts._ocr_box import PERSISTENCE, OcrBox
 from scripts._refusal import KEY_VARIABLE, refusal
 from scripts._screen import size, table
 
@@ -55,6 +55,11 @@ HEALTH_TIMEOUT_S = 10.0
 CHAT_TIMEOUT_S = 120.0
 CLOCK_LIMIT_S = 5.0
 SET_CLOCK = {"Linux": "timedatectl set-ntp true", "Darwin": "sudo sntp -sS time.apple.com"}
+AWAKE_BUS = "pcie_aspm=off"
+NOT_IN_EFFECT = "asked for, not in effect; fix: run site.yml with -e allow_reboot=true"
+NOT_ASKED_FOR = (
+    "not in effect; fix: add it to gpu_host_kernel_parameters, then run site.yml with -e allow_reboot=true"
+)
 CLIENTS, LOCAL_CLAUDE = "clients", "~/.local/bin/local-claude"
 CHAT = {
     "messages": [{"role": "user", "content": "Count from one to five in words."}],
@@ -170,21 +175,24 @@ def firewall_check(seen: Mapping[str, str] | None) -> Check:
     return Check("firewall", not differing, len(differing), "lines", 0, detail)
 
 
-def machine_checks(declared: Mapping[str, Any], seen: Mapping[str, Any]) -> list[Check]:
+def kernel_check(parameter: str, command_line: Sequence[str], detail: str = NOT_IN_EFFECT) -> Check:
+    """The kernel was started with this parameter."""
+    value = parameter if parameter in command_line else ""
+    return equal(f"kernel_{parameter.partition('=')[0]}", value, parameter, detail)
+
+
+def machine_checks(
+    declared: Mapping[str, Any], seen: Mapping[str, Any], command_line: Sequence[str]
+) -> list[Check]:
     """What role gpu_host was asked for, and whether it is in effect: a reboot or the firmware may lack."""
     if seen["container"]:  # the machine is somebody else's: the role has skipped it, and said so
         return []
-    reboot = "asked for, not in effect; fix: run site.yml with -e allow_reboot=true"
-    checks = [
-        equal(f"kernel_{name}", one if one in seen["command_line"] else "", one, reboot)
-        for one in declared["parameters"]
-        for name in [one.partition("=")[0]]
-    ]
-    if "pcie_aspm=off" in declared["parameters"]:
+    checks = [kernel_check(one, command_line) for one in declared["parameters"]]
+    if AWAKE_BUS in declared["parameters"]:
         checks += [aspm_check(one["device"], one["link"]) for one in seen["links"]]
     if declared["driver"] and seen["links"]:
         version = declared["driver"].partition("-")[0]
-        checks.append(equal("nvidia_driver", seen["driver"], version, reboot))
+        checks.append(equal("nvidia_driver", seen["driver"], version, NOT_IN_EFFECT))
         fix = "fix: systemctl restart llmbox-gpu-devices.service"
         checks.append(equal("nvidia_uvm", seen["uvm"], True, f"/dev/nvidia-uvm is missing; {fix}"))
     if declared["wake"]:
@@ -507,7 +515,7 @@ def guard_checks(box: LlmBox, seen: Mapping[str, Any]) -> list[Check]:
     ]
 
 
-def ocr_checks(box: OcrBox, seen: Mapping[str, Any]) -> list[Check]:
+def ocr_checks(box: OcrBox, seen: Mapping[str, Any], command_line: Sequence[str]) -> list[Check]:
     """Each layer that protects the GPU of an OCR box is there; those of its host where it has a card."""
     found = as_dict(seen.get("check"))
     lock, state_dir = str(found.get("gpu_lock") or ""), Path(box.state_dir)
@@ -540,17 +548,15 @@ def ocr_checks(box: OcrBox, seen: Mapping[str, Any]) -> list[Check]:
         ),
     ]
     if box.card:
-        checks += card_checks(seen)
+        checks += card_checks(seen, command_line)
     return checks
 
 
-def card_checks(seen: Mapping[str, Any]) -> list[Check]:
+def card_checks(seen: Mapping[str, Any], command_line: Sequence[str]) -> list[Check]:
     """What a host with an NVIDIA card needs: the driver stays loaded, and the bus awake."""
     unit = as_dict(seen["persistence"])
     state = f"{unit.get('UnitFileState', 'unknown')}, {unit.get('ActiveState', 'unknown')}"
     held = unit.get("ActiveState") == "active" and unit.get("UnitFileState") in ("enabled", "static")
-    parameters = seen["kernel_parameters"] or []
-    aspm = next((one for one in parameters if one.startswith("pcie_aspm=")), "")
     return [
         Check(
             "persistence",
@@ -560,14 +566,7 @@ def card_checks(seen: Mapping[str, Any]) -> list[Check]:
             "enabled, active",
             "" if held else f"fix: systemctl enable --now {PERSISTENCE}",
         ),
-        Check(
-            "pcie_aspm",
-            aspm == KERNEL_PARAMETER,
-            aspm,
-            "",
-            KERNEL_PARAMETER,
-            "" if aspm == KERNEL_PARAMETER else "not in /proc/cmdline; fix: run site.yml, then reboot",
-        ),
+        kernel_check(AWAKE_BUS, command_line, NOT_ASKED_FOR),
     ]
 
 
@@ -663,11 +662,13 @@ def verify(host: Host, *, drift: bool = False) -> HostReport:
         offset = max(before - seen["time"], seen["time"] - time.time(), 0.0)
         checks = host_checks(seen, offset, client=CLIENTS in host.groups and not llm)
         if asked:
-            checks += machine_checks(asked, seen["machine"])
+            checks += machine_checks(asked, seen["machine"], seen["command_line"])
         if client:
             checks += client_checks(seen["local_claude"])
         if ocr:
-            checks += ocr_checks(ocr, seen["ocr"])
+            there = {one.name for one in checks}  # the same parameter may be asked for, too
+            layers = ocr_checks(ocr, seen["ocr"], seen["command_line"])
+            checks += [one for one in layers if one.name not in there]
         if rules:
             checks.append(firewall_check(seen["firewall"]))
         if box:

@@ -95,8 +95,9 @@ def test_each_layer_that_protects_the_gpu_is_missed_when_it_is_taken_away(on_hos
     box = replace(bare, competing_units=("comfyui.service",), card=True)
 
     def missed(box: OcrBox) -> set[str]:
-        seen = ask_host(host, {"ocr": box.request()}, become=True)["ocr"]
-        return {check.name for check in verify_health.ocr_checks(box, seen) if not check.ok}
+        seen = ask_host(host, {"ocr": box.request()}, become=True)
+        checks = verify_health.ocr_checks(box, seen["ocr"], seen["command_line"])
+        return {check.name for check in checks if not check.ok}
 
     assert missed(bare) == set()
     program = f"{bare.path}/lib/python3*/site-packages/ocr_pipeline/servers.py"
@@ -115,14 +116,14 @@ def test_each_layer_that_protects_the_gpu_is_missed_when_it_is_taken_away(on_hos
             f'sudo sh -c \'mkdir -p $(dirname {drop_in}); printf "[Service]\\n{line}\\n" >{drop_in};'
             " systemctl daemon-reload'",
         ).check()
-        assert missed(box) == {"persistence", "pcie_aspm"}
+        assert missed(box) == {"persistence", "kernel_pcie_aspm"}
         on_host(
             OCR,
             f"sudo sh -c 'rm {drop_in}; systemctl daemon-reload;"
             f' sed -i "s/return GpuHangError(/return DeadlineError(/" {program};'
             ' sed -i "s|\\"gpu_lock\\": \\"[^\\"]*\\"|\\"gpu_lock\\": \\"\\"|" /etc/ocr/pipeline.json\'',
         ).check()
-        names = {"persistence", "pcie_aspm", "gpu_semaphore", "gpu_hang_error", "competing_units"}
+        names = {"persistence", "kernel_pcie_aspm", "gpu_semaphore", "gpu_hang_error", "competing_units"}
         assert missed(box) == names
     finally:
         on_host(OCR, restore).check()

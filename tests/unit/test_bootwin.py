@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from llmbox import bootwin
 from llmbox.bootwin import Entry, Machine
+from llmbox.complaint import complaint
 from llmbox.errors import LlmboxError
 
 GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
@@ -262,7 +263,7 @@ def test_an_entry_without_a_partition_is_taken_as_it_is(world: World) -> None:
 
 
 def test_a_missing_program_is_named() -> None:
-    assert bootwin._run("no-such-program-here") == "no-such-program-here is not installed"
+    assert complaint(["no-such-program-here"], 5) == "no-such-program-here is not installed"
 
 
 def test_variables_that_are_unreadable_are_told(tmp_path: Path) -> None:

@@ -575,7 +575,7 @@ def test_the_hook_gets_the_event_and_its_failure_changes_nothing(
     enforcer.event("restart", reason="as a test")
     enforcer.once()
     assert json.loads(copy.read_text())["reason"] == "as a test"
-    assert "status 3" in caplog.text
+    assert "exit code 3" in caplog.text
 
 
 def test_old_events_make_room(tmp_path: Path) -> None:

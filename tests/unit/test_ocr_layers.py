@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,21 +39,28 @@ def started(*units: str) -> str:
 
 SEEN: dict[str, Any] = {
     "persistence": {"UnitFileState": "enabled", "ActiveState": "active"},
-    "kernel_parameters": ["quiet", "pcie_aspm=off"],
     "check": {"gpu_lock": "/var/lib/ocr/gpu.lock", "semaphore": "", "hang": ""},
     "before_start": 2 * [started("comfyui.service", "gdm.service")],
 }
 
 
-def short(seen: dict[str, Any], box: OcrBox = BOX) -> dict[str, str]:
+def short(
+    seen: dict[str, Any], box: OcrBox = BOX, given: Sequence[str] = ("quiet", "pcie_aspm=off")
+) -> dict[str, str]:
     """The checks that fall short, and what they say."""
-    return {one.name: one.detail for one in verify_health.ocr_checks(box, seen) if not one.ok}
+    return {one.name: one.detail for one in verify_health.ocr_checks(box, seen, given) if not one.ok}
 
 
 def test_a_box_with_all_layers_is_well() -> None:
     assert short(SEEN) == {}
-    names = [one.name for one in verify_health.ocr_checks(BOX, SEEN)]
-    assert names == ["gpu_semaphore", "gpu_hang_error", "competing_units", "persistence", "pcie_aspm"]
+    names = [one.name for one in verify_health.ocr_checks(BOX, SEEN, ["pcie_aspm=off"])]
+    assert names == ["gpu_semaphore", "gpu_hang_error", "competing_units", "persistence", "kernel_pcie_aspm"]
+
+
+@pytest.mark.parametrize("given", [["quiet"], ["pcie_aspm=force"], []])
+def test_a_bus_that_may_sleep_is_named(given: list[str]) -> None:
+    found = short(SEEN, given=given)
+    assert list(found) == ["kernel_pcie_aspm"] and "gpu_host_kernel_parameters" in found["kernel_pcie_aspm"]
 
 
 @pytest.mark.parametrize(
@@ -62,9 +69,6 @@ def test_a_box_with_all_layers_is_well() -> None:
         (("persistence",), None, "persistence"),
         (("persistence", "ActiveState"), "inactive", "persistence"),
         (("persistence", "UnitFileState"), "disabled", "persistence"),
-        (("kernel_parameters",), ["quiet"], "pcie_aspm"),
-        (("kernel_parameters",), ["pcie_aspm=force"], "pcie_aspm"),
-        (("kernel_parameters",), None, "pcie_aspm"),
         (("check", "semaphore"), "gpu_lock is empty: …", "gpu_semaphore"),
         (("check", "gpu_lock"), "/tmp/gpu.lock", "gpu_semaphore"),
         (("check", "hang"), "a hang is told as DeadlineError", "gpu_hang_error"),
@@ -89,7 +93,7 @@ def test_a_program_that_says_nothing_lacks_both_of_its_layers() -> None:
 
 def test_a_box_without_a_card_needs_the_layers_of_its_program_only() -> None:
     box = OcrBox.of({**VARIABLES, "llama_presets_gpu_memory_mib": 0})
-    assert short({**SEEN, "persistence": None, "kernel_parameters": ["quiet"]}, box) == {}
+    assert short({**SEEN, "persistence": None}, box, ["quiet"]) == {}
 
 
 # --- what the program says of itself ---

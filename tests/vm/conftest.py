@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.untouched import MachineState
 from tests.vm.machine import Machine
-from tests.vm.untouched import MachineState
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ def imported_by_bootwin() -> bytes:
     """A tar archive of what bootwin imports, as it lies in the environment that role llmbox installs."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name in ("__init__", "errors", "bootwin"):
+        for name in ("__init__", "complaint", "errors", "bootwin"):
             tar.add(support.ROOT / f"apps/llmbox/src/llmbox/{name}.py", f"llmbox/{name}.py")
     return buffer.getvalue()
 

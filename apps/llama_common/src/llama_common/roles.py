@@ -127,12 +127,7 @@ MemoryMax = Annotated[
     ),
 ]
 
-HostAddress = Annotated[
-    str, Text(r"[0-9A-Fa-f:.]+", "an address, IPv4 or IPv6", "write it like 192.168.1.255")
-]
-BoxAddress = Annotated[
-    str, Text(r"[0-9A-Fa-f:.]+", "an address of the box, IPv4 or IPv6", "write it like 100.64.0.11")
-]
+IpAddress = Annotated[str, Text(r"[0-9A-Fa-f:.]+", "an address, IPv4 or IPv6", "write it like 192.168.1.20")]
 StateFolder = Annotated[
     str,
     Text(r"/var/lib/[a-z0-9_-]+", "a folder of /var/lib, which systemd makes", "write it like /var/lib/ocr"),
@@ -421,7 +416,7 @@ LIMITS: Final[Mapping[str, Any]] = {
         ),
     ],
     "power_wake_port": Annotated[int, Field(ge=1, le=65535)],
-    "power_wake_addresses": list[HostAddress],
+    "power_wake_addresses": list[IpAddress],
     "power_wake_interval": Annotated[int, Field(ge=1, le=600)],
     "power_wake_timeout": Annotated[int, Field(ge=10, le=3600)],
     "power_down_timeout": Annotated[int, Field(ge=10, le=3600)],
@@ -445,7 +440,7 @@ LIMITS: Final[Mapping[str, Any]] = {
     "llm_gateway_audit_keep": Annotated[int, Field(ge=1, le=1000)],
     "ollama_archive": OllamaArchive,
     "ollama_models": list[OllamaModel],
-    "ollama_host": BoxAddress,
+    "ollama_host": IpAddress,
     "ollama_port": Annotated[int, Field(ge=1024, le=65535)],
     "ollama_user": AccountName,
     "ollama_state_dir": StateFolder,
@@ -454,7 +449,7 @@ LIMITS: Final[Mapping[str, Any]] = {
     "ollama_start_timeout": SomeSeconds,
     "ollama_stall_timeout": SomeSeconds,
     "ocr_service_user": AccountName,
-    "ocr_service_host": BoxAddress,
+    "ocr_service_host": IpAddress,
     "ocr_service_port": Annotated[int, Field(ge=1024, le=65535)],
     "ocr_service_state_dir": StateFolder,
     "ocr_service_workers": Annotated[int, Field(ge=1, le=64)],

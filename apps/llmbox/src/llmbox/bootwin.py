@@ -12,13 +12,13 @@ import argparse
 import os
 import re
 import struct
-import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmbox.complaint import complaint
 from llmbox.errors import EXIT_DONE, EXIT_FAILED, LlmboxError
 
 COMMAND = "/usr/local/sbin/llmbox-bootwin"  # the one that sudo lets the LLM user run
@@ -182,7 +182,7 @@ def prepare(machine: Machine, label: str, free_mib: int) -> tuple[Entry, dict[st
 
 def set_next(machine: Machine, entry: Entry, before: Mapping[str, bytes]) -> None:
     """Name the entry as the next to start. Raises LlmboxError unless that, and only that, has come about."""
-    said = _run("efibootmgr", "--quiet", "--bootnext", f"{entry.number:04X}")
+    said = complaint(["efibootmgr", "--quiet", "--bootnext", f"{entry.number:04X}"], TIMEOUT_S)
     after = read_variables(machine.variables)
     wanted = struct.pack("<H", entry.number)
     if after.get("BootNext", b"")[4:] != wanted:
@@ -193,41 +193,20 @@ def set_next(machine: Machine, entry: Entry, before: Mapping[str, bytes]) -> Non
         "BootNext"
     }
     if others:
-        _run("efibootmgr", "--quiet", "--delete-bootnext")
+        complaint(["efibootmgr", "--quiet", "--delete-bootnext"], TIMEOUT_S)
         raise LlmboxError(
             f"the firmware changed {', '.join(sorted(others))} when BootNext was set; not restarted; "
             "fix: look at efibootmgr -v, something else is writing there"
         )
 
 
-def _run(*argv: str) -> str:
-    """What a program complains of; empty when it succeeds."""
-    try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-        )
-    except FileNotFoundError:
-        return f"{argv[0]} is not installed"
-    except subprocess.TimeoutExpired:
-        return f"{argv[0]} did not end within {TIMEOUT_S} s"
-    if done.returncode == 0:
-        return ""
-    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return lines[-1] if lines else f"{argv[0]}: exit code {done.returncode}"
-
-
 def boot_windows(machine: Machine, label: str, free_mib: int) -> None:
     """Set BootNext and restart. Raises LlmboxError; BootNext is then as it was."""
     entry, before = prepare(machine, label, free_mib)
     set_next(machine, entry, before)
-    if said := _run("systemctl", "reboot"):
+    if said := complaint(["systemctl", "reboot"], TIMEOUT_S):
         if "BootNext" not in before:
-            _run("efibootmgr", "--quiet", "--delete-bootnext")
+            complaint(["efibootmgr", "--quiet", "--delete-bootnext"], TIMEOUT_S)
         raise LlmboxError(f"the machine does not restart ({said}); Windows will not start next either")
     print(f'restarting into {entry.name} "{label}"; the start after that is the usual one')
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from llmbox.complaint import complaint
 from llmbox.errors import LlmboxError
 from llmbox.guard import latch
-from llmbox.guard.command import first_line
 from llmbox.guard.settings import Settings
 from llmbox.presets import PresetsFile
 from llmbox.status import iso
@@ -153,19 +152,6 @@ class Enforcer:
         """Run the configured command; its failure is told and changes nothing."""
         argv = self._settings.hook
         environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
-        try:
-            done = subprocess.run(
-                argv,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=self._settings.hook_timeout,
-                env={**environment, "GPU_GUARD_EVENT": str(file)},
-                check=False,
-            )
-            fault = f"status {done.returncode}: {first_line(done.stderr)}" if done.returncode else ""
-        except (OSError, subprocess.TimeoutExpired) as error:
-            fault = str(error)
-        if fault:
-            log.error("hook %s: %s", argv[0], fault)
+        environment["GPU_GUARD_EVENT"] = str(file)
+        if said := complaint(argv, self._settings.hook_timeout, environment):
+            log.error("hook %s: %s", argv[0], said)

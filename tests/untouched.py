@@ -8,47 +8,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# Boot files, modules and their settings, clock settings, firmware variables.
+# Boot files, modules and their settings, clock settings, firmware variables, networks, packages' sources.
 PLACES = (
-    *(
-        "/boot",
-        "/efi",
-        "/etc/default/grub",
-        "/etc/default/grub.d",
-        "/etc/grub.d",
-        "/sys/firmware/efi/efivars",
-    ),
-    *(
-        "/etc/kernel",
-        "/etc/modules",
-        "/etc/modules-load.d",
-        "/etc/modprobe.d",
-        "/lib/modules",
-        "/etc/initramfs-tools",
-    ),
+    *("/boot", "/efi", "/etc/default", "/etc/grub.d", "/etc/kernel", "/sys/firmware/efi/efivars"),
+    *("/etc/modules", "/etc/modules-load.d", "/etc/modprobe.d", "/lib/modules", "/etc/initramfs-tools"),
     *("/etc/sysctl.conf", "/etc/sysctl.d", "/etc/adjtime", "/etc/localtime", "/etc/timezone", "/etc/fstab"),
+    *("/etc/netplan", "/etc/systemd/network", "/etc/apt"),
 )
+UNITS = Path("/etc/systemd/system")
+# What the kernel loads by itself when a lab asks for an interface, a table or an overlay.
+LOADED_ON_USE = (
+    *("tun", "tap", "bridge", "stp", "llc", "veth", "overlay", "nf", "nft", "xt", "kvm", "irqbypass"),
+)
+CLOCK_S = 2.0
 # Counters and pools of the kernel; and what a lab borrows and gives back, which test_hygiene looks at.
 MOVING = (
-    *(
-        "dentry-state",
-        "file-nr",
-        "inode-nr",
-        "inode-state",
-        "aio-nr",
-        "random/",
-        "ns_last_pid",
-        "pty/nr",
-        "sched_",
-    ),
-    *(
-        "/net/",
-        "fs/quota/",
-        "perf_event_max_sample_rate",
-        "perf_cpu_time_max_percent",
-        "lost_mem",
-        "/fs/binfmt_misc/",
-    ),
+    *("dentry-state", "file-nr", "inode-nr", "inode-state", "aio-nr", "random/", "ns_last_pid", "pty/nr"),
+    *("sched_", "/net/", "fs/quota/", "perf_event_max_sample_rate", "perf_cpu_time_max_percent", "lost_mem"),
+    "/fs/binfmt_misc/",
 )
 
 
@@ -67,6 +44,22 @@ class MachineState:
         clock = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         return cls(_files(), _sysctls(), _modules(), clock)
 
+    def changes(self) -> dict[str, tuple[object, object]]:
+        """What is otherwise now: a role that ran on the wrong side, a lab that reached out of its places."""
+        now = MachineState.now()
+        before, after = self.files | self.sysctls, now.files | now.sysctls
+        found: dict[str, tuple[object, object]] = {
+            name: (before.get(name), after.get(name))
+            for name in before.keys() | after.keys()
+            if before.get(name) != after.get(name)
+        }
+        for module in self.modules ^ now.modules:
+            if module in self.modules or not module.startswith(LOADED_ON_USE):
+                found[f"module {module}"] = (module in self.modules, module in now.modules)
+        if abs(now.clock_offset - self.clock_offset) >= CLOCK_S:
+            found["clock"] = (self.clock_offset, now.clock_offset)
+        return found
+
 
 def _files() -> dict[str, str]:
     found: dict[str, str] = {}
@@ -76,7 +69,8 @@ def _files() -> dict[str, str]:
                 found[str(path)] = f"link to {path.readlink()}"
             elif path.is_file():
                 found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+    found |= {str(unit): "" for unit in UNITS.rglob("*llmbox*")}
+    return found | {"/proc/cmdline": Path("/proc/cmdline").read_text()}
 
 
 def _sysctls() -> dict[str, str]:
