@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 from ansible.module_utils.basic import AnsibleModule  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
-    from roles.gpu_host.module_utils.gpu_host_tools import Refused, converge, must, run, write
+    from roles.gpu_host.module_utils.gpu_host_tools import Refused, converge, must, run, work, write
 else:
-    from ansible.module_utils.gpu_host_tools import Refused, converge, must, run, write
+    from ansible.module_utils.gpu_host_tools import Refused, converge, must, run, work, write
 
 DOCUMENTATION = r"""
 ---
@@ -361,11 +361,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    try:
-        result = apply(module.params, module.check_mode)
-    except (Refused, OSError) as error:
-        module.fail_json(msg=str(error))
-    module.exit_json(**result)
+    work(module, apply)
 
 
 if __name__ == "__main__":

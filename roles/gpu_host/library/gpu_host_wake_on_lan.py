@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ansible.module_utils.basic import AnsibleModule  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
-    from roles.gpu_host.module_utils.gpu_host_tools import Refused, converge, must, present, run
+    from roles.gpu_host.module_utils.gpu_host_tools import Refused, converge, must, present, run, work
 else:
-    from ansible.module_utils.gpu_host_tools import Refused, converge, must, present, run
+    from ansible.module_utils.gpu_host_tools import Refused, converge, must, present, run, work
 
 DOCUMENTATION = r"""
 ---
@@ -181,8 +181,9 @@ def kept_by(interface: str, mac: str) -> tuple[Path, str]:
     return LINK, link_text(default, mac)
 
 
-def apply(interface: str, check: bool) -> dict[str, Any]:
+def apply(asked: Mapping[str, Any], check: bool) -> dict[str, Any]:
     """Compare, and unless this is a dry run, converge. Raises Refused, OSError."""
+    interface: str = asked["interface"]
     wanted: dict[Path, str | None] = {NETPLAN: None, LINK: None}
     by, set_now = "", False
     if interface:
@@ -235,11 +236,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={"interface": {"type": "str", "required": True}}, supports_check_mode=True
     )
-    try:
-        result = apply(module.params["interface"], module.check_mode)
-    except (Refused, OSError) as error:
-        module.fail_json(msg=str(error))
-    module.exit_json(**result)
+    work(module, apply)
 
 
 if __name__ == "__main__":

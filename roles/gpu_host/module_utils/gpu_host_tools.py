@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 TIMEOUT_S = 60
 FILE_MODE = 0o644
@@ -14,6 +15,15 @@ FILE_MODE = 0o644
 
 class Refused(Exception):
     """Something is not as it must be; the text is one line for the person."""
+
+
+def work(module: Any, apply: Callable[[Mapping[str, Any], bool], dict[str, Any]]) -> None:
+    """End the module with what `apply` makes of its parameters, given whether this is a dry run."""
+    try:
+        result = apply(module.params, module.check_mode)
+    except (Refused, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
 
 
 def run(
