@@ -16,6 +16,7 @@ SUITES = ("bookworm", "trixie")
 HTTP_PORT = 8088
 GIT_PORT = 9418
 SUDO_USER = "ops"
+VM_BOOT_SECONDS = 900  # emulated: 22 s on two idle cores, several minutes on loaded ones
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -51,8 +52,8 @@ class Lab:
                 Host("lab-client", "cli", f"{prefix}.13", builds=False),
             ),
         )
-        # Emulated: 48 s on two idle cores, several minutes on loaded ones.
-        object.__setattr__(self, "vm", Host("lab-vm", "vm", f"{prefix}.14", builds=False, boot_seconds=900))
+        machine = Host("lab-vm", "vm", f"{prefix}.14", builds=False, boot_seconds=VM_BOOT_SECONDS)
+        object.__setattr__(self, "vm", machine)
 
     @property
     def every_host(self) -> tuple[Host, ...]:

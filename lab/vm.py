@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import root
-from lab.config import SUDO_USER, Lab
+from lab.config import SUDO_USER, VM_BOOT_SECONDS, Lab
 from lab.shell import LabError, last_line, remove_tree, run, say, ticking
 from lab.state import shared_cache
 
@@ -39,7 +39,7 @@ WINDOWS_LABEL = "Windows Boot Manager"
 WINDOWS_PROGRAM = r"\EFI\Microsoft\Boot\bootmgfw.efi"
 WINDOWS_SAYS = "This is the stand-in for Windows. Restarting."  # on the serial line, each time it runs
 INSTALLED = "lab: installed"
-INSTALL_SECONDS = 900
+INSTALL_SECONDS = 1800
 MEMORY_MIB = 1024
 
 _FIRMWARE = Path("/usr/share/OVMF")
@@ -77,6 +77,9 @@ _FILES = {
     # What a cloud image sets: everything on the serial line.
     "etc/default/grub.d/10-lab.cfg": "GRUB_TIMEOUT=0\nGRUB_TERMINAL=console\n"
     'GRUB_CMDLINE_LINUX="console=ttyS0"\n',
+    # Emulated on a loaded machine it may need several times what systemd waits for a disk or a service.
+    "etc/systemd/system.conf.d/lab.conf": "[Manager]\n"
+    f"DefaultDeviceTimeoutSec={VM_BOOT_SECONDS}s\nDefaultTimeoutStartSec={VM_BOOT_SECONDS}s\n",
     # What makes the machine this lab's (keys, address) comes on a second disk, as a tar archive.
     "etc/systemd/system/lab-identity.service": """[Unit]
 DefaultDependencies=no
