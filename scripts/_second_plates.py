@@ -21,9 +21,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 Box = tuple[float, float, float, float]
 FOLDER = Path("/usr/share/fonts")
-PACKAGES = (
-    "fonts-opendin, fonts-osifont, fonts-inconsolata, fonts-b612, fonts-freefont-ttf, fonts-roboto-unhinted"
-)
 ENGRAVED = ("truetype/opendin/OSP-DIN.ttf", "truetype/osifont/osifont.ttf")
 PRINTED = (
     "truetype/freefont/FreeSansBold.ttf",
@@ -37,6 +34,14 @@ STAMPED = (
     "opentype/b612/B612Mono-Bold.otf",
     "truetype/freefont/FreeMonoBold.ttf",
 )
+PACKAGES = {
+    str(FOLDER / "truetype/opendin/OSP-DIN.ttf"): "fonts-opendin",
+    str(FOLDER / "truetype/osifont/osifont.ttf"): "fonts-osifont",
+    str(FOLDER / "truetype/freefont/FreeSans.ttf"): "fonts-freefont-ttf",
+    str(FOLDER / "truetype/roboto/unhinted/RobotoCondensed-Bold.ttf"): "fonts-roboto-unhinted",
+    str(FOLDER / "opentype/b612/B612-Regular.otf"): "fonts-b612",
+    str(FOLDER / "truetype/inconsolata/Inconsolata.otf"): "fonts-inconsolata",
+}
 # As they sign, and as a register would list them.
 MAKERS = (
     ("Waltec Equipamentos Elétricos", "WALTEC"),
@@ -143,7 +148,7 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A typeface. Raises FileNotFoundError that names the packages."""
     path = FOLDER / name
     if not path.is_file():
-        raise FileNotFoundError(2, f"no such font; install {PACKAGES}", str(path))
+        raise FileNotFoundError(2, f"no such font; install {', '.join(sorted(PACKAGES.values()))}", str(path))
     return ImageFont.truetype(str(path), size)
 
 
@@ -210,7 +215,7 @@ def draw(rng: random.Random, style: Style | None = None, *, english: bool = Fals
     width = 1000
     values, taps = values_of(rng, english)
     words = ENGLISH if english else PORTUGUESE
-    layout = rng.choice((leaders, form, grid, taps_table))
+    layout = rng.choice((leaders, printed_form, grid, taps_table))
     face, value_face = rng.choice(PRINTED), rng.choice(PRINTED)
     sheet = _Sheet(Image.new("L", (width, 1400), 0), {})
     top = heading(rng, sheet, values, face, english, width)
@@ -223,7 +228,7 @@ def draw(rng: random.Random, style: Style | None = None, *, english: bool = Fals
         (_with_unit(rng, label, name), _unit(rng, text, name, label), name) for label, text, name in entries
     ]
     entries += [(label, text, "") for label, text in rng.sample(OTHERS[english], rng.randint(3, 6))]
-    bottom = layout(rng, sheet, entries, taps, top, width, face, value_face)
+    bottom = layout(_Form(rng, sheet, entries, taps, top, width, face, value_face))
     height = int(bottom + rng.randint(30, 60))
     sheet.pen.rounded_rectangle(
         (6, 6, width - 7, height - 7), radius=rng.choice((0, 26)), outline=190, width=4
@@ -283,102 +288,79 @@ def _unit(rng: random.Random, text: str, name: str, label: str) -> str:
     return text
 
 
-Entries = Sequence[tuple[str, str, str]]
+@dataclass
+class _Form:
+    """What a layout fills: the sheet from `top` on with entries (label, text, field or "")."""
+
+    rng: random.Random
+    sheet: _Sheet
+    entries: Sequence[tuple[str, str, str]]
+    taps: list[int]
+    top: float
+    width: int
+    face: str
+    value: str
 
 
-def leaders(
-    rng: random.Random,
-    sheet: _Sheet,
-    entries: Entries,
-    taps: list[int],
-    top: float,
-    width: int,
-    face: str,
-    value: str,
-) -> float:
+def fitting(face: str, text: str, room: float, size: int) -> int:
+    """The largest size up to `size` in which a text fits, 18 at least."""
+    while size > 18 and font(face, size).getlength(text) > room:
+        size -= 1
+    return size
+
+
+def leaders(form: _Form) -> float:
     """One below the other, dots up to the value."""
-    edge = rng.choice((430, 500))
-    for label, text, name in entries:
-        x = sheet.write(70, top, label, face, 28) + 8
+    edge, top = form.rng.choice((430, 500)), form.top
+    for label, text, name in form.entries:
+        x = form.sheet.write(70, top, label, form.face, 28) + 8
         while x < edge - 10:
-            x = sheet.write(x, top, ".", face, 28) + 6
-        sheet.write(max(x + 8, edge), top, text, value, 28, name)
+            x = form.sheet.write(x, top, ".", form.face, 28) + 6
+        form.sheet.write(max(x + 8, edge), top, text, form.value, 28, name)
         top += 47
     return top
 
 
-def form(
-    rng: random.Random,
-    sheet: _Sheet,
-    entries: Entries,
-    taps: list[int],
-    top: float,
-    width: int,
-    face: str,
-    value: str,
-) -> float:
+def printed_form(form: _Form) -> float:
     """A printed form in two columns, values struck in above a line."""
-    struck, half = rng.choice(STAMPED), (width - 140) / 2
-    for at, (label, text, name) in enumerate(entries):
-        x, y = 70 + (at % 2) * (half + 10), top + (at // 2) * 62
-        begin = sheet.write(x, y + 6, label, face, 22) + 14
-        size = 30
-        while size > 18 and begin + font(struck, size).getlength(text) > x + half - 6:
-            size -= 1
-        end = sheet.stamp(rng, begin, y, text, struck, size, name)
-        sheet.pen.line((begin - 6, y + 40, max(end, x + half - 10), y + 40), fill=140, width=2)
-    return top + -(-len(entries) // 2) * 62
+    struck, half = form.rng.choice(STAMPED), (form.width - 140) / 2
+    for at, (label, text, name) in enumerate(form.entries):
+        x, y = 70 + (at % 2) * (half + 10), form.top + (at // 2) * 62
+        begin = form.sheet.write(x, y + 6, label, form.face, 22) + 14
+        size = fitting(struck, text, x + half - 6 - begin, 30)
+        end = form.sheet.stamp(form.rng, begin, y, text, struck, size, name)
+        form.sheet.pen.line((begin - 6, y + 40, max(end, x + half - 10), y + 40), fill=140, width=2)
+    return form.top + -(-len(form.entries) // 2) * 62
 
 
-def grid(
-    rng: random.Random,
-    sheet: _Sheet,
-    entries: Entries,
-    taps: list[int],
-    top: float,
-    width: int,
-    face: str,
-    value: str,
-) -> float:
+def grid(form: _Form) -> float:
     """Boxes of three to a row, a small label in the corner, the value in the middle."""
-    cell, high = (width - 100) / 3, 84
-    for at, (label, text, name) in enumerate(entries):
-        x, y = 50 + (at % 3) * cell, top + (at // 3) * high
-        sheet.pen.rectangle((x, y, x + cell, y + high), outline=150, width=2)
-        sheet.write(x + 8, y + 6, label, face, 20)
-        size = 32
-        while size > 18 and font(value, size).getlength(text) > cell - 24:
-            size -= 1
-        sheet.write(x + (cell - font(value, size).getlength(text)) / 2, y + 38, text, value, size, name)
-    return top + -(-len(entries) // 3) * high
+    cell, high = (form.width - 100) / 3, 84
+    for at, (label, text, name) in enumerate(form.entries):
+        x, y = 50 + (at % 3) * cell, form.top + (at // 3) * high
+        form.sheet.pen.rectangle((x, y, x + cell, y + high), outline=150, width=2)
+        form.sheet.write(x + 8, y + 6, label, form.face, 20)
+        size = fitting(form.value, text, cell - 24, 32)
+        left = x + (cell - font(form.value, size).getlength(text)) / 2
+        form.sheet.write(left, y + 38, text, form.value, size, name)
+    return form.top + -(-len(form.entries) // 3) * high
 
 
-def taps_table(
-    rng: random.Random,
-    sheet: _Sheet,
-    entries: Entries,
-    taps: list[int],
-    top: float,
-    width: int,
-    face: str,
-    value: str,
-) -> float:
+def taps_table(form: _Form) -> float:
     """Two columns without rules; the primary's taps in a table of their own, the first one rated."""
-    rest = [entry for entry in entries if entry[2] != "tensao_primaria"]
-    half = (width - 140) / 2
+    sheet, face, value = form.sheet, form.face, form.value
+    rest = [entry for entry in form.entries if entry[2] != "tensao_primaria"]
+    half = (form.width - 140) / 2
     for at, (label, text, name) in enumerate(rest):
-        x, y = 70 + (at % 2) * half, top + (at // 2) * 50
-        begin = sheet.write(x, y, label + rng.choice((":", "")), face, 25) + 12
-        size = 26
-        while size > 18 and begin + font(value, size).getlength(text) > x + half - 10:
-            size -= 1
-        sheet.write(begin, y, text, value, size, name)
-    y = top + -(-len(rest) // 2) * 50 + 14
-    if len(rest) == len(entries):
+        x, y = 70 + (at % 2) * half, form.top + (at // 2) * 50
+        begin = sheet.write(x, y, label + form.rng.choice((":", "")), face, 25) + 12
+        sheet.write(begin, y, text, value, fitting(value, text, x + half - 10 - begin, 26), name)
+    y = form.top + -(-len(rest) // 2) * 50 + 14
+    if len(rest) == len(form.entries):
         return y
-    sheet.write(70, y, next(label for label, _, name in entries if name == "tensao_primaria"), face, 25)
+    sheet.write(70, y, next(label for label, _, name in form.entries if name == "tensao_primaria"), face, 25)
     y += 40
-    for number, tap in enumerate(taps, 1):
+    for number, tap in enumerate(form.taps, 1):
         sheet.pen.rectangle((70, y, 420, y + 40), outline=150, width=2)
         sheet.pen.line((150, y, 150, y + 40), fill=150, width=2)
         sheet.write(98, y + 6, str(number), value, 25)

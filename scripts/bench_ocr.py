@@ -6,7 +6,8 @@
 PART is accuracy, second, bank, speed or memory; without one, all of them. Each part keeps its figures in the
 results' folder, so that a long measurement can be made in pieces; ocr.md and ocr.png are written from all
 that is there. Accuracy is what scripts/verify_ocr.py counts, on photos of seeds that nothing was trained or
-tuned on.
+tuned on. The typefaces that photos are drawn with are Debian packages: they are named, then installed
+(LAB_INSTALL=0: the command is printed instead).
 Exit codes: 0 written, 2 could not measure (one line says why).
 """
 
@@ -41,10 +42,13 @@ from ocr_pipeline import build, images, settings
 from ocr_pipeline.errors import OcrError
 from ocr_pipeline.pipeline import CROP_SIDE, WHOLE_PHOTO, Pipeline, cut, shrunk
 from ocr_pipeline.stages import Deadline, PlateClass
-from ocr_pipeline.synthetic import dataset
+from ocr_pipeline.synthetic import dataset, plates
 from ocr_pipeline.synthetic.scene import sample
 from PIL import Image
 
+from lab import packages
+from lab.config import from_environment
+from lab.shell import LabError
 from scripts import _second_plates, verify_ocr
 from scripts._chart import Bar, bar_chart
 from scripts._inventory import ROOT
@@ -466,7 +470,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     measures = {"accuracy": accuracy, "second": second, "bank": bank, "speed": speed, "memory": memory}
     try:
         args.results.mkdir(parents=True, exist_ok=True)
-        for name in () if args.page else args.part or PARTS:
+        wanted = () if args.page else args.part or PARTS
+        if wanted:
+            packages.ensure(from_environment(), plates.PACKAGES | _second_plates.PACKAGES)
+        for name in wanted:
             told = {"commit": commit(), "day": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine()}
             progress(name)
             found = {**told, **measures[name](args.results, args)}
@@ -479,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.output / "ocr.md").write_text(text, encoding="utf-8")
         if "accuracy" in parts:
             (args.output / "ocr.png").write_bytes(charted(parts))
-    except (verify_ocr.CannotRunError, OcrError) as error:
+    except (verify_ocr.CannotRunError, OcrError, LabError) as error:
         print(f"bench_ocr: {error}", file=sys.stderr)
         return 2
     except OSError as error:

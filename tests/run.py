@@ -314,8 +314,12 @@ OCR_SERVERS = {"redis-server": "redis-server", "pg_createcluster": "postgresql",
 
 def ocr() -> Outcome:
     """The OCR service with real servers on loopback."""
+    from ocr_pipeline.synthetic import plates
+
+    from scripts import _second_plates
+
     try:
-        packages.ensure(config.from_environment(), OCR_SERVERS)
+        packages.ensure(config.from_environment(), OCR_SERVERS | plates.PACKAGES | _second_plates.PACKAGES)
     except LabError as error:
         print(error, file=sys.stderr)
     return pytest("ocr", "tests/ocr", "-m", "not long", timeout=10 * MINUTE)

@@ -1,21 +1,13 @@
-"""What bench_ocr.py says of its figures, and the plates of the other generator."""
+"""What bench_ocr.py says of its figures."""
 
 from __future__ import annotations
 
-import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts import _second_plates, bench_ocr, verify_ocr
-
-needs_fonts = pytest.mark.skipif(
-    not all(
-        (_second_plates.FOLDER / name).is_file()
-        for name in (*_second_plates.PRINTED, *_second_plates.STAMPED)
-    ),
-    reason=f"the other generator's fonts are not installed: {_second_plates.PACKAGES}",
-)
 
 
 def measured(wrong: int, *, difficulty: str = "easy", review: bool = False) -> dict[str, Any]:
@@ -77,13 +69,17 @@ def test_a_part_that_there_is_not_is_bad_usage() -> None:
     assert caught.value.code == 2
 
 
-@needs_fonts
-@pytest.mark.parametrize("english", [False, True])
-def test_every_value_of_the_other_generator_has_its_place(english: bool) -> None:
-    for seed in range(2):
-        drawn = _second_plates.draw(random.Random(f"{seed}"), english=english)  # noqa: S311 - plates of a test
-        height, width = drawn.pixels.shape[:2]
-        assert drawn.places.keys() == drawn.values.keys()
-        for left, top, right, bottom in drawn.places.values():
-            assert 0 <= left < right <= width
-            assert 0 <= top < bottom <= height
+def test_missing_typefaces_are_named_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAB_INSTALL", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_second_plates, "PACKAGES", {"/nowhere/plate.ttf": "fonts-of-plates"})
+    assert (
+        bench_ocr.main(
+            ["second", "--second", "1", "--results", str(tmp_path / "results"), "--output", str(tmp_path)]
+        )
+        == 2
+    )
+    assert "fonts-of-plates" in capsys.readouterr().err
+    assert not list((tmp_path / "results").iterdir())
