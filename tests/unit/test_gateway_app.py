@@ -7,6 +7,7 @@ import http.client
 import json
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,25 @@ def test_the_control_socket_answers(gateway: Gateway) -> None:
         sock.connect(str(gateway.folder / "control.sock"))
         sock.sendall(b'{"do": "status"}\n')
         assert json.loads(sock.makefile().readline())["phase"] == "ready"
+
+
+def test_reading_what_there_is_does_not_count_as_use(forge: Forge, tmp_path: Path) -> None:
+    stub = StubLlamaServer(tmp_path / "server.sock")
+    with running(forge, tmp_path, idle_unload=0.5) as gateway:
+        worked_until = time.monotonic() + 1
+        while time.monotonic() < worked_until:
+            assert ask(gateway, "/tokenize", {})[0] == 200
+        assert "unloading it" not in gateway.log.read_text()
+        deadline = time.monotonic() + 10
+        while "unloading it" not in gateway.log.read_text() and time.monotonic() < deadline:
+            for path in ("/props", "/v1/models", "/health", "/metrics", "/ready"):
+                ask(gateway, path)
+        assert "unloading it" in gateway.log.read_text()
+        status, _, body = ask(gateway, "/props")
+        assert status == 503 and "no preset is active" in body["error"]["message"]
+        assert ask(gateway, "/ready")[0] == 503
+        assert ask(gateway, CHAT, {})[0] == 200
+    stub.close()
 
 
 # --- what is not there ---

@@ -399,6 +399,72 @@ def test_idle_unload_and_the_reload_by_the_next_request_to_the_next_gateway() ->
     run(body)
 
 
+def test_nothing_is_unloaded_under_a_request_nor_until_it_is_over_for_so_long() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box, idle_unload=0.2) as board:
+            lease = await turn(board.ask(None, "k", slot=True))
+            await asyncio.sleep(0.4)
+            assert not box.log
+            board.release(lease)
+            over = board.clock()
+            await until(lambda: bool(box.log))
+            assert board.clock() - over >= 0.19
+
+    run(body)
+
+
+def test_whoever_ends_the_board_while_it_unloads_does_not_wait_for_ever() -> None:
+    class EndsThen(FakeBox):
+        task: asyncio.Future[None]
+
+        async def unload(self, preset: str) -> None:
+            await super().unload(preset)
+            asyncio.get_running_loop().call_soon(self.task.cancel)
+
+    async def body() -> None:
+        box = EndsThen()
+        board = Board({"a": 1}, settings(idle_unload=0.01), box)
+        box.task = asyncio.ensure_future(board.run())
+        done, _ = await asyncio.wait({box.task}, timeout=3)
+        box.task.cancel()
+        assert done and box.log == ["unload a"]
+
+    run(body)
+
+
+def test_who_only_reads_keeps_nothing_loaded_and_starts_nothing() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box, idle_unload=0.2, default_preset="b") as board:
+            async with asyncio.timeout(PATIENCE_S):
+                while not box.log:
+                    board.release(await turn(board.ask(None, "k", slot=False, reads=True)))
+                    await asyncio.sleep(0.01)
+            await until(lambda: board.phase == "stopped")
+            with pytest.raises(Refusal, match="no preset is active") as refusal:
+                await turn(board.ask(None, "k", slot=False, reads=True))
+            assert refusal.value.status == 503 and box.log == ["unload a"]
+
+    run(body)
+
+
+def test_what_is_started_by_hand_after_a_long_rest_is_not_unloaded_at_once() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box, idle_unload=0.2) as board:
+            await until(lambda: board.phase == "stopped")
+            await asyncio.sleep(0.3)
+            async with board.hold("b"):
+                box.become("b")
+            await until(lambda: board.phase == "ready")
+            began = board.clock()
+            await until(lambda: box.log == ["unload a", "unload b"])
+            assert board.clock() - began >= 0.19
+
+    run(body)
+
+
 def test_a_measurement_goes_when_nothing_else_runs_and_alone() -> None:
     async def body() -> None:
         async with running(FakeBox("c")) as board:

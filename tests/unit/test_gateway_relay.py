@@ -169,6 +169,25 @@ def test_what_outlasts_the_drain_ends_with_an_event(tmp_path: Path) -> None:
     run(body)
 
 
+def test_an_answer_that_is_too_large_to_keep_is_an_error_and_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "ANSWER_LIMIT", 100_000)
+
+    async def large(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + b"x" * 200_000)
+
+    async def body() -> None:
+        place = Place(tmp_path, large)
+        async with place.running():
+            for number in (1, 2):  # it is no suspect afterwards
+                status, _, said = await place.ask({})
+                assert status == 502 and b"larger than 100000 bytes" in said and len(place.bodies) == number
+                assert place.board.serving and place.board.phase == "ready"
+
+    run(body)
+
+
 MEASUREMENT = (ALONE, b"1")
 
 

@@ -93,7 +93,7 @@ class Lease:
 class Ticket:
     """A request in the queue. `preset` is the one that it needs, None when any will do.
 
-    `may_use` tells whether its account may use a preset.
+    `may_use` tells whether its account may use a preset. `reads`: it does no work, see requests.Route.
     `alone`: a measurement. It goes when no other request runs, and none goes while it does.
     """
 
@@ -107,6 +107,7 @@ class Ticket:
     unserved_since: float | None = None
     losses: int = 0
     switch: str = ""  # caused, waited: what it had to do with a switch
+    reads: bool = False
 
 
 class Board:
@@ -152,6 +153,7 @@ class Board:
         slot: bool,
         alone: bool = False,
         may_use: Callable[[str], bool] = lambda _: True,
+        reads: bool = False,
     ) -> Ticket:
         """Join the queue; the ticket's `granted` is done at once when the server is free.
 
@@ -161,7 +163,8 @@ class Board:
         if self.blocked:
             raise Refusal(503, self.blocked, {"Retry-After": str(int(FAILED_AGAIN_S))})
         ticket = Ticket(preset, account, slot, may_use, alone, self.clock(), _future())
-        self._last_used = ticket.arrived
+        ticket.reads = reads
+        self._used(ticket)
         if self._fits(ticket) and self._free(ticket) and not self._before(ticket):
             self._grant(ticket)
             return ticket
@@ -185,7 +188,7 @@ class Board:
         old = lease.ticket
         ticket = Ticket(old.preset, old.account, old.slot, old.may_use, old.alone, old.arrived, _future())
         ticket.losses = old.losses + counts
-        ticket.switch = old.switch
+        ticket.switch, ticket.reads = old.switch, old.reads
         ticket.unserved_since = self.clock()
         self.waiting = {ticket: None, **self.waiting}
         if self.blocked:
@@ -209,9 +212,9 @@ class Board:
         self.leases.discard(lease)
         if lease.deadline:
             lease.deadline.cancel()
-        self._last_used = now = self.clock()
+        self._used(lease.ticket)
         if lease.ticket.slot:
-            took = now - lease.granted
+            took = self.clock() - lease.granted
             self.service_s = took if not self.service_s else _mean(self.service_s, took)
         self._pump()
         self._wake.set()
@@ -352,9 +355,7 @@ class Board:
                 log.warning("%s: its process %d is gone", seen.preset, seen.pid)
         finally:
             self.serving = None
-            gone.cancel()
-            with suppress(asyncio.CancelledError):
-                await gone
+            await _end(gone)
             now = self.clock()
             for ticket in self.waiting:
                 ticket.unserved_since = ticket.unserved_since or now
@@ -377,7 +378,7 @@ class Board:
         fallback = seen.unloaded or self.settings.default_preset or None
         for ticket in list(self.waiting):
             wanted = ticket.preset or fallback
-            if wanted is None:
+            if wanted is None or ticket.reads:
                 self._refuse(ticket, 503, _nothing_runs(seen))
             elif not ticket.may_use(wanted):  # nothing is started for whoever may not use it then
                 said = f"no preset is active, and this key may not start {wanted}"
@@ -409,9 +410,7 @@ class Board:
         self._enter("prefetching")
         reading = asyncio.ensure_future(self.box.prefetch(target))
         await asyncio.wait({reading, gone}, return_when=asyncio.FIRST_COMPLETED)
-        reading.cancel()
-        with suppress(asyncio.CancelledError):
-            await reading
+        await _end(reading)
 
     async def _drain(self, why: str) -> None:
         """Let what runs finish, for `drain_timeout` at most; then end it with an error.
@@ -544,12 +543,16 @@ class Board:
     def _dwell_left(self) -> float:
         return self._ready_since + self.settings.min_dwell - self.clock()
 
+    def _used(self, ticket: Ticket) -> None:
+        if not ticket.reads:
+            self._last_used = self.clock()
+
     def _idle(self) -> bool:
         after = self.settings.idle_unload
         return bool(after) and not self.leases and not self.waiting and self._idle_left() <= 0
 
     def _idle_left(self) -> float:
-        return self._last_used + self.settings.idle_unload - self.clock()
+        return max(self._last_used, self._ready_since) + self.settings.idle_unload - self.clock()
 
     def _patience(self) -> float | None:
         """Seconds after which the present state may have to change without anybody's doing; None: never."""
@@ -612,6 +615,14 @@ class Board:
             await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waker.cancel()
+
+
+async def _end(work: asyncio.Future[None]) -> None:
+    """Cancel it and wait for its end. A cancellation of the caller meanwhile is not swallowed."""
+    work.cancel()
+    await asyncio.wait({work})
+    if not work.cancelled():
+        work.result()
 
 
 def _future() -> asyncio.Future[Lease]:

@@ -27,7 +27,7 @@ from llmbox.gateway.accounts import Accounts
 from llmbox.gateway.audit import Entry
 from llmbox.gateway.board import Board
 from llmbox.gateway.requests import ROUTES
-from llmbox.gateway.upstream import Lost, Upstream
+from llmbox.gateway.upstream import Lost, TooLarge, Upstream
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FETCH_TIMEOUT_S = 1.0
@@ -109,7 +109,7 @@ class Metrics:
                     body = await answer.read(FETCH_LIMIT)
                 finally:
                     answer.close()
-        except (Lost, TimeoutError):
+        except (Lost, TooLarge, TimeoutError):
             return b""
         return body.rstrip() + b"\n" if answer.status == 200 and _sound(body) else b""
 

@@ -20,7 +20,7 @@ from llmbox.gateway.prompt_cache import Guard
 from llmbox.gateway.refusals import Protocol, Refusal, error_body, error_event
 from llmbox.gateway.requests import ALONE, Asked, Route, read_body
 from llmbox.gateway.settings import Settings
-from llmbox.gateway.upstream import Answer, Lost, Upstream
+from llmbox.gateway.upstream import Answer, Lost, TooLarge, Upstream
 from llmbox.gateway.usage import Tail, usage_of
 
 Scope = dict[str, Any]
@@ -214,7 +214,9 @@ class Relay:
         account.admit(preset)
         gone = asyncio.ensure_future(_disconnected(receive))
         alone = route.slot and any(name == ALONE for name, _ in scope["headers"])
-        ticket = self.board.ask(preset, account.name, slot=route.slot, alone=alone, may_use=account.may_use)
+        ticket = self.board.ask(
+            preset, account.name, slot=route.slot, alone=alone, may_use=account.may_use, reads=route.reads
+        )
         try:
             while True:
                 lease = await self._turn(ticket, reply, gone, stream=asked.stream)
@@ -315,7 +317,12 @@ class Relay:
             for name, value in answer.headers
         )
         if not streams:
-            body = await answer.read(ANSWER_LIMIT)
+            try:
+                body = await answer.read(ANSWER_LIMIT)
+            except TooLarge as error:
+                raise Refusal(
+                    502, f"{error}, which is what the gateway keeps; ask for less at once"
+                ) from None
             if answer.status == 503 and NOT_READY in body:
                 raise Lost("it is loading still", sent=False)
             entry.usage = usage_of(body)

@@ -20,6 +20,7 @@ class Route:
 
     `slot`: it generates, so it takes one of the preset's slots.
     `reads_body`: its body is JSON, and may name a model.
+    `reads`: it only reads what the server is; nothing is started for it, and it keeps nothing loaded.
     """
 
     method: str
@@ -27,6 +28,7 @@ class Route:
     protocol: Protocol
     slot: bool = True
     reads_body: bool = True
+    reads: bool = False
 
 
 def _routes() -> dict[tuple[str, str], Route]:
@@ -56,7 +58,7 @@ def _routes() -> dict[tuple[str, str], Route]:
         Route("POST", "/v1/messages", "anthropic"),
         Route("POST", "/v1/messages/count_tokens", "anthropic", slot=False),
         *(Route("POST", path, "llama", slot=False) for path in counters),
-        Route("GET", "/props", "llama", slot=False, reads_body=False),
+        Route("GET", "/props", "llama", slot=False, reads_body=False, reads=True),
     ]
     return {(route.method, route.path): route for route in routes}
 

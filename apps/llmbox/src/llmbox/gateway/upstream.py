@@ -47,6 +47,10 @@ class Lost(Exception):
         self.sent = sent
 
 
+class TooLarge(Exception):
+    """An answer is larger than the gateway keeps."""
+
+
 class _Exchange(asyncio.Protocol):
     """One connection: the parser's callbacks, and what its reader waits for."""
 
@@ -157,13 +161,13 @@ class Answer:
             yield chunk
 
     async def read(self, limit: int) -> bytes:
-        """The whole body. Raises Lost when the server goes away, or sends more than `limit` bytes."""
+        """The whole body. Raises Lost when the server goes away, TooLarge past `limit` bytes."""
         parts, size = [], 0
         async for chunk in self.chunks():
             parts.append(chunk)
             size += len(chunk)
             if size > limit:
-                raise Lost(f"the answer is larger than {limit} bytes", sent=True)
+                raise TooLarge(f"the answer is larger than {limit} bytes")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
