@@ -7,9 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.unit.fake_box import FakeBox
-from tests.unit.gateway_place import ADDRESS, KEY, OPENAI, Answer, Place
+import pytest
+from llmbox.gateway.requests import ROUTES, Route
+from llmbox.gateway.usage import TAIL_BYTES
 
+from tests.unit.fake_box import FakeBox
+from tests.unit.gateway_place import ADDRESS, ANTHROPIC, KEY, OPENAI, Answer, Place
+
+COUNT = ROUTES["POST", "/v1/messages/count_tokens"]
 PRESETS = {"coder": 4, "tiny": 1}  # coder serves
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 
@@ -66,6 +71,92 @@ def test_what_the_server_counted_is_what_is_spent(tmp_path: Path) -> None:
         assert (told["prompt_tokens"], told["cached_tokens"], told["generated_tokens"]) == (100, 60, 7)
         assert (told["generation_tok_s"], told["stream"], told["status"]) == (12.5, True, 200)
         assert told["seconds"] > 0
+
+    asyncio.run(test())
+
+
+def left(place: Place) -> int | None:
+    """The tokens that alice may still use of her million."""
+    return place.accounts.identify([(b"x-api-key", KEY.encode())], "").tokens_left()
+
+
+START = {"message": {"usage": {"input_tokens": 40, "cache_read_input_tokens": 60, "output_tokens": 0}}}
+FIRST = b"event: message_start\ndata: " + json.dumps(START).encode() + b"\n\n"
+PIECE = b"event: content_block_delta\ndata: {}\n\n"
+
+
+def test_a_long_stream_s_prompt_is_charged_though_only_its_first_event_tells_it(tmp_path: Path) -> None:
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        last = b'data: {"usage": {"output_tokens": 7}}\n\n'
+        writer.write(STREAM_HEAD + FIRST + PIECE * (2 * TAIL_BYTES // len(PIECE)) + last)
+
+    async def test() -> None:
+        place = place_of_alice(tmp_path, answer, tokens_per_day=1_000_000)
+        async with place.running():
+            await place.ask({"stream": True}, ANTHROPIC)
+        assert left(place) == 1_000_000 - 47
+        told = place.logged()[0]
+        assert (told["prompt_tokens"], told["cached_tokens"], told["generated_tokens"]) == (100, 60, 7)
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("route", "stream", "charged"),
+    [
+        (ANTHROPIC, FIRST + PIECE * 5, 40 + 6),  # as it was told, and what came
+        (OPENAI, b"data: {}\n\n" * 5, 1000 + 5),  # a quarter of the body's bytes
+        (OPENAI, b"", 1000),  # it left while its prompt was read
+        (COUNT, b"", 0),  # nothing is generated here
+    ],
+    ids=["told", "estimated", "before the first token", "counting"],
+)
+def test_who_leaves_early_is_charged_its_prompt(
+    tmp_path: Path, route: Route, stream: bytes, charged: int
+) -> None:
+    leaves = asyncio.Event()
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        if stream:
+            writer.write(STREAM_HEAD + stream)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        leaves.set()
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        place = place_of_alice(tmp_path, answer, tokens_per_day=1_000_000)
+        async with place.running():
+            body = {"stream": bool(stream), "prompt": ""}
+            await place.ask({**body, "prompt": "x" * (4000 - len(json.dumps(body)))}, route, leaves=leaves)
+        assert left(place) == 1_000_000 - charged
+        assert place.logged()[0]["prompt_tokens"] == (100 if route is ANTHROPIC else None)
+
+    asyncio.run(test())
+
+
+def test_the_estimate_is_never_more_than_the_context(tmp_path: Path) -> None:
+    async def answer(_: asyncio.StreamWriter) -> None:
+        leaves.set()
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        place = place_of_alice(tmp_path, answer, tokens_per_day=1_000_000)
+        place.relay.contexts = {"coder": 4096}
+        async with place.running():
+            await place.ask({"image": "x" * 50_000}, leaves=leaves)
+        assert left(place) == 1_000_000 - 4096
+
+    leaves = asyncio.Event()
+    asyncio.run(test())
+
+
+def test_a_stream_that_its_budget_ends_is_charged_its_prompt(tmp_path: Path) -> None:
+    async def test() -> None:
+        place = place_of_alice(tmp_path, endless, tokens_per_day=50)
+        async with place.running():
+            assert b"used up" in (await place.ask({"stream": True, "prompt": "x" * 4000}))[2]
+        assert (left(place) or 0) < -1000
 
     asyncio.run(test())
 

@@ -74,7 +74,8 @@ class Gateway:
         self.accounts = accounts
         names = [(preset.name, list(preset.aliases)) for preset in self.presets]
         guard = Guard({preset.name: preset.command[0] for preset in presets.exclusive})
-        self.relay = Relay(board, upstream, limits, names, accounts, audit, self.metrics, guard)
+        contexts = {preset.name: preset.context for preset in self.presets}
+        self.relay = Relay(board, upstream, limits, names, accounts, audit, self.metrics, guard, contexts)
         own = {
             "/health": self._health,
             "/v1/health": self._health,

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 COMMENT_INTERVAL_S = 5.0
 LOOK_INTERVAL_S = 1.0  # how often a waiting request asks whether it is overdue
 ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of an answer that is not streamed
+BYTES_PER_TOKEN = 4  # of a request's body, about, for a prompt that no answer tells the tokens of
 REMEMBERED = 1000  # fingerprints of requests that were there at two crashes
 NOT_READY = b"Loading model"  # llama-server's 503 while it loads
 
@@ -161,6 +162,7 @@ class Relay:
         audit: Audit,
         metrics: Metrics,
         guard: Guard | None = None,
+        contexts: Mapping[str, int] | None = None,
     ) -> None:
         self.board = board
         self.upstream = upstream
@@ -170,6 +172,7 @@ class Relay:
         self.audit = audit
         self.metrics = metrics
         self.guard = guard or Guard({})
+        self.contexts = contexts or {}
         self.bodies = Bodies(settings)
         self._suspects: OrderedDict[str, None] = OrderedDict()
 
@@ -292,11 +295,16 @@ class Relay:
                 body = self.guard.applied(lease.preset, body)
             answer = await self.upstream.send(route.method, target, scope["headers"], body)
             await self._pass_on(answer, lease, asked, account, reply, entry)
+        except Refusal:
+            if reply.forwarded:  # its tokens were used up in the middle of the answer
+                self._charge_prompt(route, lease, body, account, entry)
+            raise
         except asyncio.CancelledError:
             if lease.ended is None:
                 raise
             me.uncancel()
             if gone.done():
+                self._charge_prompt(route, lease, body, account, entry)
                 raise ClientGone from None
             raise lease.ended from None
         finally:
@@ -353,6 +361,12 @@ class Relay:
             if entry.usage.generated is None:
                 entry.usage.generated = tail.events
             account.spend(entry.usage.total - counted)
+
+    def _charge_prompt(self, route: Route, lease: Lease, body: bytes, account: Account, entry: Entry) -> None:
+        """Charge an estimate of a prompt that was read, where the answer did not come to tell its tokens."""
+        if route.slot and entry.usage.prompt is None:
+            most = self.contexts.get(lease.preset, len(body))
+            account.spend(min(len(body) // BYTES_PER_TOKEN, most))
 
     def _after_loss(self, lease: Lease, lost: Lost, body: bytes, reply: Reply) -> Ticket:
         """What follows when the server went away under a request. Raises Refusal, or gives a new ticket."""

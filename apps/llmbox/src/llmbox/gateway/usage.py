@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TAIL_BYTES = 64 * 1024  # the last events of a stream, which hold the figures; they are far smaller
+HEAD_BYTES = 4 * 1024  # its first event, which tells Anthropic's clients of the prompt
 
 
 @dataclass
@@ -28,15 +29,18 @@ class Usage:
 
 
 class Tail:
-    """The last bytes of a stream, and how many events it had (one a token, nearly)."""
+    """The first and last bytes of a stream, and how many events it had (one a token, nearly)."""
 
     def __init__(self) -> None:
         self.events = 0
         self._chunks: deque[bytes] = deque()
         self._size = 0
+        self._head = b""
 
     def add(self, chunk: bytes) -> None:
         """Take in the next piece."""
+        if len(self._head) < HEAD_BYTES:
+            self._head = (self._head + chunk)[:HEAD_BYTES]
         self.events += chunk.count(b"data: ")
         self._chunks.append(chunk)
         self._size += len(chunk)
@@ -44,9 +48,9 @@ class Tail:
             self._size -= len(self._chunks.popleft())
 
     def usage(self) -> Usage:
-        """The figures in the last events."""
+        """The figures in the first and the last events."""
         found = Usage()
-        for line in b"".join(self._chunks).split(b"\n"):
+        for line in b"\n".join([self._head, b"".join(self._chunks)]).split(b"\n"):
             if line.startswith(b"data: {") and (b"usage" in line or b"timings" in line):
                 _take(found, _parsed(line[6:]))
         return found
@@ -68,8 +72,12 @@ def _parsed(text: bytes) -> Mapping[str, Any]:
 
 
 def _take(found: Usage, event: Mapping[str, Any]) -> None:
-    # OpenAI and llama-server: at the top; Anthropic: in message_start's message; responses: in response.
-    for holder in (event, event.get("message"), event.get("response")):
+    message = event.get("message")
+    if isinstance(message, dict) and isinstance(message.get("usage"), dict):
+        # Anthropic's message_start: nothing is generated yet, whatever it says of that.
+        _take_usage(found, {**message["usage"], "output_tokens": None})
+    # OpenAI and llama-server: at the top; responses: in response.
+    for holder in (event, event.get("response")):
         if not isinstance(holder, dict):
             continue
         usage, timings = holder.get("usage"), holder.get("timings")
