@@ -32,6 +32,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,11 @@ class App:
         return dict(content["project"])
 
     def needs(self) -> set[str]:
-        """Names of the distributions that it depends on. Raises BuildError."""
-        lines = self.project().get("dependencies", [])
-        return {canonicalize_name(Requirement(line).name) for line in lines}
+        """Names of the distributions that it depends on, those of its extras included. Raises BuildError."""
+        project = self.project()
+        extras: dict[str, list[str]] = project.get("optional-dependencies", {})
+        lines = [project.get("dependencies", []), *extras.values()]
+        return {canonicalize_name(Requirement(line).name) for line in chain.from_iterable(lines)}
 
     def packages(self) -> list[App]:
         """Itself and, of this repository, everything that it needs."""

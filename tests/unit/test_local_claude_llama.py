@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from local_claude import cli, llama, options, started, survey
 from local_claude.errors import LocalClaudeError
 from local_claude.llama import GgufFile
 
+from tests.support import ROOT
+from tests.unit import scripted_llm
 from tests.unit.test_local_claude import world as world  # the fixture
 
 GIB = 2**30
@@ -208,6 +211,29 @@ def test_the_connection_is_its_own_and_asks_nothing() -> None:
     for option in ("BatchMode=yes", "ControlPath=none", "ServerAliveInterval=5", "ForwardAgent=no"):
         assert option in words
     assert subprocess.run(["sh", "-nc", started.far_command()], check=False).returncode == 0
+
+
+def test_without_llama_common_the_line_says_how_to_get_it(world: Path) -> None:
+    """As pipx installs it: what starts a llama-server is an extra, everything else goes without."""
+    start = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'apps/local_claude/src')!r}); "
+        "from local_claude import cli; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    python = [sys.executable, "-I", "-S", "-c", start]  # without site-packages
+    for words in (
+        ["--backend", "llama"],
+        ["--backend", "remote-llama", "--host", "box"],
+        ["--backend", "llama", "--dry-run"],
+    ):
+        refused = subprocess.run([*python, *words], capture_output=True, text=True, check=False, timeout=60)
+        assert refused.returncode == 78 and refused.stderr.count("\n") == 1, refused.stderr
+        assert (
+            "; fix: type where the checkout is: pipx inject local-claude ./apps/llama_common"
+            in refused.stderr
+        )
+    with scripted_llm.ScriptedLlm(scripted_llm.gateway()) as server:
+        words = ["--port", str(server.port), "--print-env"]
+        subprocess.run([*python, *words], capture_output=True, check=True, timeout=60)
 
 
 def test_a_dry_run_starts_nothing(

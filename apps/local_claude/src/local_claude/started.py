@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from local_claude import keeper, survey
+from local_claude import keeper
 from local_claude.backends import LOCAL
 from local_claude.errors import EXIT_NOT_STARTED, EXIT_USAGE, LocalClaudeError, one_line, shown
 from local_claude.keeping import Kept, Order, answers, free_port
@@ -58,9 +59,20 @@ _SSH_FIX = {
 Tell = Callable[[str], None]
 
 
+def needs_llama_common() -> None:
+    """It is on no index, so pipx leaves it out. Raises LocalClaudeError where it is not installed."""
+    if importlib.util.find_spec("llama_common") is None:
+        raise LocalClaudeError(
+            EXIT_NOT_STARTED,
+            "what starts a llama-server, llama_common, is not installed",
+            "type where the checkout is: pipx inject local-claude ./apps/llama_common",
+        )
+
+
 def here(wanted: Options, folder: Path, tell: Tell) -> tuple[Kept, Server]:
     """llama-server on a free port of this machine. Raises LocalClaudeError."""
-    from local_claude import llama
+    needs_llama_common()
+    from local_claude import llama, survey
 
     server = os.environ.get("LOCAL_CLAUDE_LLAMA_SERVER", "")
     models = os.environ.get("LOCAL_CLAUDE_MODELS", "")
@@ -74,6 +86,7 @@ def here(wanted: Options, folder: Path, tell: Tell) -> tuple[Kept, Server]:
 
 def there(wanted: Options, folder: Path, tell: Tell) -> tuple[Kept, Server]:
     """llama-server on the host that ssh knows, on a socket for its user alone. Raises LocalClaudeError."""
+    needs_llama_common()
     from local_claude import llama
 
     to = destination(wanted.host or "")
@@ -129,7 +142,8 @@ def show(notes: tuple[str, ...], command: list[str], tell: Tell) -> None:
 
 def planned(wanted: Options) -> Iterator[str]:
     """For --dry-run: the command that would be started, and why."""
-    from local_claude import llama
+    needs_llama_common()
+    from local_claude import llama, survey
 
     if wanted.backend == "remote-llama":
         found = far_survey(destination(wanted.host or ""))
@@ -191,6 +205,8 @@ def far_command() -> str:
 def far_survey(to: str) -> dict[str, Any]:
     """The survey of the host that ssh knows. Raises LocalClaudeError."""
     from llama_common import gguf
+
+    from local_claude import survey
 
     orders = {
         "program": _SURVEY,
