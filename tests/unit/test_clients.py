@@ -83,6 +83,35 @@ def test_aliases_come_from_the_presets() -> None:
     assert shlex.split(found["srl-coder"])[4] == told
 
 
+def as_specstory_splits(command: str) -> list[str]:
+    """The words of `specstory run claude -c`: by its own rule, which knows no shell (pkg/spi/cmdline.go)."""
+    words: list[str] = []
+    word, quote, escaped = "", "", False
+    for one in f"{command} ":
+        if escaped:
+            word, escaped = word + one, False
+        elif one == "\\":
+            escaped = True
+        elif quote:
+            word, quote = (word, "") if one == quote else (word + one, quote)
+        elif one in "'\"":
+            quote = one
+        elif one in " \t\n":
+            words, word = ([*words, word] if word else words), ""
+        else:
+            word += one
+    return words
+
+
+@pytest.mark.parametrize(
+    "tool", ["/home/you/.local/bin/local-claude", "/Users/with blank's/bin/local-claude"]
+)
+def test_specstory_gets_the_words_that_a_shell_would(tool: str) -> None:
+    command = shlex.split(clients.aliases([box()], tool)["srl-coder"])[4]
+    assert as_specstory_splits(command) == shlex.split(command)
+    assert as_specstory_splits(command)[0] == tool
+
+
 def test_a_second_box_has_its_name_in_its_aliases() -> None:
     found = clients.aliases([box(), box("smaug")], "local-claude")
     assert found["llcoder-smaug"] == "ssh llm@smaug lmswitch coder"

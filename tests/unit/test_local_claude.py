@@ -198,6 +198,16 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     assert written and all("hush-hush" not in path.read_text() for path in written)
 
 
+def test_specstory_asks_for_the_version_and_adds_a_session(
+    serving: Callable[..., ScriptedLlm], world: Path
+) -> None:
+    """`specstory run claude -c "local-claude ..." --resume ID` : `local-claude -v` first, then all of it."""
+    assert started("-v").command == (str(world / "bin/claude"), "-v")
+    server = serving(scripted_llm.gateway())
+    words = ("--host", "127.0.0.1", "--port", str(server.port), "--model", "coder", "--resume", "0b5c-4f1e")
+    assert started(*words).command[-2:] == ("--resume", "0b5c-4f1e")
+
+
 @pytest.mark.parametrize("word", ["--version", "mcp", "--help"])
 def test_what_asks_no_model_needs_no_server(word: str, world: Path) -> None:
     became = started("--port", "9", "--", word)
