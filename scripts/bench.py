@@ -34,9 +34,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from scripts._chart import Bar, bar_chart
-from scripts._inventory import ROOT, environment
+from scripts._inventory import ROOT, Host, environment
 
 REPETITIONS = 3
 TIMEOUT_S = 900
@@ -155,6 +156,19 @@ def timed(argv: Sequence[str], memory: Memory | None = None) -> tuple[float, str
         last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
         raise NoMeasurement(f"{' '.join(argv)}: exit code {process.returncode}: {last}")
     return seconds, output
+
+
+def over_ssh(host: Host, command: str, timeout_s: float, **given: Any) -> str:
+    """Standard output of a shell command on a host, `given` its `stdin` or `input`. Raises NoMeasurement."""
+    try:
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            host.ssh(command), **given, stdout=subprocess.PIPE, text=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise NoMeasurement(f"{host.name}: not done after {timeout_s:g} s: {command[:80]}") from None
+    if done.returncode != 0:
+        raise NoMeasurement(f"{host.name}: exit code {done.returncode}: {command[:80]}")
+    return done.stdout
 
 
 def executed(output: str) -> dict[str, int]:

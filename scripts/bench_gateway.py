@@ -19,7 +19,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,7 @@ from scripts._chart import Bar, bar_chart
 from scripts._inventory import ROOT, Host, InventoryUnreadable, load
 from scripts._llm_box import GROUP, LlmBox
 from scripts._statistics import ratio_of_medians
-from scripts.bench import NoMeasurement, commit, machine, verdict
+from scripts.bench import NoMeasurement, commit, machine, over_ssh, verdict
 
 PROBE = ROOT / "scripts" / "_gateway_probe.py"
 TIMEOUT_S = 1800
@@ -64,20 +63,7 @@ class Box:
         Raises NoMeasurement.
         """
         given: dict[str, Any] = {"stdin": stdin} if isinstance(stdin, int) else {"input": stdin}
-        try:
-            done: subprocess.CompletedProcess[str] = subprocess.run(
-                self.host.ssh(command),
-                **given,
-                stdout=subprocess.PIPE,
-                text=True,
-                timeout=TIMEOUT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise NoMeasurement(f"{self.host.name}: not done after {TIMEOUT_S} s: {command[:80]}") from None
-        if done.returncode != 0:
-            raise NoMeasurement(f"{self.host.name}: exit code {done.returncode}: {command[:80]}")
-        return done.stdout
+        return over_ssh(self.host, command, TIMEOUT_S, **given)
 
     def as_user(self, command: str) -> str:
         """The same command as the LLM user, with a way to its service manager."""

@@ -35,7 +35,7 @@ from scripts._chart import Bar, bar_chart
 from scripts._inventory import ROOT, Host, InventoryUnreadable, load
 from scripts._llm_box import GROUP
 from scripts._tool_template import AGENT, CHOOSES, ONLY_TOOLS, template_flags
-from scripts.bench import NoMeasurement, commit, machine, verdict
+from scripts.bench import NoMeasurement, commit, machine, over_ssh, verdict
 from scripts.bench_gateway import Box, row
 from scripts.verify_agent import client
 
@@ -69,20 +69,7 @@ class Client:
         self, command: str, timeout_s: float = TURN_TIMEOUT_S + 60, stdin: Any = subprocess.DEVNULL
     ) -> str:
         """Standard output of a shell command. Raises NoMeasurement."""
-        try:
-            done = subprocess.run(
-                self.host.ssh(command),
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                text=True,
-                timeout=timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise NoMeasurement(f"{self.host.name}: not done after {timeout_s:g} s: {command[:80]}") from None
-        if done.returncode != 0:
-            raise NoMeasurement(f"{self.host.name}: exit code {done.returncode}: {command[:80]}")
-        return done.stdout
+        return over_ssh(self.host, command, timeout_s, stdin=stdin)
 
     def give(self, claude: Path) -> None:
         """Copy Claude Code there, and a stub that only ends."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +81,23 @@ def test_memory_of_a_process_is_read() -> None:
     rss, pss = bench.sizes(os.getpid())
     assert rss >= pss > 1_000_000
     assert bench.sizes(2**22 + 1) == (0, 0)
+
+
+class Near:
+    """A host whose ssh is a shell of this machine."""
+
+    name = "near"
+
+    def ssh(self, command: str) -> list[str]:
+        return ["sh", "-c", command]
+
+
+@pytest.mark.parametrize(
+    ("command", "timeout_s", "said"),
+    [("exit 3", 30, "exit code 3"), ("sleep 60", 0.1, "not done after 0.1 s")],
+)
+def test_a_command_on_a_host_that_fails_is_no_measurement(command: str, timeout_s: float, said: str) -> None:
+    host: Any = Near()
+    assert bench.over_ssh(host, "cat", 30, input="through") == "through"
+    with pytest.raises(bench.NoMeasurement, match=f"near: {said}: {command}"):
+        bench.over_ssh(host, command, timeout_s)
