@@ -202,6 +202,19 @@ def test_a_measurement_is_told_the_server_that_it_had_for_itself(tmp_path: Path)
     run(body)
 
 
+@pytest.mark.parametrize(("key", "status"), [({"measures": True}, 200), ({}, 403), (None, 200)])
+def test_with_keys_only_some_may_measure(tmp_path: Path, key: dict[str, Any] | None, status: int) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, whole, key=key)
+        async with place.running():
+            assert (await place.ask({}))[0] == 200
+            told = await place.ask({}, OPENAI, MEASUREMENT)
+            assert told.status == status and (status == 200) != (b"measures: true" in told.body)
+            assert len(place.bodies) == 1 + (status == 200)
+
+    run(body)
+
+
 def test_a_measurement_ends_with_its_holder(tmp_path: Path) -> None:
     async def body() -> None:
         place = Place(tmp_path, go_on, whole)

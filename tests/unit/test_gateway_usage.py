@@ -88,7 +88,7 @@ PIECE = b"event: content_block_delta\ndata: {}\n\n"
 def test_a_long_stream_s_prompt_is_charged_though_only_its_first_event_tells_it(tmp_path: Path) -> None:
     async def answer(writer: asyncio.StreamWriter) -> None:
         last = b'data: {"usage": {"output_tokens": 7}}\n\n'
-        writer.write(STREAM_HEAD + FIRST + PIECE * (2 * TAIL_BYTES // len(PIECE)) + last)
+        writer.write(STREAM_HEAD + FIRST + PIECE * (30 * TAIL_BYTES // len(PIECE)) + last)
 
     async def test() -> None:
         place = place_of_alice(tmp_path, answer, tokens_per_day=1_000_000)

@@ -39,7 +39,13 @@ def test_the_specification_repeats_the_defaults() -> None:
 
 def test_a_key_of_the_inventory_is_one_of_the_gateway_s() -> None:
     assert GatewayKey.model_fields.keys() == Key.model_fields.keys()
-    key = {"name": "a.b_c@d-1", "sha256": "0" * 64, "presets": ["coder"], "tokens_per_day": 10**12}
+    key = {
+        "name": "a.b_c@d-1",
+        "sha256": "0" * 64,
+        "presets": ["coder"],
+        "measures": True,
+        "tokens_per_day": 10**12,
+    }
     Key.model_validate(GatewayKey.model_validate(key).model_dump())
 
 

@@ -323,6 +323,9 @@ class GatewayKey(_Strict):
     presets: list[PresetName] | None = Field(
         None, description="Presets that it may use; left out or null: all."
     )
+    measures: bool = Field(
+        False, description="Whether it may have the server for itself while it measures; all others wait."
+    )
     requests_per_minute: Budget | None = Field(None, description="Requests in a minute; null: no limit.")
     requests_per_day: Budget | None = Field(None, description="Requests in 24 hours; null: no limit.")
     tokens_per_minute: Budget | None = Field(None, description="Tokens in a minute; null: no limit.")

@@ -70,8 +70,11 @@ class Account:
         presets: Sequence[str] | None = None,
         limits: dict[Budget, int] | None = None,
         windows: dict[Budget, Window] | None = None,
+        *,
+        measures: bool = True,
     ) -> None:
         self.name = name
+        self._measures = measures
         self._book = book
         self._presets = None if presets is None else frozenset(presets)
         self._limits = limits or {}
@@ -88,6 +91,15 @@ class Account:
         if not self.may_use(preset):
             allowed = ", ".join(sorted(self._presets or ())) or "none"
             raise Refusal(403, f"the key {self.name} may not use the preset {preset}; it may use: {allowed}")
+
+    def check_measuring(self) -> None:
+        """Raises Refusal(403) when it may not have the server for itself."""
+        if not self._measures:
+            raise Refusal(
+                403,
+                f"the key {self.name} may not have the server for itself, as a measurement does; "
+                "fix: measures: true in its entry of llm_gateway_keys",
+            )
 
     def admit(self, preset: str | None) -> None:
         """Count a request. Raises Refusal: 403 for a preset that is not its own, 429 for a budget used up.
@@ -251,7 +263,14 @@ class Accounts:
         self._accounts = [
             (
                 bytes.fromhex(key.sha256),
-                Account(key.name, self.book, key.presets, _limits(key), self._windows[key.name]),
+                Account(
+                    key.name,
+                    self.book,
+                    key.presets,
+                    _limits(key),
+                    self._windows[key.name],
+                    measures=key.measures,
+                ),
             )
             for key in keys
         ]

@@ -28,13 +28,17 @@ KeyName = Annotated[str, Field(pattern=NAME)]
 
 
 class Key(BaseModel):
-    """An entry of the keys file. `presets`: null means all; a limit that is null is none."""
+    """An entry of the keys file. `presets`: null means all; a limit that is null is none.
+
+    `measures`: it may have the server for itself.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
     name: KeyName
     sha256: str = Field(pattern=r"^[0-9a-fA-F]{64}$", repr=False)
     presets: list[Name] | None = None
+    measures: bool = False
     requests_per_minute: Limit | None = None
     requests_per_day: Limit | None = None
     tokens_per_minute: Limit | None = None

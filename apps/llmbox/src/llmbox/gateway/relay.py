@@ -214,9 +214,11 @@ class Relay:
     ) -> None:
         preset = self.settings.preset_named(asked.model, self.presets)
         entry.wanted, entry.stream = preset, asked.stream
+        alone = route.slot and any(name == ALONE for name, _ in scope["headers"])
+        if alone:
+            account.check_measuring()
         account.admit(preset)
         gone = asyncio.ensure_future(_disconnected(receive))
-        alone = route.slot and any(name == ALONE for name, _ in scope["headers"])
         ticket = self.board.ask(
             preset, account.name, slot=route.slot, alone=alone, may_use=account.may_use, reads=route.reads
         )
