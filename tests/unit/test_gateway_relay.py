@@ -154,16 +154,26 @@ def test_whoever_waits_too_long_is_told_position_and_estimate(tmp_path: Path) ->
     run(body)
 
 
-def test_what_outlasts_the_drain_ends_with_an_event(tmp_path: Path) -> None:
+def test_what_outlasts_the_drain_ends_with_an_event_or_a_status(tmp_path: Path) -> None:
+    async def hang(writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(PATIENCE_S)
+
     async def body() -> None:
-        place = Place(tmp_path, go_on, whole, drain_timeout=0.1)
+        place = Place(tmp_path, go_on, hang, whole, presets={"a": 2, "b": 1}, drain_timeout=0.1)
         async with place.running():
             long = asyncio.create_task(place.ask({"stream": True}))
-            while not place.board.in_flight:
+            while not place.bodies:
+                await asyncio.sleep(0.01)
+            not_streamed = asyncio.create_task(place.ask({}))
+            while len(place.bodies) < 2:
                 await asyncio.sleep(0.01)
             status, _, _ = await place.ask({"model": "b"})
             _, _, said = await long
             assert status == 200 and said.startswith(EVENT)
+            refused = await not_streamed
+            assert (
+                refused.status == 503 and refused.headers[b"retry-after"] and b"send it again" in refused.body
+            )
             assert b'"error"' in said and b"drain_timeout" in said
 
     run(body)

@@ -23,6 +23,7 @@ LOOK_DOWN_S = 2.0  # between two looks at a box where nothing runs: somebody may
 LOCKED_S = 0.25
 TROUBLE_S = 1.0
 FAILED_AGAIN_S = 30.0  # a preset that failed to start is not tried again for so long
+SOON = {"Retry-After": "1"}  # for whoever is held then in any case
 END_GRACE_S = 2.0  # for a request that was told to end to leave the server
 SMOOTHING = 0.2  # weight of the newest figure in a running mean
 # Of hold_timeout: what a measurement may wait for its turn, others behind it, and what it may then last. Who
@@ -419,14 +420,15 @@ class Board:
         """
         for lease in list(self.leases):
             if lease.ticket.alone:
-                lease.end(Refusal(503, f"{why}: the measurement was given up"))
+                lease.end(Refusal(503, f"{why}: the measurement was given up", SOON))
         self._enter("draining")
         self.serving = None
         deadline = self.clock() + self.settings.drain_timeout
         while self.leases and self.clock() < deadline:
             await self._woken(None, deadline - self.clock())
         for lease in list(self.leases):
-            lease.end(Refusal(503, f"{why} and this request took longer than drain_timeout; send it again"))
+            said = f"{why} and this request took longer than drain_timeout; send it again"
+            lease.end(Refusal(503, said, SOON))
         deadline = self.clock() + END_GRACE_S
         while self.leases and self.clock() < deadline:
             await self._woken(None, deadline - self.clock())
@@ -510,7 +512,7 @@ class Board:
         self.leases.add(lease)
         if ticket.alone:
             after = ALONE_LEASE * self.settings.hold_timeout
-            over = Refusal(503, f"the measurement took longer than half of hold_timeout ({after:g} s)")
+            over = Refusal(503, f"the measurement took longer than half of hold_timeout ({after:g} s)", SOON)
             lease.deadline = asyncio.get_running_loop().call_later(after, lease.end, over)
         ticket.granted.set_result(lease)
 

@@ -137,7 +137,7 @@ class Farewell:
             return
         self.lingering = True
         self.transport.write_eof()
-        self.transport.resume_reading()
+        self.resume_reading()
         asyncio.get_running_loop().call_later(LINGER_S, self.transport.abort)
 
     def watch(self) -> None:
