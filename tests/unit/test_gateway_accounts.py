@@ -438,6 +438,24 @@ def test_the_background_task_writes_and_rereads(place: Place, monkeypatch: pytes
     asyncio.run(follow())
 
 
+def test_what_was_used_is_on_the_disk_before_it_replaces_the_former(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[int, bool]] = []
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        real(file)
+        written.append((os.fstat(file).st_size, place.usage.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    place.write(entry(requests_per_day=2))
+    accounts = place.load()
+    accounts.identify(bearer(KEY), "").admit(None)
+    accounts.flush()
+    assert written == [(place.usage.stat().st_size, False)]
+
+
 def refuses(accounts: Accounts, key: str) -> bool:
     try:
         accounts.identify(bearer(key), "")

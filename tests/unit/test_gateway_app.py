@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from llmbox.errors import UsageError
 from llmbox.gateway import app
+from llmbox.gateway.prompt_cache import masked
 from llmbox.gateway.refusals import Refusal
 from llmbox.gateway.requests import ROUTES, read_body
 from llmbox.presets import PresetsFile
@@ -265,6 +266,17 @@ def test_a_model_of_null_is_whatever_runs(gateway: Gateway) -> None:
     assert ask(gateway, CHAT, b'{"model": null}')[0] == 200
 
 
+def test_claude_code_s_prompts_are_masked_for_a_build_that_does_not_and_nobody_else_s(
+    gateway: Gateway, stub: StubLlamaServer
+) -> None:
+    text = "x-anthropic-billing-header: cc_version=2; cch=a5145;You are Claude Code"
+    body = json.dumps({"system": [{"type": "text", "text": text}], "messages": []}).encode()
+    assert ask(gateway, MESSAGES, body)[0] == 200
+    assert stub.bodies[-1] == masked(body) != body
+    assert ask(gateway, CHAT, body)[0] == 200
+    assert stub.bodies[-1] == body
+
+
 def test_a_name_an_alias_or_a_pattern_starts_its_preset(forge: Forge, tmp_path: Path) -> None:
     stub = StubLlamaServer(tmp_path / "server.sock")
     with running(forge, tmp_path) as gateway:
@@ -301,6 +313,18 @@ def test_with_keys_everything_but_health_needs_one(forge: Forge, tmp_path: Path)
         entries = [json.loads(line) for line in audited.splitlines()]
         refused = {entry["path"] for entry in entries if entry["status"] == 401}
         assert refused >= {"/ready", "/v1/models", "/metrics", "/props", "/nowhere"}, "a guess must be seen"
+    stub.close()
+
+
+def test_what_was_used_just_before_a_restart_counts_after_it(forge: Forge, tmp_path: Path) -> None:
+    stub = StubLlamaServer(tmp_path / "server.sock")
+    keys = [{**KEYS[0], "requests_per_day": 1}]
+    with running(forge, tmp_path, keys=keys) as gateway:
+        assert ask(gateway, CHAT, {}, authorization=KEY)[0] == 200
+        gateway.signal(signal.SIGTERM)  # sooner than what was used is written in any case
+        assert gateway.wait() == 0
+        gateway.start()
+        assert ask(gateway, CHAT, {}, authorization=KEY)[0] == 429
     stub.close()
 
 

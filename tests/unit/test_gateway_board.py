@@ -123,6 +123,45 @@ def test_when_idle_what_begins_while_the_next_file_is_read_is_not_ended() -> Non
     run(body)
 
 
+def test_a_server_that_dies_while_the_next_file_is_read_ends_the_reading() -> None:
+    class DeadDisk(FakeBox):
+        async def prefetch(self, preset: str) -> None:
+            await super().prefetch(preset)
+            await asyncio.Event().wait()
+
+    async def body() -> None:
+        box = DeadDisk()
+        async with running(box) as board:
+            other = board.ask("b", "k", slot=True)
+            await until(lambda: "prefetch b" in box.log)
+            box.die()
+            box.coming = False
+            async with asyncio.timeout(3):
+                assert (await other.granted).preset == "b"
+
+    run(body)
+
+
+def test_the_server_is_not_stopped_before_what_was_ended_has_left_it() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box, drain_timeout=0.05) as board:
+            lease = await turn(board.ask("a", "k", slot=True))
+
+            def left() -> None:
+                box.log.append("left")
+                board.release(lease)
+
+            def leaves() -> None:
+                asyncio.get_running_loop().call_later(0.1, left)
+
+            lease.abort = leaves
+            await turn(board.ask("b", "k", slot=True))
+            assert box.log == ["prefetch b", "left", "switch b"]
+
+    run(body)
+
+
 def test_what_outlasts_the_drain_is_ended_with_a_reason() -> None:
     async def body() -> None:
         async with running(FakeBox(), drain_timeout=0.05) as board:

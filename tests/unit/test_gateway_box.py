@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from llmbox.gateway import box as box_module
 from llmbox.gateway.board import Busy, Seen
 from llmbox.gateway.box import SystemdBox, choose, newcomer
 from llmbox.lock import held
+from llmbox.prefetch import Prefetched
 from llmbox.presets import PresetsFile
 from llmbox.systemd import Systemd, UnitState
 
@@ -33,7 +36,12 @@ class Place:
         self.listen = folder / "server.sock"
         self.listeners: list[socket.socket] = []
         self.manager = FakeManager(folder, begin=lambda unit: self.serve(503, 503, 200) if unit else None)
-        presets = {name: preset(self.listen, unit=f"llama-{name}.service") for name in "ab"}
+        presets = {
+            name: preset(
+                self.listen, unit=f"llama-{name}.service", model_files=[str(folder / f"{name}.gguf")]
+            )
+            for name in "ab"
+        }
         self.file = PresetsFile.model_validate({"version": 1, "user": "llm", "presets": presets})
         self.box = SystemdBox(self.file, Systemd(folder), folder)
 
@@ -96,6 +104,35 @@ def test_a_preset_that_is_ready_already_is_left_alone(place: Place) -> None:
     moved = asyncio.run(place.box.switch("a"))
     assert moved.ok and moved.seen is None
     assert {call[0] for call in place.manager.calls} == {"ListUnitsByNames"}
+
+
+def test_the_next_file_is_read_beside_the_present_one_s_and_no_longer_than_it_is_wanted(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    protected: list[Path] = []
+
+    def read(path: Path, *, protect: list[Path], stop: Callable[[], bool]) -> Prefetched:
+        protected.extend(protect)
+        begun.set()
+        deadline = time.monotonic() + 5
+        while not stop() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if stop():
+            ended.set()
+        return Prefetched(0, 0, 0)
+
+    async def body() -> None:
+        assert (await place.box.switch("a")).ok
+        reading = asyncio.ensure_future(place.box.prefetch("b"))
+        await asyncio.to_thread(begun.wait, 5)
+        reading.cancel()
+        await asyncio.wait({reading})
+        await asyncio.to_thread(ended.wait, 5)
+
+    monkeypatch.setattr(box_module, "prefetch", read)
+    asyncio.run(body())
+    assert protected == [place.folder / "a.gguf"] and ended.is_set()
 
 
 def look(place: Place) -> Seen:

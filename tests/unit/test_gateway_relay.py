@@ -127,6 +127,17 @@ def test_a_waiting_stream_is_begun_with_comments_and_then_served(tmp_path: Path)
     run(body)
 
 
+def test_until_commit_after_a_failure_is_a_status(tmp_path: Path) -> None:
+    async def body() -> None:
+        box = FakeBox(load_s=0.7)
+        box.failing["b"] = "b cannot load"
+        place = Place(tmp_path, stream, box=box, commit_after=1.2)
+        async with place.running():
+            assert (await place.ask({"stream": True, "model": "b"})).status == 503
+
+    run(body)
+
+
 def test_a_failure_after_the_comments_is_an_event_and_before_them_a_status(tmp_path: Path) -> None:
     async def body() -> None:
         box = FakeBox(load_s=0.2)

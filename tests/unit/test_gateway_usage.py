@@ -212,6 +212,18 @@ def test_the_words_of_a_request_do_not_come_back_into_the_log(tmp_path: Path) ->
     asyncio.run(test())
 
 
+def test_the_log_tells_who_caused_a_switch_and_who_waited_for_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        place = Place(tmp_path, whole(b"200 OK", b"{}"), presets=PRESETS, box=FakeBox("coder", load_s=0.1))
+        async with place.running():
+            assert (await place.ask({})).status == 200
+            asked = asyncio.gather(*(place.ask({"model": "tiny"}) for _ in range(2)))
+            assert [status for status, _, _ in await asked] == [200, 200]
+        assert [told["switch"] for told in place.logged()] == [None, "caused", "waited"]
+
+    asyncio.run(test())
+
+
 def test_tokens_used_up_meanwhile_stop_what_waits(tmp_path: Path) -> None:
     async def test() -> None:
         used = whole(b"200 OK", b'{"usage": {"prompt_tokens": 90, "completion_tokens": 10}}')
