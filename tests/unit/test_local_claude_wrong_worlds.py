@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -357,6 +360,83 @@ def test_a_small_context_can_be_insisted_on(flag: str) -> None:
         became = started("--port", str(server.port), flag, "-p", "hi")
     assert ("--bare" in became.command) == (flag == "--chat-only")
     assert became.variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "8192"
+
+
+# --- a shell as it should not be: typed for real, as Python itself would end with a traceback ---
+
+
+# What the shell does before, what it adds to the command, the exit code, a part of the cause and of the fix.
+SHELLS = {
+    "directory gone": (
+        "mkdir $HOME/x; cd $HOME/x; rmdir ../x;",
+        "",
+        79,
+        "the directory that this is typed in is gone",
+        "cd to another",
+    ),
+    "key of two lines": ("export LLMBOX_KEY='a\nb';", "", 73, "LLMBOX_KEY", "export it anew"),
+    "key of no key's letters": ("export LLMBOX_KEY=schl\u00fcssel;", "", 73, "LLMBOX_KEY", "export it anew"),
+    "folder of nobody": ("export LOCAL_CLAUDE_DIR='~nobody-here/x';", "", 79, "~nobody-here/x", "whole path"),
+    "claude is no program": ("printf '\177ELF' > $HOME/bin/claude;", "", 127, "cannot be run", "npm install"),
+    "claude's interpreter": (
+        "echo '#!/nowhere' > $HOME/bin/claude;",
+        "",
+        127,
+        "cannot be run",
+        "npm install",
+    ),
+    "full disk": ("", "--print-env > /dev/full", 79, "No space left", "mend that"),
+    "settings without end": (
+        "python3 -c 'print(\"[\" * 90000)' > $HOME/deep;",
+        "-p x --settings $HOME/deep",
+        2,
+        "no JSON",
+        "name a JSON file",
+    ),
+}
+
+
+def typed(world: Path, before: str, port: int, words: str) -> subprocess.CompletedProcess[str]:
+    """A command of a shell."""
+    return subprocess.run(
+        ["sh", "-c", f'{before} exec "$0" -m local_claude.cli --port {port} {words}', sys.executable],
+        env={**os.environ, "HOME": str(world), "PYTHONPATH": str(ROOT / "apps/local_claude/src")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_a_broken_shell(name: str, world: Path) -> None:
+    before, words, code, cause, fix = SHELLS[name]
+    with ScriptedLlm(Good()) as server:
+        done = typed(world, before, server.port, words or "-p x")
+    line = done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and re.fullmatch(r"local-claude: .+; fix: .+", line), done.stderr
+    problem, _, remedy = line.partition("; fix: ")
+    assert (done.returncode, cause in problem, fix in remedy) == (code, True, True), line
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_what_is_closed_is_no_reason(closed: str, world: Path) -> None:
+    (world / "bin/claude").write_text("#!/bin/sh\nexit 7\n")
+    with ScriptedLlm(Good()) as server:
+        done = typed(world, "", server.port, closed)  # looks whether a person could be asked
+    assert done.returncode == 7, done.stderr
+
+
+def test_kept_files_that_are_damaged_are_no_reason(world: Path) -> None:
+    kept = world / "claude-local/local-claude"
+    kept.mkdir(parents=True)
+    for name in ("checks.json", "claude-options.json"):
+        (kept / name).write_text("[" * 90_000)
+    (kept.parent / "settings.json").write_text("[" * 90_000)
+    with ScriptedLlm(Good()) as server:
+        done = typed(world, "", server.port, "-p x")
+    assert done.returncode == 0 and "checking tool calls" in done.stderr, done.stderr
 
 
 def test_every_code_is_documented() -> None:

@@ -254,15 +254,8 @@ class Kept:
             return
 
     def _all(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return (
-            {key: entry for key, entry in found.items() if isinstance(entry, dict)}
-            if isinstance(found, dict)
-            else {}
-        )
+        found = environment.read_object(self.path)
+        return {key: entry for key, entry in found.items() if isinstance(entry, dict)}
 
 
 def find_model(found: Found, wanted: str) -> Model | None:

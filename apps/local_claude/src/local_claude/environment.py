@@ -181,7 +181,7 @@ def _settings_of(value: str) -> dict[str, Any]:
     try:
         text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
         found = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or "no JSON"
         raise LocalClaudeError(
             EXIT_USAGE, f"--settings {shown(value)}: {why}", "name a JSON file, or write the object itself"
@@ -220,11 +220,16 @@ def overriding(folder: Path, project: Path, wanted: Mapping[str, str], key: str)
     return lines
 
 
-def _env_of(path: Path) -> dict[str, str]:
-    """The `env` of a file of settings, empty where there is none or it cannot be read."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty where there is none or it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    found = content.get("env") if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _env_of(path: Path) -> dict[str, str]:
+    """The `env` of a file of settings."""
+    found = read_object(path).get("env")
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
 import os
 import shlex
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from local_claude import environment
-from local_claude.errors import EXIT_NO_CLAUDE, LocalClaudeError
+from local_claude.errors import EXIT_NO_CLAUDE, EXIT_USAGE, LocalClaudeError
 
 CHAT_ONLY = ("--bare", "--tools", "", "--strict-mcp-config")
 # Keeps what differs between directories out of the head of the prompt: the cache holds it for all of them.
@@ -46,10 +46,22 @@ class Launch(NamedTuple):
         )
 
     def go(self) -> NoReturn:
-        """Become it: from here on exit code and signals are claude's own."""
+        """Become it: from here on exit code and signals are claude's own. Raises LocalClaudeError."""
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execve(self.command[0], self.command, {**os.environ, **self.variables})  # noqa: S606 - no shell is wanted
+        program = self.command[0]
+        try:
+            os.execve(program, self.command, {**os.environ, **self.variables})  # noqa: S606 - no shell is wanted
+        except OSError as error:
+            if error.errno == errno.E2BIG:
+                raise LocalClaudeError(
+                    EXIT_USAGE, "its arguments are too long for this system", "put the text into a file"
+                ) from None
+            raise LocalClaudeError(
+                EXIT_NO_CLAUDE,
+                f"{program} cannot be run ({error.strerror})",
+                "type: npm install -g @anthropic-ai/claude-code",
+            ) from None
 
 
 def hidden(name: str, value: str) -> str:
@@ -101,11 +113,8 @@ def knows(program: Path, option: str, folder: Path) -> bool:
     except OSError:
         return False
     file = folder / "local-claude" / "claude-options.json"
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        kept = {}
-    if isinstance(kept, dict) and kept.get("program") == key and isinstance(kept.get("help"), str):
+    kept = environment.read_object(file)
+    if kept.get("program") == key and isinstance(kept.get("help"), str):
         return option in kept["help"].split()
     import subprocess  # not at every start
 

@@ -19,7 +19,7 @@ from llama_common.problems import InventoryError
 from pydantic import ValidationError
 
 from local_claude.errors import EXIT_NO_MODEL, EXIT_NOT_STARTED, EXIT_SETTINGS, LocalClaudeError, shown
-from local_claude.options import Options
+from local_claude.options import Options, expanded
 
 DEFAULT_CONTEXT = 65536
 CONTEXT_STEP = 256
@@ -218,7 +218,7 @@ def _preset(keys: Mapping[str, Any], name: str | None, model: GgufFile, wanted: 
 def load_presets() -> dict[str, dict[str, Any]]:
     """The presets that the playbook wrote, by name; none where there is no file. Raises LocalClaudeError."""
     for place in (os.environ.get("LOCAL_CLAUDE_PRESETS", ""), *PRESETS):
-        path = Path(place).expanduser()
+        path = expanded("LOCAL_CLAUDE_PRESETS", place)
         if not place or not path.is_file():
             continue
         try:
@@ -226,7 +226,7 @@ def load_presets() -> dict[str, dict[str, Any]]:
             if content["version"] != VERSION:
                 raise ValueError
             return {str(name): dict(keys) for name, keys in content["presets"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
             raise LocalClaudeError(
                 EXIT_SETTINGS, f"{path} is no file of presets", "run the playbook client.yml, which writes it"
             ) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from local_claude.checks import Result
+from local_claude.environment import read_object
 from local_claude.options import CONTEXT_FLOOR
 
 CONFIGS = "~/.lmstudio/.internal/user-concrete-model-default-config"
@@ -53,7 +54,6 @@ def _of(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _fields(path: Path) -> dict[str, Any]:
     """The fields of loading, by key; none where the file has another shape."""
     try:
-        load = json.loads(path.read_text(encoding="utf-8"))["load"]["fields"]
-        return {field["key"]: field.get("value") for field in load}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {field["key"]: field.get("value") for field in read_object(path)["load"]["fields"]}
+    except (KeyError, TypeError, AttributeError):
         return {}

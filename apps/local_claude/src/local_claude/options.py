@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from local_claude.backends import BACKENDS, DEFAULT
-from local_claude.errors import CODES, EXIT_USAGE, LocalClaudeError, shown
+from local_claude.errors import CODES, EXIT_SETTINGS, EXIT_USAGE, LocalClaudeError, shown
 
 MAX_MODEL_NAME = 200
 CONTEXT_FLOOR = 32768
@@ -149,8 +149,18 @@ def usage() -> str:
 
 
 def config_dir(environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder that takes the place of ~/.claude."""
-    return Path(environment.get("LOCAL_CLAUDE_DIR") or "~/.claude-local").expanduser()
+    """The folder that takes the place of ~/.claude. Raises LocalClaudeError."""
+    return expanded("LOCAL_CLAUDE_DIR", environment.get("LOCAL_CLAUDE_DIR") or "~/.claude-local")
+
+
+def expanded(variable: str, text: str) -> Path:
+    """The path in a variable, `~` read as a shell does. Raises LocalClaudeError."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise LocalClaudeError(
+            EXIT_SETTINGS, f"{variable}: there is no {shown(text)}", "name it by its whole path"
+        ) from None
 
 
 def _values(words: list[str]) -> dict[str, Any]:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 from local_claude import checks, environment, launch, options, servers
 from local_claude.backends import BACKENDS, LOCAL, Backend
-from local_claude.errors import EXIT_NO_MODEL, EXIT_UNREACHABLE, EXIT_WRONG_SERVER, LocalClaudeError, shown
+from local_claude.errors import (
+    EXIT_DENIED,
+    EXIT_NO_MODEL,
+    EXIT_SETTINGS,
+    EXIT_UNREACHABLE,
+    EXIT_WRONG_SERVER,
+    LocalClaudeError,
+    shown,
+)
 from local_claude.options import Options
 from local_claude.servers import Found, Model
 from local_claude.wire import Server, Trouble, parse_server, unreachable
@@ -54,7 +62,7 @@ def run(wanted: Options) -> int:
             ),
             os.environ,
         )
-        for line in environment.overriding(folder, Path.cwd(), variables, server.key):
+        for line in environment.overriding(folder, here(), variables, server.key):
             say(line, wanted)
         around = environment.past_proxies(server.host, os.environ)
         if around:
@@ -69,6 +77,16 @@ def run(wanted: Options) -> int:
             start.go()
         print(start.shell(), flush=True)
     return 0
+
+
+def here() -> Path:
+    """The directory that claude works in. Raises LocalClaudeError where it was removed."""
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise LocalClaudeError(
+            EXIT_SETTINGS, f"the directory that this is typed in is gone ({error.strerror})", "cd to another"
+        ) from None
 
 
 @contextmanager
@@ -108,6 +126,10 @@ def identified(wanted: Options) -> Found:
     """The server that runs already. Raises LocalClaudeError."""
     backend = BACKENDS[wanted.backend]
     key = os.environ.get("LLMBOX_KEY", "")
+    if not (key.isascii() and key.isprintable()):
+        raise LocalClaudeError(
+            EXIT_DENIED, "LLMBOX_KEY holds what is in no key: a line break, say", "export it anew"
+        )
     return recognise(parse_server(wanted.host or LOCAL, wanted.port, backend.port, key), backend)
 
 

@@ -44,17 +44,25 @@ def survey(server: str, folder: str) -> dict[str, Any]:
 def find_server(named: str) -> str:
     """The llama-server to use, "" when there is none."""
     if named:
-        program = Path(named).expanduser()
+        program = expanded(named)
         return str(program) if os.access(program, os.X_OK) else ""
     on_path = shutil.which("llama-server")
     if on_path:
         return on_path
     for pattern in SERVERS:
-        place = Path(pattern).expanduser()
+        place = expanded(pattern)
         for program in sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor)))):
             if os.access(program, os.X_OK):
                 return str(program)
     return ""
+
+
+def expanded(text: str) -> Path:
+    """A path, `~` read as a shell does: that of nobody stays as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 def help_of(program: str) -> str:
@@ -79,7 +87,7 @@ def help_of(program: str) -> str:
 def find_files(folder: str) -> Iterator[Path]:
     """GGUF files below the folder, or the first usual one that has any; of a split model the first part."""
     for place in (folder,) if folder else FOLDERS:
-        top = Path(place).expanduser()
+        top = expanded(place)
         found = sorted(_below(top))
         if found or folder:
             yield from found

@@ -15,6 +15,7 @@ from local_claude import environment
 from local_claude.backends import LOCAL
 from local_claude.errors import EXIT_NOT_STARTED, EXIT_SETTINGS, LocalClaudeError
 from local_claude.keeping import Kept, Order, answers, free_port
+from local_claude.options import expanded
 from local_claude.wire import Server
 
 START_TIMEOUT_S = 120.0
@@ -73,7 +74,7 @@ def find_program(given: Mapping[str, str] = os.environ) -> str:
     named = given.get("LOCAL_CLAUDE_LITELLM")
     places = [named] if named else [shutil.which("litellm"), *PLACES]
     for place in places:
-        program = Path(place or "/nowhere").expanduser()
+        program = expanded("LOCAL_CLAUDE_LITELLM", place or "/nowhere")
         if os.access(program, os.X_OK) and program.is_file():
             return str(program)
     raise LocalClaudeError(
