@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import httpx
 
 TIMEOUT_S = 300.0
+CUT_S = 1.0  # after a kill of the server: by then every stream that it had has ended
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,38 @@ class Sent:
         return not self.error
 
     @property
-    def excused(self) -> bool:
-        """A stream that had delivered tokens and then said plainly that its server was lost."""
-        return self.event and self.tokens > 0
+    def ended(self) -> float:
+        """When it was over."""
+        return self.began + self.took
 
 
 @dataclass
 class Traffic:
-    """What the clients sent."""
+    """What the clients sent, and when somebody killed their server: from when to when at the latest."""
 
     sent: list[Sent] = field(default_factory=list)
+    kills: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def failed(self) -> list[Sent]:
         """Requests without an answer, but for the excused ones."""
-        return [one for one in self.sent if not one.ok and not one.excused]
+        return [one for one in self.sent if not one.ok and not self.excused(one)]
+
+    def excused(self, one: Sent) -> bool:
+        """Whether it is a stream that had given tokens and said plainly, at a kill, that it is cut off."""
+        cut = any(begun <= one.ended <= over + CUT_S for begun, over in self.kills)
+        return cut and one.event and one.tokens > 0
+
+    def kill(self, kill: Callable[[], object]) -> None:
+        """Have the server killed."""
+        begun = time.monotonic()
+        kill()
+        self.kills.append((begun, time.monotonic()))
 
     def summary(self) -> str:
         """One line: how many, of what kind, how they ended."""
         kinds = Counter("stream" if one.stream else "whole" for one in self.sent)
-        ends = Counter("ok" if one.ok else "excused" if one.excused else "failed" for one in self.sent)
+        ends = Counter("ok" if one.ok else "excused" if self.excused(one) else "failed" for one in self.sent)
         longest = max((one.took for one in self.sent), default=0.0)
         return f"{len(self.sent)} requests {dict(kinds)}: {dict(ends)}; the longest took {longest:.1f} s"
 

@@ -158,7 +158,7 @@ def test_no_request_is_lost(box: Box, requests: int, switches: int, kills: int, 
         for number, what in enumerate(trouble, 1):
             clients.wait_for(requests * number // (len(trouble) + 1))
             if what == "kill":
-                box.kill_server()
+                clients.traffic.kill(box.kill_server)
             elif what == "restart":
                 box.restart_gateway()
             else:
@@ -173,7 +173,7 @@ def test_no_request_is_lost(box: Box, requests: int, switches: int, kills: int, 
     traffic = clients.traffic
     assert not traffic.failed, lost(traffic)
     assert len([one for one in traffic.sent if one.ok]) >= requests * 0.98
-    assert sum(1 for one in traffic.sent if not one.ok) <= kills * CLIENTS
+    assert sum(1 for one in traffic.sent if not one.ok) <= kills * CLIENTS // 2, "every second client streams"
 
 
 def test_a_preset_that_cannot_start_costs_one_request(box: Box, broken: str) -> None:
