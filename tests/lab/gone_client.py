@@ -1,7 +1,8 @@
 """Runs on the LLM box: a client that goes away in the middle of its stream, as llama-server sees it.
 
-usage: python3 - PORT SOCKET < gone_client.py
-Starts a long stream at the gateway, drops the connection after the first tokens, and looks at /slots of
+usage: python3 - PORT SOCKET [pipelined] < gone_client.py
+Starts a long stream at the gateway, drops the connection after the first tokens (pipelined: with another
+request sent behind the first), and looks at /slots of
 llama-server on its socket until nothing is processed. Prints one JSON object: status, busy (whether a slot
 worked while the client was there), seconds (from the drop to the first look that found none working; null
 when that took too long). Standard library only.
@@ -57,6 +58,8 @@ def main() -> None:
     answer = client.getresponse()
     for _ in range(10):
         answer.readline()
+    if "pipelined" in sys.argv:
+        client.sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
     busy = working(path)
     answer.close()
     client.close()

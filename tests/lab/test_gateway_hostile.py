@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests import support
 from tests.lab.test_lmswitch import USER_SYSTEMCTL, Box
@@ -39,14 +40,16 @@ def memory(box: Box) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def test_a_client_that_goes_away_ends_its_generation(box: Box) -> None:
+@pytest.mark.parametrize("how", ["", "pipelined"])
+def test_a_client_that_goes_away_ends_its_generation(box: Box, how: str) -> None:
     box.lmswitch(quickest(box)).check()
     listen = box.wanted.config.llama_presets_listen
-    command = f"sudo -u {box.wanted.user} python3 - {box.wanted.front.port} {listen}"
+    command = f"sudo -u {box.wanted.user} python3 - {box.wanted.front.port} {listen} {how}"
     found = [json.loads(box.run(command, stdin=GONE).check().stdout) for _ in range(DROPS)]
     assert all(one["status"] == 200 and one["busy"] and one["seconds"] is not None for one in found), found
-    what = "a client goes away in its stream: until llama-server's slot is idle"
-    print(support.keep_figures("gateway-client-gone", what, [one["seconds"] for one in found], BAR_S))
+    what = f"a {how} client goes away in its stream: until llama-server's slot is idle"
+    seconds = [one["seconds"] for one in found]
+    print(support.keep_figures(f"gateway-client-gone{how}", what, seconds, BAR_S))
 
 
 def test_a_thousand_connections_beside_a_stream(box: Box) -> None:

