@@ -19,7 +19,7 @@ from llmbox.drift import cli, compare, host, models
 from scripts import _ask_host, verify_health
 from tests.support import ROOT, run
 
-PASS, RAISE = b"pass\n", b"raise\n"
+PASS, RAISE, NO_TEXT = b"pass\n", b"raise\n", b"\xff"
 KEYS = b'{"keys": ["a"]}'
 SETTINGS = "[Service]\nRestart=always\nUMask=0077\n"
 MODEL = bytes(range(256)) * 16
@@ -221,6 +221,14 @@ DRIFTS: dict[str, tuple[Callable[[Box], object], tuple[str, str, str]]] = {
         lambda box: box.unit.write_text(SETTINGS + "LimitCORE=1\n"),
         ("units/llama-coder.service", "the end of the file", "line 4 'LimitCORE=1'"),
     ),
+    "the last line break of a unit": (
+        lambda box: box.unit.write_text(SETTINGS.rstrip("\n")),
+        ("units/llama-coder.service", "36 characters", "the same lines in 35 characters"),
+    ),
+    "a unit that is no text any more": (
+        lambda box: box.unit.write_bytes(NO_TEXT),
+        ("units/llama-coder.service", f"sha256 {sha256(SETTINGS.encode())}", f"sha256 {sha256(NO_TEXT)}"),
+    ),
     "a unit is removed": (
         lambda box: box.unit.unlink(),
         ("units/llama-coder.service", "a file", "nothing"),
@@ -267,6 +275,14 @@ DRIFTS: dict[str, tuple[Callable[[Box], object], tuple[str, str, str]]] = {
     ),
     "a program that others may write": (
         lambda box: (box.release / "bin/llama-server").chmod(0o777),
+        (
+            "llama.cpp/upstream/releases/one/bin/llama-server",
+            "writable by its owner",
+            "writable by others too",
+        ),
+    ),
+    "a program that its group may write": (
+        lambda box: (box.release / "bin/llama-server").chmod(0o775),
         (
             "llama.cpp/upstream/releases/one/bin/llama-server",
             "writable by its owner",
@@ -358,6 +374,19 @@ def test_a_service_manager_that_does_not_answer_is_drift(box: Box) -> None:
         ("llm-gateway.socket of llm", "enabled", "no answer"),
         ("llm-gateway.socket of llm", "active", "no answer"),
     ]
+
+
+def test_a_unit_that_should_rest_is_asked_too(box: Box) -> None:
+    """Without an answer nobody knows that it rests."""
+    for unit in box.deployed["units"]:
+        if unit["unit"] == "llm-gateway.socket":
+            unit["active"] = False
+    box.record()
+    assert box.found() == [("llm-gateway.socket of llm", "not active", "active")]
+    box.states["llm"]["llm-gateway.socket"]["ActiveState"] = "inactive"
+    assert box.found() == []
+    box.states["llm"].clear()
+    assert box.found()[1] == ("llm-gateway.socket of llm", "not active", "no answer")
 
 
 def test_a_unit_that_is_restarting_is_no_drift(box: Box) -> None:
@@ -488,6 +517,14 @@ def test_exit_codes(box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert cli.main(["check"]) == 2
     assert "type: sudo llmbox-drift check" in capsys.readouterr().err
+
+
+def test_a_long_line_is_cut_and_a_diff_has_what_differs_alone() -> None:
+    long = "x" * 200
+    found = compare.text_difference("/etc/a", f"one\ntwo\n{long}\n", f"one\ntwo\n{long}y\n")
+    assert found.expected == f"line 3 '{'x' * 120}…'" == found.found
+    assert found.diff.splitlines() == ["--- deployed", "+++ found", "@@ -3 +3 @@", f"-{long}", f"+{long}y"]
+    assert compare.shown("x" * 120) == "x" * 120
 
 
 def test_what_somebody_named_is_safe_on_a_terminal() -> None:

@@ -92,6 +92,13 @@ def test_a_ratio_that_looks_well_is_no_verdict_while_its_interval_reaches_below(
     assert "100.0 % of it (75.0 to 100.0 % in 5 pairs" in verdict.reasons[1]
 
 
+def test_a_reason_has_both_ends_of_the_interval_and_the_bar() -> None:
+    halves = ((80.0, 40.0),) * 3 + ((80.0, 44.0),) * 2
+    (reason,) = judge([replace(world(), generation=halves)]).reasons
+    assert reason.startswith("coder: generation 80.0 -> 40.0 tok/s: 50.0 % of it (50.0 to 55.0 % in 5 pairs;")
+    assert reason.endswith("; at least 95 % is wanted)")
+
+
 def test_one_disturbed_run_changes_nothing() -> None:
     outlier = (80.0, 20.0)
     good = replace(world(), generation=(*pairs(1.0, count=8), outlier))
@@ -121,6 +128,12 @@ def test_too_few_pairs_are_no_verdict() -> None:
     assert judge([busy]).reasons == ("coder could not be measured: no run of 10 was undisturbed",)
 
 
+def test_trouble_leaves_it_open_however_well_the_figures_look() -> None:
+    """Only one of the figures may have its pairs."""
+    verdict = judge([replace(world(), trouble="the box became busy")])
+    assert verdict == Verdict("undecided", ("coder could not be measured: the box became busy",))
+
+
 def test_a_slower_figure_decides_even_when_the_rest_could_not_be_measured() -> None:
     assert judge([replace(world(0.6), trouble="the box became busy")]).word == "roll back"
 
@@ -134,7 +147,11 @@ def test_the_worst_preset_decides_and_only_its_reasons_are_told() -> None:
 
 def test_more_pairs_are_asked_for_only_while_they_can_decide() -> None:
     assert open_yet(world(1.0, noise=0.15))
-    for settled in (world(), world(0.7), world(start="x"), replace(world(1.0, noise=0.15), trouble="busy")):
+    unsure = world(1.0, noise=0.15)
+    for settled in (
+        *(world(), world(0.7), world(start="x")),
+        *(replace(unsure, trouble="busy"), replace(unsure, old=Behaviour(start="x"))),
+    ):
         assert not open_yet(settled)
 
 
