@@ -222,6 +222,38 @@ def test_an_answer_that_is_too_large_to_keep_is_an_error_and_no_crash(
     run(body)
 
 
+def test_large_answers_share_one_bound_and_small_ones_have_always_room(tmp_path: Path) -> None:
+    begun = asyncio.Event()
+    rest = asyncio.Event()
+
+    async def large(writer: asyncio.StreamWriter) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1500000\r\n\r\n"
+        writer.write(head + b"x" * 1_200_000)
+        await writer.drain()
+        begun.set()
+        await rest.wait()
+        writer.write(b"x" * 300_000)
+
+    async def body() -> None:
+        place = Place(tmp_path, large, large, whole, presets={"a": 3}, max_buffered=1_300_000)
+        async with place.running():
+            one = asyncio.create_task(place.ask({}))
+            await begun.wait()
+            while place.relay.bodies.buffered < 900_000:
+                await asyncio.sleep(0.01)
+            other = asyncio.create_task(place.ask({}))
+            refused = await other
+            assert refused.status == 503 and refused.headers[b"retry-after"]
+            assert b"fill 1300000 bytes" in refused.body
+            assert (await place.ask({})).body == b"{}"
+            rest.set()
+            told = await one
+            assert told.status == 200 and told.body == b"x" * 1_500_000
+            assert place.relay.bodies.buffered == 0 and place.board.phase == "ready"
+
+    run(body)
+
+
 MEASUREMENT = (ALONE, b"1")
 
 

@@ -449,6 +449,20 @@ def test_a_whole_answer_that_nobody_takes_is_not_kept(gateway: Gateway) -> None:
         until(lambda: dropped(gateway))
 
 
+def test_large_answers_that_nobody_takes_fill_neither_slots_nor_memory(
+    forge: Forge, tmp_path: Path, stub: StubLlamaServer
+) -> None:
+    with running(forge, tmp_path, request_timeout=60.0) as gateway, contextlib.ExitStack() as stack:
+        for padding in [11_000_000] * 4 + [30_000_000] * 4:  # the first four fit, and there are four slots
+            asked = len(stub.bodies)
+            stack.enter_context(stalled(gateway, stream=False, padding=padding))
+            until(lambda asked=asked: len(stub.bodies) > asked)  # type: ignore[misc]
+        with connect(gateway) as sock:
+            sock.sendall(chat())
+            assert read_answer(sock)[0] == 200
+        assert gateway.memory() < 200_000_000  # max_buffered is 50 MB
+
+
 def test_a_client_that_stops_reading_does_not_hold_up_a_stop(gateway: Gateway, stub: StubLlamaServer) -> None:
     with stalled(gateway):
         until(lambda: stub.bodies)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from llmbox.gateway.requests import ROUTES, Route
-from llmbox.gateway.usage import TAIL_BYTES
+from llmbox.gateway.usage import TAIL_BYTES, WHOLE_BYTES, usage_of
 
 from tests.unit.fake_box import FakeBox
 from tests.unit.gateway_place import ADDRESS, ANTHROPIC, KEY, OPENAI, Answer, Place
@@ -73,6 +73,16 @@ def test_what_the_server_counted_is_what_is_spent(tmp_path: Path) -> None:
         assert told["seconds"] > 0
 
     asyncio.run(test())
+
+
+def test_of_a_large_answer_only_the_figures_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}}}
+    told = {"choices": [{"text": '"usage":{"prompt_tokens":1}'}], **figures, "data": [0.5] * WHOLE_BYTES}
+    monkeypatch.setattr("llmbox.gateway.usage._parsed", lambda _: pytest.fail("the whole was parsed"))
+    for separators in ((",", ":"), (", ", ": ")):
+        found = usage_of(json.dumps(told, separators=separators).encode())
+        assert (found.prompt, found.cached, found.generated) == (9, 4, None)
+    assert usage_of(b'{"usage":{"prompt' + b"x" * WHOLE_BYTES).prompt is None
 
 
 def left(place: Place) -> int | None:

@@ -27,7 +27,7 @@ from llmbox.gateway.accounts import Accounts
 from llmbox.gateway.audit import Entry
 from llmbox.gateway.board import Board
 from llmbox.gateway.requests import ROUTES
-from llmbox.gateway.upstream import Lost, TooLarge, Upstream
+from llmbox.gateway.upstream import Lost, Upstream
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FETCH_TIMEOUT_S = 1.0
@@ -106,10 +106,14 @@ class Metrics:
             async with asyncio.timeout(FETCH_TIMEOUT_S):
                 answer = await self._upstream.send("GET", "/metrics", [], b"")
                 try:
-                    body = await answer.read(FETCH_LIMIT)
+                    body = b""
+                    async for chunk in answer.chunks():
+                        body += chunk
+                        if len(body) > FETCH_LIMIT:
+                            return b""
                 finally:
                     answer.close()
-        except (Lost, TooLarge, TimeoutError):
+        except (Lost, TimeoutError):
             return b""
         return body.rstrip() + b"\n" if answer.status == 200 and _sound(body) else b""
 

@@ -20,7 +20,7 @@ from llmbox.gateway.prompt_cache import Guard
 from llmbox.gateway.refusals import Protocol, Refusal, error_body, error_event
 from llmbox.gateway.requests import ALONE, Asked, Route, read_body
 from llmbox.gateway.settings import Settings
-from llmbox.gateway.upstream import Answer, Lost, TooLarge, Upstream
+from llmbox.gateway.upstream import Answer, Lost, Upstream
 from llmbox.gateway.usage import Tail, usage_of
 
 Scope = dict[str, Any]
@@ -30,6 +30,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 COMMENT_INTERVAL_S = 5.0
 LOOK_INTERVAL_S = 1.0  # how often a waiting request asks whether it is overdue
 ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of an answer that is not streamed
+PIECE = 256 * 1024  # bytes of one that are always kept, and of a larger one that its client takes at a time
 BYTES_PER_TOKEN = 4  # of a request's body, about, for a prompt that no answer tells the tokens of
 REMEMBERED = 1000  # fingerprints of requests that were there at two crashes
 NOT_READY = b"Loading model"  # llama-server's 503 while it loads
@@ -77,7 +78,8 @@ class Reply:
         """Send a whole response."""
         length = (b"content-length", str(len(body)).encode())
         await self.begin(status, [*headers, length])
-        await self._body(body, more=False)
+        for start in range(0, max(1, len(body)), PIECE):  # each waits until the client has taken most of it
+            await self._body(body[start : start + PIECE], more=start + PIECE < len(body))
 
     async def refuse(self, refusal: Refusal) -> None:
         """Say no: as a response when none has begun, as an error event of the stream otherwise."""
@@ -94,7 +96,7 @@ class Reply:
 
 
 class Bodies:
-    """Reads bodies of requests, and bounds the memory that all of them take together."""
+    """Reads bodies of requests and of answers, and bounds the memory that all of them take together."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -121,11 +123,7 @@ class Bodies:
                     if size > limit:
                         raise self._too_large(size)
                     if self.buffered > self.settings.max_buffered:
-                        raise Refusal(
-                            503,
-                            f"waiting requests fill {self.settings.max_buffered} bytes; try again later",
-                            {"Retry-After": "5", "Connection": "close"},
-                        )
+                        raise self._full({"Connection": "close"})
                     if not message.get("more_body"):
                         return parts[0] if len(parts) == 1 else b"".join(parts)
         except TimeoutError:
@@ -139,14 +137,49 @@ class Bodies:
             self.give_back(size)
             raise
 
+    async def read_answer(self, answer: Answer) -> bytes:
+        """The whole answer. Raises Refusal (502, 503) or Lost; `give_back_answer` its length when done.
+
+        Its first PIECE has always room: what most clients ask for is not refused for others' large answers.
+        """
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async for chunk in answer.chunks():
+                before = _beyond(size)
+                size += len(chunk)
+                self.buffered += _beyond(size) - before
+                parts.append(chunk)
+                if size > ANSWER_LIMIT:
+                    said = f"the answer is larger than {ANSWER_LIMIT} bytes, which is what the gateway keeps"
+                    raise Refusal(502, f"{said}; ask for less at once")
+                if size > PIECE and self.buffered > self.settings.max_buffered:
+                    raise self._full({})
+        except BaseException:
+            self.give_back_answer(size)
+            raise
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
     def give_back(self, size: int) -> None:
         """A body is not kept any longer."""
         self.buffered -= size
+
+    def give_back_answer(self, size: int) -> None:
+        """An answer is not kept any longer."""
+        self.buffered -= _beyond(size)
+
+    def _full(self, headers: Mapping[str, str]) -> Refusal:
+        said = f"requests that wait and answers fill {self.settings.max_buffered} bytes; try again later"
+        return Refusal(503, said, {"Retry-After": "5", **headers})
 
     def _too_large(self, size: int) -> Refusal:
         return Refusal(
             413, f"the body has {size} bytes; the limit is {self.settings.max_body}", {"Connection": "close"}
         )
+
+
+def _beyond(size: int) -> int:
+    return max(0, size - PIECE)
 
 
 class Relay:
@@ -327,21 +360,20 @@ class Relay:
             for name, value in answer.headers
         )
         if not streams:
+            body = await self.bodies.read_answer(answer)
             try:
-                body = await answer.read(ANSWER_LIMIT)
-            except TooLarge as error:
-                raise Refusal(
-                    502, f"{error}, which is what the gateway keeps; ask for less at once"
-                ) from None
-            if answer.status == 503 and NOT_READY in body:
-                raise Lost("it is loading still", sent=False)
-            entry.usage = usage_of(body)
-            account.spend(entry.usage.total)
-            if answer.status >= 400:
-                entry.error = "llama-server refused it"  # its own words may quote the request
-            if reply.begun:  # the stream has begun with comments, and the server says no
-                raise Refusal(answer.status, _message(body))
-            await reply.whole(answer.status, [*answer.headers, waited, *named], body)
+                if answer.status == 503 and NOT_READY in body:
+                    raise Lost("it is loading still", sent=False)
+                entry.usage = usage_of(body)
+                account.spend(entry.usage.total)
+                if answer.status >= 400:
+                    entry.error = "llama-server refused it"  # its own words may quote the request
+                if reply.begun:  # the stream has begun with comments, and the server says no
+                    raise Refusal(answer.status, _message(body))
+                self.board.release(lease)  # a client that takes its answer slowly needs no slot for that
+                await reply.whole(answer.status, [*answer.headers, waited, *named], body)
+            finally:
+                self.bodies.give_back_answer(len(body))
             return
         if not reply.begun:
             await reply.begin(answer.status, [*answer.headers, waited, *named])

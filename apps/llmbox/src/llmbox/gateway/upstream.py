@@ -47,10 +47,6 @@ class Lost(Exception):
         self.sent = sent
 
 
-class TooLarge(Exception):
-    """An answer is larger than the gateway keeps."""
-
-
 class _Exchange(asyncio.Protocol):
     """One connection: the parser's callbacks, and what its reader waits for."""
 
@@ -159,16 +155,6 @@ class Answer:
         """The body as it comes. Raises Lost when the server goes away in the middle."""
         while (chunk := await self._exchange.next_chunk()) is not None:
             yield chunk
-
-    async def read(self, limit: int) -> bytes:
-        """The whole body. Raises Lost when the server goes away, TooLarge past `limit` bytes."""
-        parts, size = [], 0
-        async for chunk in self.chunks():
-            parts.append(chunk)
-            size += len(chunk)
-            if size > limit:
-                raise TooLarge(f"the answer is larger than {limit} bytes")
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
         """Close the connection; a generation that still runs is cancelled by that."""

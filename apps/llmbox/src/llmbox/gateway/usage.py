@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+WHOLE_BYTES = 1024 * 1024  # of an answer that is parsed as a whole; of a larger one only its figures are
+FIGURES_BYTES = 4 * 1024
 TAIL_BYTES = 64 * 1024  # the last events of a stream, which hold the figures; they are far smaller
 HEAD_BYTES = 4 * 1024  # its first event, which tells Anthropic's clients of the prompt
 
@@ -59,7 +62,19 @@ class Tail:
 def usage_of(body: bytes) -> Usage:
     """The figures in the body of an answer that was not streamed."""
     found = Usage()
-    _take(found, _parsed(body))
+    _take(found, _parsed(body) if len(body) <= WHOLE_BYTES else _figures(body))
+    return found
+
+
+def _figures(body: bytes) -> Mapping[str, Any]:
+    """The objects with the figures of a large answer: to parse its numbers would take seconds."""
+    found: dict[str, Any] = {}
+    for name in ("usage", "timings"):
+        start = body.rfind(f'"{name}":'.encode())
+        if start >= 0:
+            text = body[start : start + FIGURES_BYTES].decode(errors="replace").partition(":")[2].lstrip()
+            with suppress(ValueError):
+                found[name], _ = json.JSONDecoder().raw_decode(text)
     return found
 
 
