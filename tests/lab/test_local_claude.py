@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import json
 import os
 import pty
@@ -14,19 +13,21 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from lab import config
-from scripts import bench_local_claude
+from scripts import _rote_model, bench_local_claude
 from scripts._tool_template import AGENT, template_flags
 from tests import support
 from tests.lab.test_gateway_claude_code import claude as claude  # the fixture
 from tests.lab.test_lmswitch import Box
 from tests.lab.test_lmswitch import box as box  # the fixture
+from tests.lab.test_router_litellm import python as python  # the fixture: an environment with LiteLLM
 from tests.lab.tool_template import CHOOSES, ONLY_TOOLS, tool_template
 
 LOCAL_CLAUDE = support.BIN / "local-claude"
@@ -40,97 +41,169 @@ SERVERS = "pgrep -fa '[l]lama-server .*/tmp/local-claude-' || true"
 
 # --- isolation: what is the user's stays as it is, and nothing goes anywhere else ---
 
-INSIDE = """
+NO_WAY_OUT = """
 ip link set lo up
 sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1 2>/dev/null
 ip link add out type veth peer name sink && ip link set sink up
 ip addr add 192.0.2.1/24 dev out && ip link set out up arp off
 ip route add default dev out
-exec {python} {script}
 """
-SCRIPT = """
-import json, os, subprocess, sys
+Mode = tuple[str, str, list[str]]
+MODES: Sequence[Mode] = (
+    ("remote", "gateway", []),
+    ("chat only", "gateway", ["--chat-only"]),
+    ("without checks", "llama-server", ["--skip-checks"]),
+    ("lmstudio", "LM Studio", ["--backend", "lmstudio", "--model", "qwen/qwen3-coder-30b"]),
+    ("ollama", "Ollama", ["--backend", "ollama", "--model", "qwen:7b"]),
+    ("vllm", "vLLM", ["--backend", "vllm"]),
+)
+# Apple's program exists on macOS alone: this one is asked the same, and wants the key that it was given.
+APFEL = """\
+#!{python}
+import json, os, signal, sys
 sys.path.insert(0, {root!r})
 from tests.unit import scripted_llm
 from tests.unit.test_local_claude_servers import KINDS
 
-def text(body):
-    if body and body.get("tools") and len(body["tools"]) == 1 and body["tools"][0]["name"] == "report":
-        return scripted_llm.called()(body)
-    message = {{
-        "id": "m", "type": "message", "role": "assistant", "model": "m", "stop_reason": "end_turn",
-        "content": [{{"type": "text", "text": "Hello."}}], "usage": {{"input_tokens": 1, "output_tokens": 1}},
-    }}
-    if not (body or {{}}).get("stream"):
-        return 200, message
-    events = [
-        {{"type": "message_start", "message": {{**message, "content": [], "stop_reason": None}}}},
-        {{"type": "content_block_start", "index": 0, "content_block": {{"type": "text", "text": ""}}}},
-        {{"type": "content_block_delta", "index": 0, "delta": {{"type": "text_delta", "text": "Hello."}}}},
-        {{"type": "content_block_stop", "index": 0}},
-        {{"type": "message_delta", "delta": {{"stop_reason": "end_turn"}}, "usage": {{"output_tokens": 1}}}},
-        {{"type": "message_stop"}},
+def chat(body):
+    if server.headers[-1].get("authorization") != "Bearer " + os.environ["APFEL_TOKEN"]:
+        return 401, {{"error": {{"message": "no"}}}}
+    head = {{"id": "c", "created": 1, "model": body["model"]}}
+    if not body.get("stream"):
+        message = {{"role": "assistant", "content": "Hello."}}
+        choice = {{"index": 0, "finish_reason": "stop", "message": message}}
+        usage = {{"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+        return 200, head | {{"object": "chat.completion", "choices": [choice], "usage": usage}}
+    deltas = [({{"role": "assistant", "content": "Hello."}}, None), ({{}}, "stop")]
+    pieces = [
+        head | {{
+            "object": "chat.completion.chunk",
+            "choices": [{{"index": 0, "delta": delta, "finish_reason": reason}}],
+        }}
+        for delta, reason in deltas
     ]
-    lines = "".join(f"event: {{one['type']}}\\ndata: {{json.dumps(one)}}\\n\\n" for one in events)
+    lines = "".join(f"data: {{text}}\\n\\n" for text in [*map(json.dumps, pieces), "[DONE]"])
     return 200, lines.encode(), {{"Content-Type": "text/event-stream"}}
 
-found = {{}}
-for name, kind, *words in {modes!r}:
-    answers = {{**KINDS[kind][0], "/v1/messages": text, "/v1/messages?beta=true": text}}
-    with scripted_llm.ScriptedLlm(answers) as server:
-        done = subprocess.run(
-            [{program!r}, "--port", str(server.port), *words, "-p", "Say hello."],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
-        )
-    found[name] = [done.returncode, done.stdout.strip(), done.stderr[-2000:]]
-sent = next(line.split()[10] for line in open("/proc/net/dev") if line.split()[0] == "out:")
-udp = [line.split() for line in open("/proc/net/snmp") if line.startswith("Udp:")]
-print(json.dumps({{"modes": found, "sent": int(sent), "udp": int(udp[1][udp[0].index("OutDatagrams")])}}))
+port = int(sys.argv[sys.argv.index("--port") + 1])
+server = scripted_llm.ScriptedLlm({{**KINDS["apfel"][0], "/v1/chat/completions": chat}}, port)
+signal.pause()
 """
-MODES = (
-    ("remote", "gateway"),
-    ("chat only", "gateway", "--chat-only"),
-    ("without checks", "llama-server", "--skip-checks"),
-    ("lmstudio", "LM Studio", "--backend", "lmstudio", "--model", "qwen/qwen3-coder-30b"),
-    ("ollama", "Ollama", "--backend", "ollama", "--model", "qwen:7b"),
-    ("vllm", "vLLM", "--backend", "vllm"),
-)
 
 
-def digest(home: Path) -> dict[str, str]:
-    """What is the user's own: ~/.claude and ~/.claude.json, byte for byte."""
-    files = [home / ".claude.json", *(path for path in (home / ".claude").rglob("*") if path.is_file())]
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def alone(claude: Path, folder: Path, modes: Sequence[Mode], **more: str) -> dict[str, Any]:
+    """What tests/lab/isolated_modes.py found in a network namespace of its own."""
+    (folder / "home").mkdir()
+    script = support.ROOT / "tests/lab/isolated_modes.py"
+    done = support.run(
+        *("unshare", "--net", "sh", "-ec", f'{NO_WAY_OUT}exec "$@"', "sh"),
+        *(sys.executable, script, LOCAL_CLAUDE, json.dumps(modes)),
+        env={"PATH": f"{folder}:{claude.parent}:{os.environ['PATH']}", "HOME": str(folder / "home"), **more},
+        timeout=600,
+    )
+    found: dict[str, Any] = json.loads(done.check().stdout.splitlines()[-1])
+    return found
+
+
+def kept_apart(found: dict[str, Any], said: str) -> None:
+    """Every mode ended well, the user's own is what it was, and nothing went to any other host."""
+    for name, (code, answer, told) in found["modes"].items():
+        assert (code, answer) == (0, said), (name, answer, told)
+    assert (found["sent"], found["udp"]) == (0, 0), "packets for another host, or questions to a name server"
+    assert not found["left"] and found["sessions"]
 
 
 def test_the_user_s_own_stays_and_nothing_leaves(claude: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    (home / ".claude/projects").mkdir(parents=True)
-    (home / ".claude/settings.json").write_text('{"env": {"ANTHROPIC_BASE_URL": "http://192.0.2.99"}}')
-    (home / ".claude/.credentials.json").write_text('{"claudeAiOauth": {"accessToken": "mine"}}')
-    (home / ".claude.json").write_text('{"numStartups": 7, "hasCompletedOnboarding": true}')
-    (home / "project").mkdir()
-    before = digest(home)
-    script = SCRIPT.format(root=str(support.ROOT), modes=MODES, program=str(LOCAL_CLAUDE))
-    (tmp_path / "script.py").write_text(script)
-    inside = INSIDE.format(python=sys.executable, script=tmp_path / "script.py")
-    done = subprocess.run(
-        ["unshare", "--net", "sh", "-ec", inside],
-        cwd=home / "project",
-        env={"PATH": f"{claude.parent}:{os.environ['PATH']}", "HOME": str(home)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    kept_apart(alone(claude, tmp_path, MODES), "Hello.")
+
+
+@pytest.mark.long
+def test_apfel_and_what_translates_for_it_stay_alone(claude: Path, python: Path, tmp_path: Path) -> None:
+    """Started by local-claude: a stand-in for apfel, and the real LiteLLM in front of it."""
+    (tmp_path / "apfel").write_text(APFEL.format(python=sys.executable, root=str(support.ROOT)))
+    (tmp_path / "apfel").chmod(0o755)
+    modes: Sequence[Mode] = [("apfel", "", ["--backend", "apfel"])]
+    litellm = str(python.parent / "litellm")
+    kept_apart(alone(claude, tmp_path, modes, LOCAL_CLAUDE_LITELLM=litellm), "Hello.")
+    until = time.monotonic() + GONE_S
+    while support.run("pgrep", "-f", f"(apfel|litellm).*{tmp_path}").stdout:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+# What the LLM box runs as root: the network, an sshd in it, and the modes as the person who works there.
+WITH_AN_SSHD = """
+{no_way_out}
+cd ~{user}/lc
+ssh-keygen -q -t ed25519 -N "" -f key && chown {user} key
+/usr/sbin/sshd -D -f /dev/null -h $PWD/key -o ListenAddress=127.0.0.1 -o AuthorizedKeysFile=$PWD/key.pub \\
+ -o StrictModes=no -o UsePAM=yes & sshd=$!
+trap 'kill $sshd' EXIT
+export HOME=$PWD/home PATH=$PWD/bin:/usr/bin:/bin
+export LOCAL_CLAUDE_MODELS=$PWD/models LOCAL_CLAUDE_REMOTE_MODELS=$PWD/models
+export LOCAL_CLAUDE_LLAMA_SERVER={server} LOCAL_CLAUDE_REMOTE_LLAMA_SERVER={server}
+install -d -o {user} home
+setpriv --reuid {user} --regid {user} --init-groups python3 modes.py local-claude {modes}
+"""
+SSH = """\
+#!/bin/sh
+exec /usr/bin/ssh -i ~{user}/lc/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null "$@"
+"""
+
+
+def llama_server(box: Box) -> str:
+    """The program that the first preset runs."""
+    presets = json.loads(box.run(f"cat {box.wanted.presets_json}").check().stdout)["presets"]
+    return str(presets[box.first]["command"][0])
+
+
+def give_local_claude(box: Box) -> None:
+    """`local-claude` of these sources in ~/lc/bin of the LLM box."""
+    sources = " ".join(f"-C {support.ROOT}/apps/{app}/src {app}" for app in ("local_claude", "llama_common"))
+    packed = subprocess.run(["tar", "-cz", *sources.split()], stdout=subprocess.PIPE, check=True).stdout
+    give = "mkdir -p ~/lc/bin && base64 -d | tar -xz -C ~/lc"
+    box.run(give, stdin=base64.b64encode(packed).decode()).check()
+    python = f"{support.expected_host().variables['llmbox_path']}/bin/python"
+    start = f'#!/bin/sh\nPYTHONPATH=~{config.SUDO_USER}/lc exec {python} -m local_claude.cli "$@"\n'
+    box.run("cat > ~/lc/bin/local-claude && chmod +x ~/lc/bin/local-claude", stdin=start).check()
+
+
+@pytest.mark.long
+def test_a_llama_server_of_its_own_stays_alone(claude: Path, box: Box, tmp_path: Path) -> None:
+    """On the LLM box, cut off from everything: real llama-servers, one started here, one over a real ssh."""
+    user = config.SUDO_USER
+    model = tmp_path / "rote.gguf"
+    vocabulary = next((config.from_environment().cache / "sources/models").glob(_rote_model.VOCABULARY))
+    _rote_model.write(model, vocabulary, "Bash", {"command": "true", "description": "Nothing"})
+    modes: Sequence[Mode] = [
+        ("llama", "", ["--backend", "llama", "--skip-checks"]),
+        ("remote-llama", "", ["--backend", "remote-llama", "--host", "127.0.0.1", "--skip-checks"]),
+    ]
+    script = WITH_AN_SSHD.format(
+        no_way_out=NO_WAY_OUT,
+        user=user,
+        server=llama_server(box),
+        modes=shlex.quote(json.dumps(modes)),
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    for name, (code, said, told) in found["modes"].items():
-        assert (code, said) == (0, "Hello."), (name, said, told)
-    assert (found["sent"], found["udp"]) == (0, 0), "packets for another host, or questions to a name server"
-    assert digest(home) == before
-    assert (home / ".claude-local/projects").is_dir()
+    box.lmswitch("off").check()
+    give_local_claude(box)
+    there = bench_local_claude.Client(support.expected_host())
+    try:
+        for source, place in (
+            (claude.resolve(), "bin/claude"),
+            (model, "models/rote.gguf"),
+            (support.ROOT / "tests/lab/isolated_modes.py", "modes.py"),
+        ):
+            with source.open("rb") as file:
+                there.run(f"cd ~/lc && mkdir -p models && cat > {place} && chmod +x {place}", 300, file)
+        box.run("cat > ~/lc/bin/ssh && chmod +x ~/lc/bin/ssh", stdin=SSH.format(user=user)).check()
+        done = box.run(f"sudo unshare --net sh -ec {shlex.quote(script)}", timeout=600).check()
+        kept_apart(json.loads(done.stdout.splitlines()[-1]), _rote_model.ANSWER)
+        until = time.monotonic() + GONE_S
+        while box.run("pgrep -f '[l]lama-server .*rote' ; ls -d /tmp/local-claude-*").stdout:
+            assert time.monotonic() < until
+    finally:
+        box.run("sudo rm -rf ~/lc")
 
 
 # --- the checks before the start, on a real model ---
@@ -203,14 +276,11 @@ def far(box: Box, tmp_path: Path) -> Iterator[dict[str, str]]:
         " && sudo chmod -R a+rX /tmp/lc-models"
     ).check()
     box.lmswitch("off").check()
-    server = json.loads(box.run(f"cat {box.wanted.presets_json}").check().stdout)["presets"][box.first][
-        "command"
-    ][0]
     yield {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
         "LOCAL_CLAUDE_REMOTE_MODELS": "/tmp/lc-models",
-        "LOCAL_CLAUDE_REMOTE_LLAMA_SERVER": server,
+        "LOCAL_CLAUDE_REMOTE_LLAMA_SERVER": llama_server(box),
     }
     box.run("rm -rf /tmp/lc-models ~/lc")
 
@@ -374,17 +444,13 @@ def test_a_server_here_is_started_on_a_free_port_and_only_it_is_stopped(
 ) -> None:
     box.lmswitch(box.first).check()  # somebody else's server, and the gateway on its port
     theirs = box.run("pgrep -f '[l]lama-server.*--alias'").check().stdout.split()
-    sources = " ".join(f"-C {support.ROOT}/apps/{app}/src {app}" for app in ("local_claude", "llama_common"))
-    packed = subprocess.run(["tar", "-cz", *sources.split()], stdout=subprocess.PIPE, check=True).stdout
-    give = "mkdir -p ~/lc/bin && base64 -d | tar -xz -C ~/lc"
-    box.run(give, stdin=base64.b64encode(packed).decode()).check()
+    give_local_claude(box)
     box.run("cat > ~/lc/bin/claude && chmod +x ~/lc/bin/claude", stdin=ASKS).check()
-    python = f"{support.expected_host().variables['llmbox_path']}/bin/python"
     words = ["--backend", "llama", "--context", "2048", "--skip-checks", "-p", word]
     done = box.run(
-        "env PATH=~/lc/bin:/usr/bin:/bin PYTHONPATH=~/lc LOCAL_CLAUDE_MODELS=/tmp/lc-models "
+        "env PATH=~/lc/bin:/usr/bin:/bin LOCAL_CLAUDE_MODELS=/tmp/lc-models "
         f"LOCAL_CLAUDE_LLAMA_SERVER={far['LOCAL_CLAUDE_REMOTE_LLAMA_SERVER']} "
-        f"{python} -m local_claude.cli {shlex.join(words)}; exit $?"
+        f"local-claude {shlex.join(words)}; exit $?"
     )
     assert done.rc == code, done.tail()
     seen = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""A server that says what a test wants: paths to answers, on a free port of the loopback, in a thread.
+"""A server that says what a test wants: paths to answers, on a port of the loopback, in a thread.
 
 An answer is `(status, value)`, `(status, value, headers)`, or a function of the request that returns one;
 bytes are sent as they are. What was asked is kept in `asked`.
@@ -18,7 +18,7 @@ Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]] | Callable[[Any], Any
 class ScriptedLlm:
     """Answers until it is closed; a path that is not listed is 404."""
 
-    def __init__(self, answers: Mapping[str, Answer]) -> None:
+    def __init__(self, answers: Mapping[str, Answer], port: int = 0) -> None:
         self.answers = dict(answers)
         self.asked: list[tuple[str, str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -53,7 +53,7 @@ class ScriptedLlm:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._http.daemon_threads = True
         self.port: int = self._http.server_address[1]
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)

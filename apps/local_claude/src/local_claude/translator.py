@@ -18,7 +18,7 @@ from local_claude.keeping import Kept, Order, answers, free_port
 from local_claude.options import expanded
 from local_claude.wire import Server
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0  # its first start compiles thousands of files
 VERSION = "1.108.7"
 # What the router has of the extra `proxy`, most of it imported at the start. Not the extra itself, to which
 # litellm-enterprise belongs, under a commercial licence.
