@@ -51,6 +51,9 @@ class FakeBox:
 
     async def unload(self, preset: str) -> None:
         """Stop what runs until the next request."""
+        if self.locked:
+            self.locked -= 1
+            raise Busy
         self.log.append(f"unload {preset}")
         self.become(None)
         self.unloaded = preset

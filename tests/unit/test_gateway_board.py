@@ -453,6 +453,18 @@ def test_nothing_is_unloaded_under_a_request_nor_until_it_is_over_for_so_long() 
     run(body)
 
 
+def test_a_box_that_somebody_has_locked_is_not_tried_over_and_over() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        box.locked = 2
+        async with running(box, idle_unload=0.1) as board:
+            began = board.clock()
+            await until(lambda: box.log == ["unload a"])
+            assert board.clock() - began >= 0.28
+
+    run(body)
+
+
 def test_whoever_ends_the_board_while_it_unloads_does_not_wait_for_ever() -> None:
     class EndsThen(FakeBox):
         task: asyncio.Future[None]

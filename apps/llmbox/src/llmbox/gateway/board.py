@@ -477,8 +477,10 @@ class Board:
     async def _unload(self, preset: str) -> None:
         log.info("%s: idle for %g s, unloading it", preset, self.clock() - self._last_used)
         await self._drain("the preset is being unloaded")
-        with suppress(Busy):
+        try:
             await self.box.unload(preset)
+        except Busy:  # somebody does something with the box: that is use as well
+            self._last_used = self.clock()
 
     # --- who may go, and when ---
 
