@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,6 +295,14 @@ DRIFTS: dict[str, tuple[Callable[[Box], object], tuple[str, str, str]]] = {
         lambda box: (box.release / "release.json").write_text("{}"),
         ("llama.cpp/upstream/releases/one/release.json", "sha256 ", f"sha256 {sha256(b'{}')}"),
     ),
+    "the list of an environment": (
+        lambda box: (box.folder / "venvs/3.11-abc.json").write_text("{}"),
+        ("venvs/3.11-abc.json", "sha256 ", f"sha256 {sha256(b'{}')}"),
+    ),
+    "a model is a link": (
+        lambda box: relink(box.model, "/dev/zero"),
+        ("models/small.gguf", "a file", "a link to /dev/zero"),
+    ),
     "current leads elsewhere": (
         lambda box: relink(box.build / "current", "releases/two"),
         ("llama.cpp/upstream/current", "target releases/one", "target releases/two"),
@@ -402,6 +412,7 @@ def test_a_drop_in_that_was_recorded_is_an_override_until_it_changes(box: Box) -
     assert (report["drift"], report["overrides"]) == ([], [str(path)])
     assert f"{path}: a local override" in cli.screen(report)
     drop_in(box, "[Service]\nNice=5\n")
+    assert box.check()["overrides"] == []
     assert box.found() == [("units/llama-coder.service.d/50-own.conf", "line 2 'Nice=3'", "line 2 'Nice=5'")]
     path.unlink()
     assert box.found() == [("units/llama-coder.service.d/50-own.conf", "a file", "nothing")]
@@ -412,6 +423,9 @@ def test_a_trial_is_no_drift_while_it_is_held(box: Box) -> None:
     write(box.unit.parent / f"llama-coder.service.d/{trial.DROP_IN}", trial.drop_in(["/x"]))
     box.states["llm"][trial.UNIT] = {"ActiveState": "active"}
     assert box.found() == []
+    own = drop_in(box)
+    assert box.found() == [("units/llama-coder.service.d/50-own.conf", "nothing", "a file")]
+    own.unlink()
     box.states["llm"][trial.UNIT] = {"ActiveState": "inactive"}
     assert box.found() == [(f"units/llama-coder.service.d/{trial.DROP_IN}", "nothing", "a file")]
 
@@ -473,9 +487,96 @@ def test_the_digests_of_blocks_are_of_the_file_s_parts(
         assert blocks == [sha256(content[at : at + 512]) for at in range(0, size, 512)]
 
 
+def test_a_list_that_was_not_there_is_not_believed_when_it_comes(box: Box) -> None:
+    listing = box.folder / "venvs/3.11-abc.json"
+    listing.unlink()
+    box.record()
+    listing.write_text("{}")
+    assert box.found() == [("venvs/3.11-abc.json", "nothing", "a file")]
+
+
+def test_a_folder_where_a_release_s_link_should_be_has_no_list(box: Box) -> None:
+    (box.build / "current").unlink()
+    (box.build / "current").mkdir()
+    box.record()
+    assert box.found() == []
+
+
+def test_blocks_of_models_that_are_deployed_no_more_are_forgotten(box: Box) -> None:
+    box.check(full=True)
+    assert list(cli.read_json(box.state / cli.BLOCKS)) == [str(box.model)]
+    box.deployed["models"] = []
+    box.record()
+    box.check(full=True)
+    assert cli.read_json(box.state / cli.BLOCKS) == {}
+
+
+def test_each_day_has_its_own_sample(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    days: list[int] = []
+
+    def no_differences(*_: object, day: int, **_more: object) -> list[compare.Difference]:
+        days.append(day)
+        return []
+
+    monkeypatch.setattr(cli, "model_differences", no_differences)
+    for seconds in (86400 * DAY, 86400 * DAY + 86399, 86400 * (DAY + 1)):
+        monkeypatch.setattr(time, "time", lambda now=seconds: now)
+        cli.check(box.state, full=False)
+    assert days == [DAY, DAY, DAY + 1]
+
+
+def test_lists_of_others_are_kept_by_their_checksum_and_texts_whole(box: Box) -> None:
+    presets = write(box.folder / "etc/presets.json", '{\n "a": 1\n}\n')
+    box.deployed["files"].append(str(presets))
+    box.record()
+    entries = cli.read_json(box.state / cli.MANIFEST)["entries"]
+    assert {path for path, entry in entries.items() if entry and "text" in entry} == {
+        str(presets),
+        str(box.unit),
+    }
+    presets.write_text('{\n "a": 2\n}\n')
+    assert box.found() == [("etc/presets.json", "line 2 ' \"a\": 1'", "line 2 ' \"a\": 2'")]
+    shown = cli.record(box.deployed, box.state, dry_run=True)["diff"]
+    assert f"{box.unit}: " in shown["before"] and "Restart=" not in shown["before"]
+
+
+def test_what_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(write(tmp_path / "file", "x" * 11))
+    assert host.look(file, 10)["sha256"] == "not computed: 11 bytes"  # type: ignore[index]
+    for size, shown in ((11, True), (10, False)):
+        monkeypatch.setattr(host, "TEXT_LIMIT_BYTES", size)
+        found = host.look(file, 11)
+        assert found and found["sha256"] == sha256(b"x" * 11) and ("text" in found) == shown
+
+
+def test_folders_of_units_are_those_of_the_manager() -> None:
+    assert "/etc/systemd/system" in host.unit_folders("")
+    assert host.unit_folders("nobody-here") == list(host.USER_FOLDERS)
+    assert {"/root/.config/systemd/user", "/run/user/0/systemd/user"} < set(host.unit_folders("root"))
+
+
+@pytest.mark.parametrize(("user", "scope"), [("", "--system"), ("root", "--user"), ("nobody-here", None)])
+def test_each_manager_is_asked_by_its_user(
+    user: str, scope: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def ask(argv: Any, environment: Any, **identity: Any) -> None:
+        asked.append((argv[1], environment.get("XDG_RUNTIME_DIR"), identity.get("user")))
+
+    monkeypatch.setattr(host, "ask", ask)
+    for uid, becomes in ((0, None), (1000, 0)):
+        monkeypatch.setattr(os, "geteuid", lambda own=uid: own)
+        assert host.systemctl(user, "show") == ""
+        runtime = "/run/user/0" if user else None
+        wanted = [(scope, runtime, becomes if user else None)] if scope else []
+        assert asked == wanted
+        asked.clear()
+
+
 def test_a_record_is_written_for_root_only_and_once(box: Box) -> None:
     manifest = box.state / cli.MANIFEST
-    assert manifest.stat().st_mode & 0o777 == 0o600
+    assert manifest.stat().st_mode & 0o777 == 0o600 and box.state.stat().st_mode & 0o777 == 0o700
     assert "secret" not in manifest.read_text()
     before = manifest.stat().st_mtime_ns
     assert not box.record()
@@ -493,7 +594,10 @@ def test_a_fact_that_nobody_would_look_at_is_refused(box: Box) -> None:
         box.record()
 
 
-def test_a_box_without_a_record_cannot_be_compared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, "[]", '{"version": 2}', "{"])
+def test_a_box_without_a_record_cannot_be_compared(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / cli.MANIFEST).write_text(content)
     answer = cli.answer(tmp_path)
     assert answer == {"error": f"{tmp_path}/deployed.json does not say what was deployed; fix: run site.yml"}
     (check,) = verify_health.drift_checks(answer)
@@ -517,6 +621,36 @@ def test_exit_codes(box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert cli.main(["check"]) == 2
     assert "type: sudo llmbox-drift check" in capsys.readouterr().err
+
+
+def test_the_program_records_and_tells_as_it_is_asked(
+    box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "STATE", box.state)
+    box.unit.write_text("other\n")
+    for words, changed in (["record", "--dry-run"], True), (["record"], True), (["record"], False):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(box.deployed)))
+        assert cli.main(words) == 0
+        assert json.loads(capsys.readouterr().out)["changed"] is changed
+    assert cli.main(["check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"] == "sampled"
+    assert not (box.state / cli.REPORT).exists()
+    assert cli.answer(box.state)["models"] == "sampled"
+
+
+def test_a_screen_ends_with_what_was_compared_and_is_no_flood(box: Box) -> None:
+    one = {"path": "/x", "expected": "a file", "found": "nothing", "diff": ""}
+    report = {"deployed": "then", "models": "full", "overrides": []}
+    assert cli.screen(report | {"drift": []}) == "as deployed (of then, models full)"
+    shown = cli.screen(report | {"drift": [one] * 100}).splitlines()
+    assert len(shown) == 101 and shown[-1].startswith("100 differences; fix: ")
+    shown = cli.screen(report | {"drift": [one] * 103}).splitlines()
+    assert shown[-2] == "… and 3 more; all: llmbox-drift check --json" and len(shown) == 102
+
+
+def test_only_root_looks_at_the_box_itself(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert cli.check(box.state, full=False)[0]["drift"], "another folder is anybody's to look at"
 
 
 def test_a_long_line_is_cut_and_a_diff_has_what_differs_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ class Box:
         self.program.touch()
         self.timer = ("active", "enabled")
         self.failed, self.changed, self.complaint = "", False, ""
+        self.only_warns, self.loud = False, 1
+        self.fails: tuple[str, ...] = ("nothing",)
         self.told: list[tuple[str, ...]] = []
 
     def run(self, *argv: str, stdin: str = "", timeout_s: float = 0) -> subprocess.CompletedProcess[str]:
@@ -35,7 +38,10 @@ class Box:
             assert json.loads(stdin) == {"files": ["/x"]}
             said = json.dumps({"changed": self.changed, "diff": {"before": "", "after": "x"}})
         complaint = self.complaint if argv[0] == "systemd-analyze" else ""
-        return subprocess.CompletedProcess(argv, 1 if complaint else 0, said, complaint)
+        if argv[: len(self.fails)] == self.fails:
+            return subprocess.CompletedProcess(argv, 3, "first\n\n", "  Unit is masked.\n\n" * self.loud)
+        code = 1 if complaint and not self.only_warns else 0
+        return subprocess.CompletedProcess(argv, code, said, complaint)
 
     def apply(self, *, check: bool = False) -> dict[str, Any]:
         self.told.clear()
@@ -99,6 +105,45 @@ def test_a_timer_that_rests_is_started(box: Box, state: tuple[str, str]) -> None
     assert not box.did("systemctl", "enable")
     assert box.apply()["changed"]
     assert box.did("systemctl", "enable", "--now", "a-full.timer")
+
+
+def test_what_systemd_says_of_other_units_is_no_refusal(box: Box) -> None:
+    (module.SYSTEM_DIR / "a-full.timer").unlink()
+    box.only_warns, box.complaint = True, "/etc/systemd/system/other.service:3: Unknown key"
+    assert box.apply()["changed"]
+
+
+def test_what_systemd_says_of_ours_is_one_however_it_ends(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    (module.SYSTEM_DIR / "a-full.timer").unlink()
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **_: str(box.program.parent / "verify"))
+    (box.program.parent / "verify").mkdir()
+    box.only_warns, box.complaint = True, f"{box.program.parent}/verify/a-full.timer:2: Unknown key"
+    with pytest.raises(module.Refused, match=r"refuses a unit: a-full.timer:2: Unknown key"):
+        box.apply()
+
+
+def test_a_command_that_fails_is_a_refusal_with_its_last_words(box: Box) -> None:
+    box.timer, box.fails = ("inactive", "enabled"), ("systemctl", "enable")
+    with pytest.raises(module.Refused, match=r"^systemctl enable --now failed: Unit is masked\.$"):
+        box.apply()
+    box.fails, box.loud = (str(box.program), "record"), 0
+    with pytest.raises(module.Refused, match=r"llmbox-drift record failed: first$"):
+        box.apply()
+    assert box.apply(check=True)["changed"], "damaged: a run would put it right"
+
+
+def test_a_run_does_all_of_it_where_a_dry_run_must_not_ask(box: Box) -> None:
+    box.program.unlink()
+    box.apply()
+    assert box.did("llmbox-drift", "record")
+
+
+def test_a_diff_has_the_unit_before_and_after_and_the_record(box: Box) -> None:
+    (module.SYSTEM_DIR / "a-full.timer").write_text("[Timer]\n")
+    (module.SYSTEM_DIR / "a@.service").unlink()
+    box.changed = True
+    shown = [(one["before"], one["after"]) for one in box.apply(check=True)["diff"]]
+    assert shown == [("", UNITS["a@.service"]), ("[Timer]\n", UNITS["a-full.timer"]), ("", "x")]
 
 
 def test_a_new_record_is_a_change(box: Box) -> None:

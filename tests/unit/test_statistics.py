@@ -77,6 +77,50 @@ def test_a_noisy_box_says_so_and_what_it_can_see() -> None:
     assert verdict.baseline.threshold(RECENT) < seen
 
 
+def test_the_wander_is_that_of_the_level_of_runs_in_a_row() -> None:
+    values = [100.0, 101.0, 102.0, 103.0, 104.0, 105.0]
+    rows = [level(values[:RECENT]), level(values[1:])]
+    assert Baseline.of(values).wander == pytest.approx(1.4826 * spread(rows)) and spread(rows) > 0
+    assert Baseline.of([50.0, 100.0, 150.0]).wander == 0.0, "too few for a row"
+
+
+def test_what_disturbs_a_quiet_box_for_a_while_does_not_blind_it() -> None:
+    """A noisy one it does: there what disturbs it comes again."""
+    disturbed = [100.0] * 30 + [50.0] * RECENT + [100.0] * RECENT
+    assert Baseline.of(disturbed).wander == 0.0
+    assert Baseline.of(disturbed).threshold(RECENT) == LEAST_CHANGE
+    noisy = [90.0, 110.0] * 15 + [50.0] * RECENT + [90.0, 110.0]
+    assert Baseline.of(noisy).wander > 0.2
+
+
+@pytest.mark.parametrize(
+    ("known", "threshold", "seen"),
+    [
+        (Baseline(100, 0.02, 60), 0.06, 0.0768),
+        (Baseline(100, 0.03, 60), 0.0616, 0.0867),
+        (Baseline(100, 0.06, 60), 0.2245, 0.2654),
+        (Baseline(100, 0.06, 60, wander=0.1), 0.4512, 0.5171),
+    ],
+)
+def test_thresholds_by_hand(known: Baseline, threshold: float, seen: float) -> None:
+    """1 - exp(-z * error), the error 1.4826 * spread * sqrt(pi / 3 * (1 / 5 + 1 / 60)) or the wander."""
+    assert known.threshold(RECENT) == pytest.approx(threshold, abs=1e-4)
+    assert known.detectable(RECENT) == pytest.approx(seen, abs=1e-4)
+    assert known.noisy == (known.spread > 0.03)
+
+
+def test_a_slow_box_has_a_baseline_too() -> None:
+    assert Baseline.of([0.5] * BASELINE_LEAST).level == 0.5
+    assert judge([1.0]).change == 0.0
+
+
+def test_an_interval_is_as_wide_as_it_is_sure() -> None:
+    pairs = [(100.0, speed) for speed in normal(15, 0.05)]
+    sure, unsure = ratio_of_medians(pairs), ratio_of_medians(pairs, confidence=0.5)
+    assert sure.low < unsure.low <= unsure.value <= unsure.high < sure.high
+    assert (sure.confidence, unsure.confidence) == (0.95, 0.5)
+
+
 def test_the_baseline_rolls() -> None:
     values = [50.0] * 100 + [100.0] * BASELINE
     assert Baseline.of(values).level == 100.0

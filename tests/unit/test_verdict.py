@@ -123,7 +123,7 @@ def test_without_something_to_compare_with_it_stays_open() -> None:
 
 def test_too_few_pairs_are_no_verdict() -> None:
     few = replace(world(), generation=pairs(1.0, count=4), prefill=())
-    assert judge([few]).word == "undecided"
+    assert judge([few]) == Verdict("undecided", ("coder could not be measured: too few runs",))
     busy = replace(few, trouble="no run of 10 was undisturbed")
     assert judge([busy]).reasons == ("coder could not be measured: no run of 10 was undisturbed",)
 
