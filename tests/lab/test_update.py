@@ -300,9 +300,8 @@ def test_killed_anywhere_the_box_serves_one_release_whole(
     assert max(one.waited_ms for one in traffic.sent) < 1000 * hold
 
 
-@pytest.mark.parametrize(
-    "playbook", [UPDATE, pytest.param("playbooks/llm_server.yml", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("playbook", [UPDATE, "playbooks/llm_server.yml"])
 def test_killed_between_the_links_and_the_restart_the_next_run_restarts(
     new: tuple[Data, str], old: str, playbook: str
 ) -> None:
