@@ -273,6 +273,19 @@ def test_nobody_is_sent_to_a_server_that_was_lost() -> None:
     run(body)
 
 
+def test_who_tells_late_that_a_former_server_was_lost_does_not_disturb_the_present_one() -> None:
+    async def body() -> None:
+        box = FakeBox("c")
+        async with running(box) as board:
+            former = await turn(board.ask(None, "k", slot=True))
+            box.become("c")
+            await until(lambda: board.serving is not None and board.serving.pid == box.pid)
+            board.lost(former)
+            assert board.ask(None, "k", slot=True).granted.done()
+
+    run(body)
+
+
 def test_when_nothing_runs_a_request_is_told_how_to_start_one() -> None:
     async def body() -> None:
         async with running(FakeBox(None)) as board:
@@ -391,7 +404,7 @@ def test_a_hold_drains_and_then_keeps_everybody_waiting() -> None:
             await asyncio.sleep(0.02)
             assert not waiting.granted.done() and box.log == ["prefetch b"]
             leave.set()
-            assert (await turn(waiting)).preset == "b"
+            assert (await turn(waiting)).preset == "b" and waiting.switch == "waited"
             await holding
 
     run(body)
