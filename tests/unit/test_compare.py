@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from scripts import _compare as module
 from scripts._compare import Bench, Refused, of_releases, prompt_cache_trouble, tool_call_trouble
 from scripts._measure import NotMeasured, Shape, Timed
 from scripts._trial import Serving, TrialFailed
-from scripts._verdict import judge_preset
+from scripts._verdict import Comparison, judge_preset
 
 OLD, NEW = ["/r/old/llama-server", "-c", "1"], ["/r/new/llama-server", "-c", "1"]
 SHAPE = Shape("short", 1536, 400)
@@ -144,9 +145,29 @@ def test_a_busy_gateway_is_asked_again_and_no_fault_of_the_release(box: Box) -> 
         transport=httpx.MockTransport(lambda _: replies.pop(0) if replies else httpx.Response(503)),
         base_url="http://box",
     )
+    slept: list[float] = []
+    bench.sleep = slept.append
     assert bench._ask("/x", {}) == {"a": 1}
     with pytest.raises(NotMeasured, match="HTTP 503"):
         bench._ask("/x", {})
+    assert slept == [3.0] * 3, "once between the two, twice between the three"
+
+
+@pytest.mark.parametrize(("status", "error"), [(429, NotMeasured), (502, NotMeasured), (400, Refused)])
+def test_what_passes_is_told_from_what_is_refused(box: Box, status: int, error: type[Exception]) -> None:
+    bench = box.bench()
+    answer = httpx.MockTransport(lambda _: httpx.Response(status, json={"error": {"message": "so"}}))
+    bench.client = httpx.Client(transport=answer, base_url="http://box")
+    with pytest.raises(error, match="so"):
+        bench._ask("/x", {})
+
+
+def test_a_release_is_probed_once(box: Box) -> None:
+    asked: list[str] = []
+    answer = box.http
+    box.http = lambda request: asked.append(request.url.path) or answer(request)  # type: ignore
+    box.bench().compare()
+    assert asked == ["/v1/chat/completions", "/completion", "/completion"] * 2
 
 
 @pytest.mark.parametrize(
@@ -194,8 +215,64 @@ def test_both_sides_have_the_same_flags() -> None:
     )
     assert of_releases("other", told, ("one", "two")) is None
     assert of_releases("smol", None, ("one", "two")) is None
+    for other in (["/usr/bin/llama-server"], []):
+        assert of_releases("smol", {"presets": {"smol": {"command": other}}}, ("one", "two")) is None
 
 
 def test_a_build_without_presets_needs_no_host() -> None:
     box = SimpleNamespace(names=lambda _: [], config=None)
     assert module.compare(None, box, "up", ("one", "two"), print) == []  # type: ignore[arg-type]
+
+
+class Presets:
+    """A box with presets of two builds, one of which it does not know; what was measured is kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, speeds: Mapping[str, float]) -> None:
+        self.speeds, self.measured, self.keys = speeds, list[str](), list[str | None]()
+        builds = {"a": "up", "other": "tq3", "unknown": "up", "b": "up", "c": "up"}
+        known = {name: {"command": ["/o/current/bin/llama-server"]} for name in builds.keys() - {"unknown"}}
+        self.box: Any = SimpleNamespace(
+            names=lambda _scope: list(builds),
+            config=SimpleNamespace(llama_presets={n: SimpleNamespace(build=b) for n, b in builds.items()}),
+            front=SimpleNamespace(host="127.0.0.1", port=1234),
+            request=dict,
+            slot_context=lambda _preset: 32768,
+        )
+        monkeypatch.setattr(module, "ask", lambda *_, **__: {"llm": {"presets": {"presets": known}}})
+        monkeypatch.setattr(module, "reach", lambda *_: nullcontext("http://box"))
+        monkeypatch.setattr(module, "trial", lambda _host, preset: nullcontext(preset))
+        monkeypatch.setattr(module, "Bench", self.bench)
+
+    def bench(self, _held: Any, client: httpx.Client, _meter: Any, preset: str, *_: Any) -> Any:
+        self.measured.append(preset)
+        self.keys.append(client.headers.get("authorization"))
+        if preset not in self.speeds:
+            raise TrialFailed("the lock was lost", [])
+        pairs = ((100.0, self.speeds[preset]),) * 5
+        return SimpleNamespace(compare=lambda: Comparison(preset, generation=pairs, prefill=pairs))
+
+    def compare(self) -> list[Comparison]:
+        host: Any = None
+        return module.compare(host, self.box, "up", ("one", "two"), lambda _: None)
+
+
+def test_presets_of_the_build_are_compared_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLMBOX_KEY", raising=False)
+    presets = Presets(monkeypatch, {"a": 100.0, "b": 100.0, "c": 100.0})
+    found = presets.compare()
+    assert [one.preset for one in found] == ["a", "unknown", "b", "c"]
+    assert found[1].trouble == "the box does not know it; fix: run site.yml"
+    assert presets.measured == ["a", "b", "c"] and presets.keys == [None] * 3
+
+
+def test_the_first_that_speaks_against_the_new_release_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    presets = Presets(monkeypatch, {"a": 100.0, "b": 50.0, "c": 100.0})
+    assert [one.preset for one in presets.compare()] == ["a", "unknown", "b"]
+
+
+def test_one_that_cannot_be_measured_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMBOX_KEY", "k")
+    presets = Presets(monkeypatch, {"b": 100.0, "c": 100.0})
+    found = presets.compare()
+    assert [one.preset for one in found] == ["a", "unknown", "b", "c"] and "lock was lost" in found[0].trouble
+    assert presets.keys == ["Bearer k"] * 3
