@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Measure the OCR pipeline as it comes, without a GPU: accuracy, another generator, speed, memory.
 
-    scripts/bench_ocr.py [PART ...] [--results DIR] [--output DIR] [--seed N] [--photos N]
+    scripts/bench_ocr.py [PART ...] [--output DIR] [--work DIR] [--seed N] [--photos N]
 
-PART is accuracy, second, bank, speed or memory; without one, all of them. Each part keeps its figures in the
-results' folder, so that a long measurement can be made in pieces; ocr.md and ocr.png are written from all
-that is there. Accuracy is what scripts/verify_ocr.py counts, on photos of seeds that nothing was trained or
+PART is accuracy, second, bank, speed or memory; without one, all of them. Each part keeps its figures in
+ocr.json beside the page, so that one can be measured again by itself; ocr.md and ocr.png are written from all
+that are there. Accuracy is what scripts/verify_ocr.py counts, on photos of seeds that nothing was trained or
 tuned on. The typefaces that photos are drawn with are Debian packages: they are named, then installed
 (LAB_INSTALL=0: the command is printed instead).
 Exit codes: 0 written, 2 could not measure (one line says why).
@@ -194,7 +194,7 @@ def memory(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     finally:
         child.stdin.close()
         child.wait(PHOTO_TIMEOUT_S)
-    return {"rss": [row[0] for row in rows], "peak": rows[-1][1], "images": len(rows)}
+    return {"rss": [round(row[0]) for row in rows], "peak": rows[-1][1], "images": len(rows)}
 
 
 def resized(data: bytes, factor: float) -> bytes:
@@ -445,8 +445,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("part", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; none: all")
-    parser.add_argument("--results", type=Path, default=ROOT / "build/ocr-bench", metavar="DIR")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks", metavar="DIR")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build/ocr-bench", metavar="DIR", help="of photos"
+    )
     parser.add_argument("--seed", type=int, default=SEED, help="of the first held-out photo")
     parser.add_argument("--photos", type=int, default=60, help="held-out photos")
     parser.add_argument("--second", type=int, default=45, metavar="N", help="photos of the other generator")
@@ -469,19 +471,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return worker()
     measures = {"accuracy": accuracy, "second": second, "bank": bank, "speed": speed, "memory": memory}
     try:
-        args.results.mkdir(parents=True, exist_ok=True)
+        args.work.mkdir(parents=True, exist_ok=True)
+        figures = args.output / "ocr.json"
+        parts = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
         wanted = () if args.page else args.part or PARTS
         if wanted:
             packages.ensure(from_environment(), plates.PACKAGES | _second_plates.PACKAGES)
         for name in wanted:
             told = {"commit": commit(), "day": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine()}
             progress(name)
-            found = {**told, **measures[name](args.results, args)}
-            (args.results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        stored = {name: args.results / f"{name}.json" for name in PARTS}
-        parts = {name: json.loads(path.read_text()) for name, path in stored.items() if path.is_file()}
+            parts[name] = {**told, **measures[name](args.work, args)}
+            figures.write_text(json.dumps(parts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         if not parts:
-            raise verify_ocr.CannotRunError(f"{args.results}: nothing was measured yet")
+            raise verify_ocr.CannotRunError(f"{figures}: nothing was measured yet")
         text = page(parts)
         (args.output / "ocr.md").write_text(text, encoding="utf-8")
         if "accuracy" in parts:

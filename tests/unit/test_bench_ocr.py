@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab import packages
 from scripts import _second_plates, bench_ocr, verify_ocr
 
 
@@ -75,11 +77,19 @@ def test_missing_typefaces_are_named_before_anything_is_measured(
     monkeypatch.setenv("LAB_INSTALL", "0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(_second_plates, "PACKAGES", {"/nowhere/plate.ttf": "fonts-of-plates"})
-    assert (
-        bench_ocr.main(
-            ["second", "--second", "1", "--results", str(tmp_path / "results"), "--output", str(tmp_path)]
-        )
-        == 2
-    )
+    places = ["--work", str(tmp_path / "photos"), "--output", str(tmp_path)]
+    assert bench_ocr.main(["second", "--second", "1", *places]) == 2
     assert "fonts-of-plates" in capsys.readouterr().err
-    assert not list((tmp_path / "results").iterdir())
+    assert not list((tmp_path / "photos").iterdir())
+
+
+def test_one_part_measured_again_leaves_the_others_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "ensure", lambda *_: None)
+    monkeypatch.setattr(bench_ocr, "memory", lambda *_: {"rss": [400, 500], "peak": 600.0, "images": 2})
+    (tmp_path / "ocr.json").write_text(json.dumps({"accuracy": measured(4)}))
+    assert bench_ocr.main(["memory", "--work", str(tmp_path / "photos"), "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "ocr.md").read_text()
+    assert row(text, "easy and medium").endswith("| 96.0% | **not met** |")
+    assert row(text, "a worker's memory after 2 varied images").endswith("| 500 MB | met |")
