@@ -50,7 +50,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _gone_back(self, began: float, task_vars: dict[str, Any] | None) -> str:
         """Wait until the host has its former rules again; what became of it in words."""
-        deadline = began + float(self._task.args["confirm_timeout"]) + RETURN_PATIENCE_S
+        # The attempt to confirm may have taken longer than the host's timer: it is looked at in any case.
+        returned = began + float(self._task.args["confirm_timeout"])
+        deadline = max(returned, time.monotonic()) + RETURN_PATIENCE_S
         while time.monotonic() < deadline:
             try:
                 self._connection.reset()
