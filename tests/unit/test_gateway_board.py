@@ -241,6 +241,22 @@ def test_a_preset_that_fails_is_told_once_and_the_former_serves_on() -> None:
     run(body)
 
 
+def test_a_preset_that_was_mended_and_started_by_hand_has_failed_no_longer() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        box.failing["b"] = "no such file"
+        async with running(box) as board:
+            with pytest.raises(Refusal, match="no such file"):
+                await turn(board.ask("b", "k", slot=True))
+            box.failing.clear()
+            box.become("b")
+            await until(lambda: board.serving is not None and board.serving.preset == "b")
+            board.release(await turn(board.ask("a", "k", slot=True)))
+            assert (await turn(board.ask("b", "k", slot=True))).preset == "b"
+
+    run(body)
+
+
 def test_a_crash_holds_what_comes_until_the_server_is_back() -> None:
     async def body() -> None:
         box = FakeBox()

@@ -83,6 +83,20 @@ def test_signs_of_life_are_no_answer_yet(tmp_path: Path) -> None:
     run(body)
 
 
+def test_a_server_that_says_it_is_loading_has_not_had_the_request(tmp_path: Path) -> None:
+    async def loading(writer: asyncio.StreamWriter) -> None:
+        said = b'{"error": {"code": 503, "message": "Loading model"}}'
+        head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d"
+        writer.write(head % len(said) + b"\r\n\r\n" + said)
+
+    async def body() -> None:
+        place = Place(tmp_path, loading, loading, loading, whole)
+        async with place.running():
+            assert (await place.ask({})).status == 200 and len(place.bodies) == 4
+
+    run(body)
+
+
 def test_at_the_second_crash_it_is_given_up_and_remembered(tmp_path: Path) -> None:
     async def body() -> None:
         box = FakeBox()
