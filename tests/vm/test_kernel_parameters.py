@@ -13,6 +13,7 @@ from tests.vm.machine import NAME, Machine
 pytestmark = pytest.mark.long
 
 DROP_IN = "/etc/default/grub.d/99-llmbox.cfg"
+KEPT = "/var/tmp/kept"
 SETTINGS, BOOTS = "/etc/default/grub", "/boot/grub/grub.cfg"
 
 
@@ -81,7 +82,7 @@ def test_what_is_broken_is_caught_before_the_reboot_and_it_still_boots(restored:
             "50-hand.cfg",
         ),  # in what it is generated from
     ):
-        machine.run(f"test ! -e {place} || sudo cp {place} /root/kept", stdin="")
+        machine.out(f"sudo sh -c 'rm -f {KEPT}; test ! -e {place} || cp -a {place} {KEPT}'")
         machine.run(f"sudo tee -a {place} > /dev/null", stdin=text).check()
         refused = role(machine, "pcie_aspm=off", "consoleblank=60", reboot=True)
         assert refused.rc != 0
@@ -89,8 +90,7 @@ def test_what_is_broken_is_caught_before_the_reboot_and_it_still_boots(restored:
         assert "boots as before" in refused.stdout
         assert machine.boot_id == boot
         assert machine.out(f"sudo sha256sum {BOOTS}") == good
-        machine.run(f"sudo rm -f {place}; test ! -e /root/kept || sudo mv /root/kept {place}")
-    machine.run("sudo chmod +x /etc/grub.d/40_custom")
+        machine.out(f"sudo sh -c 'rm -f {place}; test ! -e {KEPT} || mv {KEPT} {place}'")
     machine.reboot()
     assert "pcie_aspm=off" in given(machine)
 
