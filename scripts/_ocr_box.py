@@ -20,6 +20,8 @@ class OcrBox:
     workers: int
     competing_units: tuple[str, ...]
     card: bool
+    host: str
+    port: int
 
     @classmethod
     def of(cls, variables: Mapping[str, Any]) -> OcrBox:
@@ -31,6 +33,8 @@ class OcrBox:
             workers=int(variables["ocr_service_workers"]),
             competing_units=tuple(variables["ocr_service_competing_units"]),
             card=bool(variables.get("llama_presets_gpu_memory_mib")),
+            host=str(variables["ocr_service_host"]),
+            port=int(variables["ocr_service_port"]),
         )
 
     def request(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 
     scripts/verify_health.py --inventory DIR [--limit PATTERN] [--drift] [--json FILE]
 
-Nothing is changed. With --drift LLM boxes are also compared with what was deployed on them
+Nothing is changed. With --drift LLM and OCR boxes are also compared with what was deployed on them
 (docs/drift.md). All expected values come from the inventory and the roles' defaults. A gateway that wants
 a key is shown the one in the environment variable LLMBOX_KEY. Progress goes to standard error, a table and
 one line for each check that fell short to standard output, JSON to FILE (`-`:
@@ -60,6 +60,7 @@ NOT_IN_EFFECT = "asked for, not in effect; fix: run site.yml with -e allow_reboo
 NOT_ASKED_FOR = (
     "not in effect; fix: add it to gpu_host_kernel_parameters, then run site.yml with -e allow_reboot=true"
 )
+HOSTS = "llama_hosts"  # they record what was deployed on them
 CLIENTS, LOCAL_CLAUDE = "clients", "~/.local/bin/local-claude"
 CHAT = {
     "messages": [{"role": "user", "content": "Count from one to five in words."}],
@@ -552,6 +553,12 @@ def ocr_checks(box: OcrBox, seen: Mapping[str, Any], command_line: Sequence[str]
     return checks
 
 
+def ocr_ready_check(box: OcrBox, answers: Answers) -> Check:
+    """The OCR service would read a photo now: a worker is there, and its backends answer."""
+    detail = f"GET /ready on {bracketed(box.host)}:{box.port}: {answers.failure}"
+    return equal("ocr_ready", answers.ready, 200, detail, "HTTP status")
+
+
 def card_checks(seen: Mapping[str, Any], command_line: Sequence[str]) -> list[Check]:
     """What a host with an NVIDIA card needs: the driver stays loaded, and the bus awake."""
     unit = as_dict(seen["persistence"])
@@ -640,6 +647,19 @@ def question(url: str, *, chat: bool = True) -> Answers:
         return Answers(health, ready, "", f"{type(error).__name__}: {error}".splitlines()[0])
 
 
+def readiness(host: Host, box: OcrBox) -> Answers:
+    """Whether the OCR service is ready. Never raises for its failure."""
+    try:
+        with (
+            reach(host, box.host, box.port) as url,
+            httpx.Client(base_url=url, timeout=HEALTH_TIMEOUT_S, trust_env=False) as client,
+        ):
+            reply = client.get("/ready")
+    except (httpx.HTTPError, Unreachable) as error:
+        return Answers(failure=f"{type(error).__name__}: {error}".splitlines()[0])
+    return Answers(ready=reply.status_code, failure="" if reply.status_code == 200 else refusal(reply))
+
+
 def verify(host: Host, *, drift: bool = False) -> HostReport:
     """Everything about one host. Never raises for what is wrong there."""
     llm = GROUP in host.groups
@@ -669,11 +689,12 @@ def verify(host: Host, *, drift: bool = False) -> HostReport:
             there = {one.name for one in checks}  # the same parameter may be asked for, too
             layers = ocr_checks(ocr, seen["ocr"], seen["command_line"])
             checks += [one for one in layers if one.name not in there]
+            checks.append(ocr_ready_check(ocr, readiness(host, ocr)))
         if rules:
             checks.append(firewall_check(seen["firewall"]))
         if box:
             checks += llm_checks(box, seen["llm"], over_http(host, box, seen["llm"]))
-        if box and drift:
+        if drift and HOSTS in host.groups:
             checks += drift_checks(compare(host))
     except (InventoryError, HostError, Unreachable) as error:
         return HostReport(host.name, error=str(error))

@@ -88,6 +88,56 @@ def test_a_worker_that_is_killed_is_replaced(on_host: OnHost) -> None:
     assert on_host(OCR, pid).check().stdout.strip() != before
 
 
+def test_its_log_is_the_journal_which_rotates(on_host: OnHost) -> None:
+    """No file of its own grows; what it says after a rotation is in the next journal, which has a limit."""
+
+    def said(path: str, *files: str) -> bool:
+        journal = f"sudo journalctl {' '.join(files)} -u ocr-api.service -o cat --grep '{path} 404'"
+        return bool(on_host(OCR, journal).rc == 0)
+
+    ask(on_host, "/before-the-rotation")
+    on_host(OCR, "sudo journalctl --sync --rotate").check()
+    ask(on_host, "/after-the-rotation")
+    on_host(OCR, "sudo journalctl --sync").check()
+    active = ("--file '/var/log/journal/*/system.journal'",)
+    assert (said("/before-the-rotation"), said("/after-the-rotation")) == (True, True)
+    assert (said("/before-the-rotation", *active), said("/after-the-rotation", *active)) == (False, True)
+    limit = on_host(
+        OCR, "sudo journalctl -u systemd-journald -o cat --grep 'System Journal .* max [0-9.]+[MG],'"
+    )
+    assert limit.check().stdout
+    own = on_host(OCR, "sudo find /var/lib/ocr /var/log -user ocr -type f -name '*log*' ! -name '*.sqlite3*'")
+    assert own.check().stdout == ""
+
+
+def test_what_a_hand_changes_on_the_box_is_named(on_host: OnHost) -> None:
+    """Settings, a unit, a file of the environment, what starts at boot; put back, it is as deployed again."""
+    files = (
+        "/etc/ocr/pipeline.json",
+        "/etc/systemd/system/ocr-worker@.service",
+        "$(realpath /opt/ocr/lib/python3*/site-packages/ocr_pipeline/grounding.py)",
+    )
+    unit = "ocr-worker@1.service"
+
+    def drift() -> list[str]:
+        report = on_host(OCR, "sudo llmbox-drift check --json", timeout=120)
+        return [one["path"].rpartition("/")[2] for one in json.loads(report.stdout)["drift"]]
+
+    def each(command: str) -> None:
+        on_host(OCR, f"sudo sh -c 'for file in {' '.join(files)}; do {command}; done'").check()
+
+    assert drift() == []
+    each("cp -a $file $file.kept; echo >> $file")
+    try:
+        on_host(OCR, f"sudo systemctl disable {unit}").check()
+        found = drift()
+    finally:
+        each("mv $file.kept $file")
+        on_host(OCR, f"sudo systemctl enable {unit}").check()
+    assert set(found) >= {"pipeline.json", "ocr-worker@.service", "grounding.py", f"{unit} of the system"}
+    assert drift() == []
+
+
 def test_each_layer_that_protects_the_gpu_is_missed_when_it_is_taken_away(on_host: OnHost) -> None:
     """The program's, the unit's and the host's; this host has no card, so its two are missing anyway."""
     (host,) = load(support.LAB_INVENTORY, limit=OCR)

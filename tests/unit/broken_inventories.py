@@ -571,6 +571,7 @@ CASES = (
             ("-fa", "off", "flash_attention"),
             ("-ncmoe", "1", "n_cpu_moe"),
             ("-md", "/d.gguf", "draft"),
+            ("--mmproj", "/p.gguf", "projector"),
             ("--no-jinja", "x", "jinja"),
         )
     ),
@@ -673,6 +674,21 @@ CASES = (
         "known: qwen-coder-q4, qwen-draft-q8",
         "did you mean 'qwen-coder-q4'?",
         gate=True,
+    ),
+    Case(
+        "unknown-projector",
+        put("llama_presets.vision.projector", "nothing-like-it", "ocr"),
+        "llama_presets.vision.projector",
+        "not a key of gguf_models",
+        "add it to gguf_models",
+        "ocr",
+    ),
+    Case(
+        "own-projector",
+        preset("projector", "qwen-coder-q4"),
+        f"{CODER}.projector",
+        "is the model itself",
+        "name its mmproj file",
     ),
     Case(
         "unknown-draft",

@@ -111,7 +111,11 @@ def preset(**changes: Any) -> Preset:
 
 
 def line(
-    dialect: Dialect | None, listen: str = "127.0.0.1:8090", draft: str | None = None, **changes: Any
+    dialect: Dialect | None,
+    listen: str = "127.0.0.1:8090",
+    draft: str | None = None,
+    projector: str | None = None,
+    **changes: Any,
 ) -> list[str]:
     """The command line of such a preset."""
     return command_line(
@@ -121,6 +125,7 @@ def line(
         model_path="/m/model.gguf",
         draft_path=draft,
         listen=listen,
+        projector_path=projector,
         dialect=dialect,
     )
 
@@ -180,6 +185,13 @@ def test_an_old_binary_gets_only_what_it_knows() -> None:
     assert value(command, "--n-gpu-layers-draft") == "99"
     assert "--spec-type" not in command
     assert "--flash-attn" not in line(OLD, flash_attention=False, kv_cache_type="f16")
+
+
+def test_a_projector_is_named_to_a_binary_that_knows_it() -> None:
+    known = Dialect.from_help(CURRENT_HELP + "-mm,   --mmproj FILE                    path to a projector\n")
+    assert value(line(known, projector="/m/p.gguf"), "--mmproj") == "/m/p.gguf"
+    with pytest.raises(InventoryError, match=r"does not know --mmproj; fix: use a newer build"):
+        line(CURRENT, projector="/m/p.gguf")
 
 
 def test_a_draft_model_in_the_current_dialect() -> None:

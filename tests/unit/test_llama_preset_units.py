@@ -45,16 +45,18 @@ class Box:
         )
         return SimpleNamespace(stdout=shown, stderr="", returncode=0)
 
-    def dry_run(self, command: list[str], on_disk: list[str] | None) -> dict[str, Any]:
+    def dry_run(self, command: list[str], on_disk: list[str] | None, scope: str = "user") -> dict[str, Any]:
         """The data says `command`, the disk holds `on_disk`; nothing may be written or reloaded."""
         presets = {"version": 1, "presets": {"coder": {"unit": UNIT, "command": command}}}
+        units = self.units if scope == "user" else module.SYSTEM_DIR
         if on_disk is not None:
-            (self.units / UNIT).write_text(text_of(on_disk))
-            (self.units / UNIT).chmod(self.mode)
+            units.mkdir(exist_ok=True)
+            (units / UNIT).write_text(text_of(on_disk))
+            (units / UNIT).chmod(self.mode)
         before = {each: each.read_bytes() for each in self.folder.rglob("*") if each.is_file()}
         wanted = {
             "user": "llm",
-            "units": {UNIT: {"scope": "user", "text": text_of(command)}},
+            "units": {UNIT: {"scope": scope, "text": text_of(command)}},
             "presets": presets,
             "path": str(self.folder / "presets.json"),
             "checker": ["false"],
@@ -102,6 +104,13 @@ def test_a_new_command_of_the_active_preset_predicts_its_restart(box: Box) -> No
             "after": "sleep 61\n",
         }
     ]
+
+
+def test_a_system_preset_is_restarted_by_the_system_and_always_meant_to_run(box: Box) -> None:
+    result = box.dry_run(["sleep", "61"], on_disk=RUNS, scope="system")
+    assert (result["changed"], result["restart"], result["restart_system"]) == (True, [], [UNIT])
+    assert "systemctl restart llama-coder.service" in [each["after_header"] for each in result["diff"]]
+    assert result["deployed"]["units"] == [{"unit": UNIT, "enabled": True, "active": True}]
 
 
 def test_a_stopped_preset_is_not_restarted(box: Box) -> None:

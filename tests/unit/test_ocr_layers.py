@@ -23,6 +23,8 @@ VARIABLES: dict[str, Any] = {
     "ocr_service_path": "/opt/ocr",
     "ocr_service_state_dir": "/var/lib/ocr",
     "ocr_service_workers": 2,
+    "ocr_service_host": "::1",
+    "ocr_service_port": 8091,
     "ocr_service_competing_units": ["comfyui.service", "gdm.service"],
     "llama_presets_gpu_memory_mib": 12227,
 }
@@ -61,6 +63,14 @@ def test_a_box_with_all_layers_is_well() -> None:
 def test_a_bus_that_may_sleep_is_named(given: list[str]) -> None:
     found = short(SEEN, given=given)
     assert list(found) == ["kernel_pcie_aspm"] and "gpu_host_kernel_parameters" in found["kernel_pcie_aspm"]
+
+
+def test_a_service_that_is_not_ready_says_why() -> None:
+    ready = verify_health.ocr_ready_check(BOX, verify_health.Answers(ready=200))
+    away = verify_health.ocr_ready_check(BOX, verify_health.Answers(ready=503, failure="HTTP 503: no worker"))
+    gone = verify_health.ocr_ready_check(BOX, verify_health.Answers(failure="ConnectError: refused"))
+    assert (ready.ok, away.ok, gone.ok) == (True, False, False)
+    assert away.detail == "GET /ready on [::1]:8091: HTTP 503: no worker"
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,14 @@ def test_vision_sends_a_picture_and_takes_lines() -> None:
     seen = ServerVision(VisionSettings(), transport=httpx.MockTransport(answer)).read(PIXELS, Deadline(60))
     assert [line.text for line in seen.lines] == ["WEG", "POT 75 kVA"]
     assert asked[0]["messages"][1]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert asked[0]["max_tokens"] == VisionSettings().max_tokens
+
+
+def test_a_line_that_the_vision_server_could_not_end_is_no_line() -> None:
+    """Half a number would be another number."""
+    cut = {"choices": [{"message": {"content": "WEG\n13800/132"}, "finish_reason": "length"}]}
+    seen = ServerVision(VisionSettings(), transport=replies(cut)).read(PIXELS, Deadline(60))
+    assert [line.text for line in seen.lines] == ["WEG"]
 
 
 def test_the_reasoning_model_gets_text_as_data_and_a_schema() -> None:
@@ -300,6 +308,7 @@ def test_the_reasoning_model_gets_text_as_data_and_a_schema() -> None:
     assert found.candidates["potencia_kva"].value == 75
     assert asked[0]["messages"][1]["content"] == '["say \\"x\\""]'
     assert set(asked[0]["format"]["properties"]) >= {"potencia_kva", "matricula"}
+    assert asked[0]["options"]["num_predict"] == ReasoningSettings().max_tokens
 
 
 def test_a_models_values_take_the_fields_own_form() -> None:

@@ -117,6 +117,22 @@ def test_a_system_preset_stands_alone() -> None:
     assert vision["conflicts"] == vision["after"] == []
 
 
+def test_a_projector_is_installed_and_named_with_its_model() -> None:
+    """It is a file like any other: downloaded, verified, watched for drift."""
+    data = variables(broken.inventory(), "ocr-box")
+    data["llama_presets"]["vision"]["projector"] = "qwen-draft-q8"
+    ocr = HostConfig.load(data)
+    vision = plan(ocr)["vision"]
+    path = "/home/llm/models/gguf/qwen-draft-q8.gguf"
+    assert vision["command"][vision["command"].index("--mmproj") + 1] == path
+    assert vision["model_files"][-1] == path
+    assert vision["draft_path"] is None
+    assert {model["name"] for model in derive.models_plan(ocr) if "vision" in model["used_by"]} == {
+        vision["model"],
+        "qwen-draft-q8",
+    }
+
+
 def test_one_variable_moves_every_user_preset(config: HostConfig) -> None:
     """Where presets listen is one fact."""
     moved = plan(config, listen="/run/user/1500/llama.sock")

@@ -51,7 +51,12 @@ EXAMPLES = r"""
 RETURN = r"""
 restart:
   description:
-    - Names of the presets that run with another command than their unit has, or after a dry run would have.
+    - Names of the user presets that run with another command than their unit has, or would have after a
+      dry run.
+  type: list
+  returned: always
+restart_system:
+  description: The units of system presets of which the same holds.
   type: list
   returned: always
 deployed:
@@ -377,7 +382,9 @@ def deployed(scopes: list[Scope], path: Path) -> dict[str, Any]:
     """The files that this module keeps as they are, and the units among them with their user."""
     files = [str(path), *(str(scope.folder / name) for scope in scopes for name in scope.wanted)]
     units = [
-        {"unit": name, "user": scope.account.name if scope.account else ""}
+        {"unit": name, "user": scope.account.name}
+        if scope.account
+        else {"unit": name, "enabled": True, "active": True}
         for scope in scopes
         for name in scope.wanted
     ]
@@ -425,10 +432,12 @@ def apply(module: AnsibleModule) -> dict[str, Any]:
     presets_wanted = wanted["presets"]["presets"]
     names = {preset["unit"]: name for name, preset in presets_wanted.items()}
     commands = {preset["unit"]: preset["command"] for preset in presets_wanted.values()}
-    otherwise = scopes[0].running_otherwise(commands)
-    result["restart"] = [names[unit] for unit in otherwise]
+    users, systems = (scope.running_otherwise(commands) for scope in scopes)
+    otherwise = users | systems
+    result["restart"] = [names[unit] for unit in users]
+    result["restart_system"] = list(systems)
     for unit, (running, command) in otherwise.items():
-        where = f"lmswitch --restart {names[unit]}"
+        where = f"systemctl restart {unit}" if unit in systems else f"lmswitch --restart {names[unit]}"
         result["diff"].append(
             {
                 "before_header": where,

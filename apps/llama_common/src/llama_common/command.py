@@ -22,6 +22,7 @@ def command_line(
     model_path: str,
     draft_path: str | None,
     listen: str,
+    projector_path: str | None = None,
     dialect: Dialect | None = None,
     draft_type: DraftType | None = None,
 ) -> list[str]:
@@ -52,6 +53,10 @@ def command_line(
         "--cache-type-v",
         preset.kv_cache_type,
     ]
+    if projector_path is not None:
+        if not dialect.knows("--mmproj"):
+            raise _unsupported("--mmproj", name, preset, "projector", "use a newer build, or leave it out")
+        command += ["--mmproj", projector_path]
     if preset.threads is not None:
         command += ["--threads", str(preset.threads)]
     if preset.n_cpu_moe:

@@ -59,7 +59,7 @@ def presets_plan(
     """Everything about every preset: its own keys, and
 
     unit, command (argv), listen, health_url (base URL), model_path, draft_path, draft_type, draft_choice
-    (what was measured for `auto`), model_files (of both), tensor_types (numbers, as far as the lock has
+    (what was measured for `auto`), model_files (of all), tensor_types (numbers, as far as the lock has
     them), conflicts, after, commit, context_per_slot.
     `listen` is where user presets without a place of their own listen; `dialects` holds the --help text of
     each build's llama-server, where it is known. Raises InventoryError when a binary lacks what its preset
@@ -72,6 +72,7 @@ def presets_plan(
         place = preset.listen or listen or config.llama_presets_listen
         paths = [f"{models_dir}/{config.files(model)[0].file}" for model in config.models_of(name)]
         exclusive = preset.scope == "user"
+        projector = [f"{models_dir}/{config.files(model)[0].file}" for model in config.projector_of(name)]
         draft, choice = config.draft(name), config.draft_choice(name)
         plan[name] = {
             **preset.model_dump(mode="json"),
@@ -84,6 +85,7 @@ def presets_plan(
                 binary=f"{releases_root}/{preset.build}/current/bin/llama-server",
                 model_path=paths[0],
                 draft_path=paths[1] if len(paths) > 1 else None,
+                projector_path=projector[0] if projector else None,
                 listen=place,
                 dialect=Dialect.from_help((dialects or {}).get(preset.build)),
                 draft_type=draft.type if draft else None,
@@ -96,7 +98,7 @@ def presets_plan(
             "draft_choice": choice.model_dump(mode="json") if choice else None,
             "model_files": [
                 f"{models_dir}/{file.file}"
-                for model in config.models_of(name)
+                for model in [*config.models_of(name), *config.projector_of(name)]
                 for file in config.files(model)
             ],
             "tensor_types": sorted(

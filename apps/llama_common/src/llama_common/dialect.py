@@ -84,6 +84,7 @@ class Dialect:
 CURRENT: Final = Dialect(
     {
         "--model": "FNAME",
+        "--mmproj": "FILE",
         "--alias": "STRING",
         "--host": "HOST",
         "--port": "PORT",

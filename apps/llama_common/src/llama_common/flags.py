@@ -45,6 +45,7 @@ OWNED: Final[dict[str, tuple[str, ...]]] = {
         "--hf-repo-draft",
         "--spec-draft-hf",
     ),
+    "projector": ("-mm", "--mmproj", "-mmu", "--mmproj-url"),
 }
 """Flags that a key of the preset sets, by key."""
 

@@ -65,6 +65,8 @@ class Settings:
     def of(cls, preset: Mapping[str, Any]) -> Settings:
         """The settings of a preset's keys, its extra_args among them. Raises NotPredicted."""
         values: dict[str, Any] = {}
+        if preset.get("projector"):
+            raise NotPredicted("the memory that pictures take (projector) is not predicted")
         items = list(preset.get("extra_args") or ())
         for index, item in enumerate(items):
             flag = item.partition("=")[0]

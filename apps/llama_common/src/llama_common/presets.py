@@ -166,6 +166,9 @@ class Preset(_Strict):
         description="Draft model for speculative decoding: none, auto (what scripts/choose_draft.py measured "
         "to be faster on this host), or a key of gguf_models.",
     )
+    projector: ModelName | None = Field(
+        None, description="Key of gguf_models: the file through which a model takes pictures (--mmproj)."
+    )
     aliases: list[Alias] = Field(
         default_factory=list, max_length=8, description="Short names for lmswitch, unique on the host."
     )
@@ -449,9 +452,14 @@ class HostConfig(_Strict):
         draft = self.draft(preset)
         return [entry.model, *([draft.model] if draft and draft.model else [])]
 
+    def projector_of(self, preset: str) -> list[str]:
+        """The projector of a preset, nothing without one."""
+        projector = self.llama_presets[preset].projector
+        return [projector] if projector else []
+
     def models_for(self, preset: str) -> list[str]:
-        """The models that a preset needs on its host: also those that `draft: auto` may measure."""
-        names = self.models_of(preset)
+        """The models that a preset needs on its host: its projector and what `draft: auto` may try too."""
+        names = [*self.models_of(preset), *self.projector_of(preset)]
         if self.llama_presets[preset].draft == "auto":
             names += [one.model for one in drafts.candidates(self, preset) if one.model]
         return list(dict.fromkeys(names))

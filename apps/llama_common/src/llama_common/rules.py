@@ -164,11 +164,16 @@ def model_locks(config: HostConfig) -> Iterator[Problem]:
 
 
 def references(config: HostConfig) -> Iterator[Problem]:
-    """A preset names a build, a model and a draft model that exist."""
+    """A preset names a build, a model, a projector and a draft model that exist."""
     for name, preset in config.llama_presets.items():
         path = ("llama_presets", name)
         yield from _unknown((*path, "build"), preset.build, config.llama_cpp_builds, "llama_cpp_builds")
         yield from _unknown((*path, "model"), preset.model, config.gguf_models, "gguf_models")
+        if preset.projector is not None:
+            at = (*path, "projector")
+            yield from _unknown(at, preset.projector, config.gguf_models, "gguf_models")
+            if preset.projector == preset.model:
+                yield Problem(at, preset.projector, "is the model itself", "name its mmproj file")
         if preset.draft in fields.DRAFT_WORDS:
             continue
         yield from _unknown(

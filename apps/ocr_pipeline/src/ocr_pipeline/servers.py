@@ -115,6 +115,7 @@ class ServerVision:
     ) -> None:
         self._server = Server(settings.url, settings.timeout_s, lock, transport)
         self._model = settings.model
+        self._max_tokens = settings.max_tokens
 
     def ready(self) -> bool:
         """Whether the server answers."""
@@ -132,19 +133,19 @@ class ServerVision:
         body = {
             "model": self._model,
             "temperature": 0,
-            "max_tokens": 1024,
+            "max_tokens": self._max_tokens,
             "stream": False,
             "messages": [
                 {"role": "system", "content": TRANSCRIBE},
                 {"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture}}]},
             ],
         }
-        text = said(self._server.post("/v1/chat/completions", body, deadline))
-        lines = [
-            Line(part.strip()[:MAX_LINE])
-            for part in text.splitlines()
-            if part.strip() and part.strip() != "```"
-        ]
+        answer = self._server.post("/v1/chat/completions", body, deadline)
+        parts = said(answer).splitlines()
+        if answer["choices"][0].get("finish_reason") == "length":
+            log.warning("the vision server wrote as much as it may (max_tokens): its last line is cut off")
+            parts = parts[:-1]  # half a number would be a wrong one
+        lines = [Line(part.strip()[:MAX_LINE]) for part in parts if part.strip() and part.strip() != "```"]
         return Seen(tuple(lines[:MAX_LINES]), 0, time.perf_counter() - started)
 
 
@@ -204,7 +205,7 @@ class ServerReasoner:
                 "messages": messages,
                 "stream": False,
                 "format": schema,
-                "options": {"temperature": 0, "num_predict": 512},
+                "options": {"temperature": 0, "num_predict": self._settings.max_tokens},
             }
             message = self._server.post("/api/chat", body, deadline).get("message")
             content = message.get("content") if isinstance(message, dict) else None
@@ -215,7 +216,7 @@ class ServerReasoner:
             "model": self._settings.model,
             "messages": messages,
             "temperature": 0,
-            "max_tokens": 512,
+            "max_tokens": self._settings.max_tokens,
             "stream": False,
             "response_format": {
                 "type": "json_schema",

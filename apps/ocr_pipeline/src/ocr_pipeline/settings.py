@@ -19,6 +19,7 @@ from ocr_pipeline.images import Limits
 VARIABLE = "OCR_PIPELINE_SETTINGS"
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Tokens = Annotated[int, Field(ge=16, le=8192)]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
 
 
@@ -47,6 +48,7 @@ class VisionSettings(_Strict):
     url: Url = "http://127.0.0.1:8090"
     model: str = "vision"
     timeout_s: Seconds = 90.0
+    max_tokens: Tokens = 1024
     threads: Annotated[int, Field(ge=1, le=64)] = 2
 
 
@@ -57,6 +59,7 @@ class ReasoningSettings(_Strict):
     url: Url = "http://127.0.0.1:11434"
     model: str = "qwen2.5:14b"
     timeout_s: Seconds = 120.0
+    max_tokens: Tokens = 512
 
 
 class Settings(_Strict):
