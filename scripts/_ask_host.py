@@ -55,7 +55,7 @@ print(json.dumps(answer(STATE)))
 
 
 def compare(host: Host) -> dict[str, Any]:
-    """What differs on a box from what was deployed (llmbox.drift.cli.answer). Raises Unreachable."""
+    """What differs on a host from what was deployed (llmbox.drift.cli.answer). Raises Unreachable."""
     return run_program(host, checker_source(), become=True, timeout_s=COMPARISON_TIMEOUT_S)
 
 

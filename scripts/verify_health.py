@@ -3,7 +3,7 @@
 
     scripts/verify_health.py --inventory DIR [--limit PATTERN] [--drift] [--json FILE]
 
-Nothing is changed. With --drift LLM and OCR boxes are also compared with what was deployed on them
+Nothing is changed. With --drift boxes and routers are also compared with what was deployed on them
 (docs/drift.md). All expected values come from the inventory and the roles' defaults. A gateway that wants
 a key is shown the one in the environment variable LLMBOX_KEY. Progress goes to standard error, a table and
 one line for each check that fell short to standard output, JSON to FILE (`-`:
@@ -60,7 +60,7 @@ NOT_IN_EFFECT = "asked for, not in effect; fix: run site.yml with -e allow_reboo
 NOT_ASKED_FOR = (
     "not in effect; fix: add it to gpu_host_kernel_parameters, then run site.yml with -e allow_reboot=true"
 )
-HOSTS = "llama_hosts"  # they record what was deployed on them
+RECORDED = {"llama_hosts", "routers"}  # hosts on which a play records what it deployed
 CLIENTS, LOCAL_CLAUDE = "clients", "~/.local/bin/local-claude"
 CHAT = {
     "messages": [{"role": "user", "content": "Count from one to five in words."}],
@@ -694,7 +694,7 @@ def verify(host: Host, *, drift: bool = False) -> HostReport:
             checks.append(firewall_check(seen["firewall"]))
         if box:
             checks += llm_checks(box, seen["llm"], over_http(host, box, seen["llm"]))
-        if drift and HOSTS in host.groups:
+        if drift and RECORDED & set(host.groups):
             checks += drift_checks(compare(host))
     except (InventoryError, HostError, Unreachable) as error:
         return HostReport(host.name, error=str(error))

@@ -101,8 +101,10 @@ def place(on_host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         yield router
     finally:
         units = "/etc/systemd/system/llm-router.service"
-        folders = "/opt/llm-router /opt/llm-router-venvs /etc/llm-router /var/lib/llm-router"
-        on_host(support.CLIENT, f"sudo systemctl disable --now llm-router; sudo rm -rf {folders} {units}")
+        folders = "/opt/llm* /etc/llm-router /var/lib/llm* /usr/local/bin/{lmswitch,llmbox-*,gpu-guard}"
+        timers = "llmbox-drift-sampled.timer llmbox-drift-full.timer"
+        on_host(support.CLIENT, f"sudo systemctl disable --now llm-router {timers}")
+        on_host(support.CLIENT, f"sudo rm -rf {folders} {units} /etc/systemd/system/llmbox-drift*")
         on_host(support.CLIENT, "sudo systemctl daemon-reload; sudo userdel llm-router")
         on_host(support.LLM, "sudo -u llm lmswitch off", timeout=180)
         support.run("python3", "-m", "lab", "up", "--only", support.OCR, "--fresh", support.OCR, timeout=600)
@@ -169,6 +171,22 @@ def test_the_unit_holds_the_router_and_no_secret_is_readable(place: Place) -> No
         assert on_host(support.CLIENT, f"cat {file}").rc != 0, f"{file} can be read by anybody"
     owner = on_host(support.CLIENT, "ps -o user= -C llm-router").stdout.split()
     assert set(owner) == {"llm-router"}, owner
+
+
+def test_what_was_deployed_on_the_router_is_compared_with_what_is_there(place: Place) -> None:
+    compare = "sudo llmbox-drift check"
+    place.on_host(support.CLIENT, compare).check()
+    timers = place.on_host(support.CLIENT, "systemctl is-active llmbox-drift-{sampled,full}.timer").check()
+    assert timers.stdout.split() == ["active", "active"]
+    unit = "/etc/systemd/system/llm-router.service"
+    place.on_host(support.CLIENT, f"sudo sed -i s/^Restart=.*/Restart=no/ {unit}").check()
+    found = place.on_host(support.CLIENT, compare)
+    assert found.rc == 1 and f"{unit}: expected line " in found.stdout, found.tail()
+    words = ("--inventory", place.inventory, "--limit", support.CLIENT, "--drift")
+    verified = support.run(support.BIN / "python", "scripts/verify_health.py", *words, timeout=120)
+    assert verified.rc == 1 and f"{unit} = line " in verified.stdout, verified.tail()
+    place.play("playbooks/router.yml", "--limit", support.CLIENT).check()
+    place.on_host(support.CLIENT, compare).check()
 
 
 def test_one_box_dies_under_load_and_requests_go_on(place: Place) -> None:
