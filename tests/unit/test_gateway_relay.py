@@ -160,7 +160,9 @@ def test_until_commit_after_a_failure_is_a_status(tmp_path: Path) -> None:
         box.failing["b"] = "b cannot load"
         place = Place(tmp_path, stream, box=box, commit_after=1.2)
         async with place.running():
-            assert (await place.ask({"stream": True, "model": "b"})).status == 503
+            status, headers, _ = await place.ask({"stream": True, "model": "b"})
+            assert status == 503 and headers[b"x-queue-position"] == b"1"
+            assert headers[b"x-queue-estimate-s"] and headers[b"retry-after"]
 
     run(body)
 

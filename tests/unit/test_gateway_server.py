@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from llmbox.errors import UsageError
@@ -215,13 +216,14 @@ def test_trailers_without_end_are_refused(gateway: Gateway, piece: bytes) -> Non
     assert gateway.memory() - before < 10_000_000
 
 
-def test_small_chunks_and_a_trailer_are_fine(gateway: Gateway) -> None:
+def test_small_chunks_are_fine_and_a_trailer_is_nobody_s(gateway: Gateway, stub: StubLlamaServer) -> None:
     body = json.dumps({"messages": [{"role": "user", "content": "x" * 30_000}]}).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
     with connect(gateway) as sock:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-        sock.sendall(head + chunks + b"0\r\nT: a\r\n\r\n")
+        sock.sendall(head + chunks + b"0\r\nX-Trailer: a\r\n\r\n")
         assert read_answer(sock)[0] == 200
+    assert "x-trailer" not in stub.heads[-1].lower()
 
 
 def test_a_body_that_nobody_will_read_ends_the_connection(gateway: Gateway) -> None:
@@ -618,6 +620,22 @@ def test_twenty_restarts_under_eight_clients_lose_nothing(
         for thread in clients:
             thread.join(5)
     assert not failures and min(answered) >= 20
+
+
+@pytest.mark.parametrize(
+    ("sent", "heading", "closes"), [(b"", False, True), (b"G", False, False), (b"", True, False)]
+)
+def test_an_idle_connection_is_not_closed_over_a_request_that_has_come(
+    sent: bytes, heading: bool, closes: bool
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(sent)
+        protocol = server.GatewayProtocol.__new__(server.GatewayProtocol)
+        farewell = mock.Mock(**{"get_extra_info.return_value": ours})
+        protocol._heading, protocol._farewell = heading, farewell
+        protocol.timeout_keep_alive_handler()
+    assert farewell.close.called == closes
 
 
 # --- what systemd passes ---
