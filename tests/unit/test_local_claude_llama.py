@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from local_claude.llama import GgufFile
 from tests.support import ROOT
 from tests.unit import scripted_llm
 from tests.unit.test_local_claude import world as world  # the fixture
+from tests.unit.test_local_claude_keeper import GONE_S, alive, gone
 
 GIB = 2**30
+START_S = 60.0
 QWEN = {"model": "gpt2", "pre": "qwen2", "eos_token_id": 151645, "add_eos_token": True}
 
 
@@ -243,3 +248,43 @@ def test_a_dry_run_starts_nothing(
     monkeypatch.setenv("LOCAL_CLAUDE_MODELS", str(models / "m"))
     assert cli.main(["--backend", "llama", "--model", "one", "--dry-run"]) == 0
     assert f"--model {models}/m/a/one.gguf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGHUP, -1), (signal.SIGINT, 130)],
+)
+def test_who_ends_it_while_its_server_loads_leaves_nothing(
+    number: int, code: int, models: Path, world: Path
+) -> None:
+    """Before claude runs; `claude is killed` and so on are the same after it."""
+    program, told = models / "llama-server", models / "pid"
+    program.write_text(
+        f"#!/bin/sh\n[ $1 = --help ] && exec echo '--jinja   use jinja'\necho $$ > {told}\nexec sleep 600\n"
+    )
+    words = ["--backend", "llama", "--model", "one", "--skip-checks", "-p", "x"]
+    one = subprocess.Popen(
+        [sys.executable, "-m", "local_claude.cli", *words],
+        env={
+            **os.environ,
+            "LOCAL_CLAUDE_LLAMA_SERVER": str(program),
+            "LOCAL_CLAUDE_MODELS": str(models / "m"),
+        },
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until = time.monotonic() + START_S
+        while not (told.exists() and told.read_text().strip()):
+            assert one.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        server = int(told.read_text())
+        (keeper,) = map(int, Path(f"/proc/{one.pid}/task/{one.pid}/children").read_text().split())
+        assert alive(server) and alive(keeper)
+        one.send_signal(number)
+        assert one.wait(GONE_S) == code
+        gone(server, keeper)
+    finally:
+        one.kill()
+    left = {path.suffix for path in (world / "claude-local/local-claude").iterdir()}
+    assert ".log" not in left
