@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -26,14 +25,14 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def postgresql_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql_url() -> Iterator[str]:
     """A real PostgreSQL."""
-    with servers.postgresql(tmp_path_factory.mktemp("postgresql")) as url:
+    with servers.postgresql() as url:
         yield url
 
 
 @pytest.fixture
-def samba(tmp_path: Path) -> Iterator[servers.Samba]:
+def samba() -> Iterator[servers.Samba]:
     """A real Samba that insists on encryption."""
-    with servers.samba(tmp_path) as server:
+    with servers.samba() as server:
         yield server

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,8 +84,22 @@ def redis(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def postgresql(folder: Path) -> Iterator[str]:
+def open_folder() -> Iterator[Path]:
+    """A folder that a server's user may enter: pytest shuts its own when another run of it begins."""
+    with tempfile.TemporaryDirectory(prefix="ocr-server-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        yield folder
+
+
+@contextlib.contextmanager
+def postgresql() -> Iterator[str]:
     """A PostgreSQL with one empty database, and its address."""
+    with open_folder() as folder:
+        yield from _postgresql(folder)
+
+
+def _postgresql(folder: Path) -> Iterator[str]:
     newest = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     postgres = program("postgres", "postgresql", *map(str, newest))
     bin_folder = Path(postgres).resolve().parent
@@ -93,9 +108,6 @@ def postgresql(folder: Path) -> Iterator[str]:
     if os.geteuid() == 0:  # it refuses to run as root
         account = pwd.getpwnam("postgres")
         as_user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-        for parent in (folder, *folder.parents):
-            if parent.owner() == "root" and parent != Path("/") and str(parent).startswith("/tmp/"):
-                parent.chmod(parent.stat().st_mode | 0o011)
         os.chown(folder, account.pw_uid, account.pw_gid)
     data, port = folder / "data", free_port()
     subprocess.run(
@@ -141,8 +153,13 @@ class Samba:
 
 
 @contextlib.contextmanager
-def samba(folder: Path, *, encryption: str = "required") -> Iterator[Samba]:
+def samba(*, encryption: str = "required") -> Iterator[Samba]:
     """A Samba that insists on encryption."""
+    with open_folder() as folder:
+        yield from _samba(folder, encryption)
+
+
+def _samba(folder: Path, encryption: str) -> Iterator[Samba]:
     program("smbd", "samba")
     if os.geteuid() != 0:
         pytest.skip("Samba's users are system users, which only root may change to; run it as root")
@@ -151,9 +168,6 @@ def samba(folder: Path, *, encryption: str = "required") -> Iterator[Samba]:
     port = free_port()
     for name in ("private", "lock", "state", "cache", "pid", "ncalrpc", "photos"):
         (folder / name).mkdir()
-    for parent in (folder, *folder.parents):
-        if str(parent).startswith("/tmp/"):
-            parent.chmod(parent.stat().st_mode | 0o011)
     (folder / "photos").chmod(0o755)
     (folder / "smb.conf").write_text(
         f"""[global]

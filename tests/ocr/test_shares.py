@@ -83,8 +83,8 @@ def test_each_fault_has_its_own_loud_error(
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_cannot_encrypt_is_not_used(tmp_path: Path) -> None:
-    with servers.samba(tmp_path, encryption="off") as samba:
+def test_a_server_that_cannot_encrypt_is_not_used() -> None:
+    with servers.samba(encryption="off") as samba:
         (samba.photos / "F").mkdir()
         (samba.photos / "F/P1_a.jpg").write_bytes(b"x")
         with pytest.raises(ShareInsecureError) as caught, share(samba) as opened:
