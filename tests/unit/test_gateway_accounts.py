@@ -456,6 +456,18 @@ def test_what_was_used_is_on_the_disk_before_it_replaces_the_former(
     assert written == [(place.usage.stat().st_size, False)]
 
 
+def test_a_thread_that_is_late_does_not_write_over_what_is_newer(place: Place) -> None:
+    place.write(entry(requests_per_day=5))
+    accounts = place.load()
+    accounts.identify(bearer(KEY), "").admit(None)
+    late = accounts._snapshot()
+    accounts.identify(bearer(KEY), "").admit(None)
+    accounts.flush()
+    newest = place.usage.read_bytes()
+    accounts._save(*late)
+    assert place.usage.read_bytes() == newest != late[1]
+
+
 def refuses(accounts: Accounts, key: str) -> bool:
     try:
         accounts.identify(bearer(key), "")

@@ -444,6 +444,24 @@ def test_a_hold_that_is_given_up_while_it_drains_lets_requests_go_on() -> None:
     run(body)
 
 
+def test_a_hold_that_is_given_up_ends_nobody_and_lets_others_go_at_once() -> None:
+    async def body() -> None:
+        async with running(FakeBox("c"), drain_timeout=60.0) as board:
+            lease = await turn(board.ask(None, "k", slot=True))
+
+            async def by_hand() -> None:
+                async with board.hold("b"):
+                    pass
+
+            holding = asyncio.ensure_future(by_hand())
+            await until(lambda: board.phase == "draining")
+            holding.cancel()
+            assert (await turn(board.ask(None, "k", slot=True))).preset == "c"
+            assert lease in board.leases and lease.ended is None
+
+    run(body)
+
+
 def test_a_lock_that_lmswitch_has_is_waited_for() -> None:
     async def body() -> None:
         box = FakeBox()

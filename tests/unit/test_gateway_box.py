@@ -142,6 +142,12 @@ def look(place: Place) -> Seen:
         return asyncio.run(SystemdBox(place.file, systemd, place.folder).look())
 
 
+def test_a_preset_whose_unit_is_up_and_that_does_not_answer_is_coming(place: Place) -> None:
+    place.manager.active = A
+    place.serve(503)
+    assert look(place) == Seen("coming", "a")
+
+
 @pytest.fixture
 def unloaded(place: Place) -> Place:
     """A place where nobody used a."""

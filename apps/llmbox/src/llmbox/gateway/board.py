@@ -341,7 +341,8 @@ class Board:
                 if self._holds:
                     target = next(iter(self._holds.values()))
                     parts = {"prefetch": await self._timed(self._prepare(target, gone))}
-                    parts["drain"] = await self._timed(self._drain("the box is being switched by hand"))
+                    drained = self._drain("the box is being switched by hand", lambda: bool(self._holds))
+                    parts["drain"] = await self._timed(drained)
                     self._cleared = (seen.preset, parts)
                     return
                 target = self._target()
@@ -413,8 +414,8 @@ class Board:
         await asyncio.wait({reading, gone}, return_when=asyncio.FIRST_COMPLETED)
         await _end(reading)
 
-    async def _drain(self, why: str) -> None:
-        """Let what runs finish, for `drain_timeout` at most; then end it with an error.
+    async def _drain(self, why: str, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Let what runs finish, for `drain_timeout` at most; then end it with an error, if that is wanted.
 
         A measurement is ended at once: it is repeated, and whoever switches is not to wait for it.
         """
@@ -424,8 +425,10 @@ class Board:
         self._enter("draining")
         self.serving = None
         deadline = self.clock() + self.settings.drain_timeout
-        while self.leases and self.clock() < deadline:
+        while self.leases and wanted() and self.clock() < deadline:
             await self._woken(None, deadline - self.clock())
+        if not wanted():
+            return
         for lease in list(self.leases):
             said = f"{why} and this request took longer than drain_timeout; send it again"
             lease.end(Refusal(503, said, SOON))
