@@ -561,17 +561,26 @@ def test_each_manager_is_asked_by_its_user(
 ) -> None:
     asked: list[Any] = []
 
-    def ask(argv: Any, environment: Any, **identity: Any) -> None:
+    def ask(argv: Any, environment: Any, **identity: Any) -> subprocess.CompletedProcess[str] | None:
         asked.append((argv[1], environment.get("XDG_RUNTIME_DIR"), identity.get("user")))
+        return said
 
     monkeypatch.setattr(host, "ask", ask)
-    for uid, becomes in ((0, None), (1000, 0)):
+    for uid, becomes, said in ((0, None, None), (1000, 0, subprocess.CompletedProcess([], 0, "Id=x", ""))):
         monkeypatch.setattr(os, "geteuid", lambda own=uid: own)
-        assert host.systemctl(user, "show") == ""
+        assert host.systemctl(user, "show") == ("Id=x" if said and scope else "")
         runtime = "/run/user/0" if user else None
         wanted = [(scope, runtime, becomes if user else None)] if scope else []
         assert asked == wanted
         asked.clear()
+
+
+def test_packages_on_hold_are_those_that_dpkg_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = subprocess.CompletedProcess([], 0, "install bash\nhold nvidia-driver-580\ndeinstall hold\n", "")
+    monkeypatch.setattr(host, "ask", lambda _argv: listed)
+    assert host.held_packages() == {"nvidia-driver-580"}
+    monkeypatch.setattr(host, "ask", lambda _argv: None)
+    assert host.held_packages() == set()
 
 
 def test_a_record_is_written_for_root_only_and_once(box: Box) -> None:
