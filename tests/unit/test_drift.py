@@ -399,6 +399,16 @@ def test_a_unit_that_should_rest_is_asked_too(box: Box) -> None:
     assert box.found()[1] == ("llm-gateway.socket of llm", "not active", "no answer")
 
 
+@pytest.mark.parametrize("only", ["enabled", "active"])
+def test_a_unit_of_which_one_thing_is_wanted_is_asked_for_it(box: Box, only: str) -> None:
+    box.deployed["units"] = [{"unit": "llm-gateway.socket", "user": "llm", only: True}]
+    box.record()
+    assert box.found() == []
+    box.states["llm"]["llm-gateway.socket"] = {"UnitFileState": "masked", "ActiveState": "failed"}
+    ((_, wanted, _),) = box.found()
+    assert wanted == only
+
+
 def test_a_unit_that_is_restarting_is_no_drift(box: Box) -> None:
     box.states["llm"]["llm-gateway.socket"]["ActiveState"] = "deactivating"
     assert box.found() == []
@@ -581,6 +591,7 @@ def test_packages_on_hold_are_those_that_dpkg_names(monkeypatch: pytest.MonkeyPa
     assert host.held_packages() == {"nvidia-driver-580"}
     monkeypatch.setattr(host, "ask", lambda _argv: None)
     assert host.held_packages() == set()
+    assert host.table("inet llmbox") is None, "nft is missing"
 
 
 def test_a_record_is_written_for_root_only_and_once(box: Box) -> None:
