@@ -142,6 +142,37 @@ def test_a_server_that_dies_while_the_next_file_is_read_ends_the_reading() -> No
     run(body)
 
 
+class Disk(FakeBox):
+    """A box whose files take for ever to be read the first time."""
+
+    async def prefetch(self, preset: str) -> None:
+        first = f"prefetch {preset}" not in self.log
+        await super().prefetch(preset)
+        if first:
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["the server is gone", "only its connection"])
+def test_a_server_lost_under_a_request_while_the_next_file_is_read(dies: bool) -> None:
+    async def body() -> None:
+        box = Disk()
+        async with running(box) as board, asyncio.timeout(5):
+            lease = await turn(board.ask("a", "k", slot=True))
+            other = board.ask("b", "k", slot=True)
+            await until(lambda: "prefetch b" in box.log)
+            if dies:
+                box.die()
+            board.lost(lease)
+            board.release(lease)
+            again = board.ask("a", "k", slot=True)
+            await until(lambda: board.phase == "loading" or not dies)
+            box.coming = False
+            board.release(await turn(again))
+            assert (await other.granted).preset == "b"
+
+    run(body)
+
+
 def test_the_server_is_not_stopped_before_what_was_ended_has_left_it() -> None:
     async def body() -> None:
         box = FakeBox()

@@ -352,7 +352,7 @@ class Board:
                 if self._idle():
                     await self._unload(seen.preset)
                     return
-                await self._woken(gone, self._patience())
+                await self._woken(self._patience(), gone)
             if gone.done():
                 log.warning("%s: its process %d is gone", seen.preset, seen.pid)
         finally:
@@ -400,8 +400,8 @@ class Board:
         assert self.serving is not None
         former = self.serving.preset
         parts = {"prefetch": await self._timed(self._prepare(target, gone))}
-        if self._target() != target:
-            return  # whoever wanted it has left meanwhile, or the server is not idle any more
+        if self.serving is None or self._target() != target:
+            return  # the server was lost, whoever wanted the other has left, or it is not idle any more
         parts["drain"] = await self._timed(self._drain(f"the box goes over to the preset {target}"))
         await self._move(former, target, parts)
 
@@ -411,7 +411,8 @@ class Board:
             return
         self._enter("prefetching")
         reading = asyncio.ensure_future(self.box.prefetch(target))
-        await asyncio.wait({reading, gone}, return_when=asyncio.FIRST_COMPLETED)
+        while not (reading.done() or gone.done() or self._suspect):
+            await self._woken(None, reading, gone)
         await _end(reading)
 
     async def _drain(self, why: str, wanted: Callable[[], bool] = lambda: True) -> None:
@@ -426,7 +427,7 @@ class Board:
         self.serving = None
         deadline = self.clock() + self.settings.drain_timeout
         while self.leases and wanted() and self.clock() < deadline:
-            await self._woken(None, deadline - self.clock())
+            await self._woken(deadline - self.clock())
         if not wanted():
             return
         for lease in list(self.leases):
@@ -434,7 +435,7 @@ class Board:
             lease.end(Refusal(503, said, SOON))
         deadline = self.clock() + END_GRACE_S
         while self.leases and self.clock() < deadline:
-            await self._woken(None, deadline - self.clock())
+            await self._woken(deadline - self.clock())
 
     async def _move(self, former: str | None, target: str, parts: dict[str, float]) -> None:
         self._enter("loading", target)
@@ -613,11 +614,11 @@ class Board:
         if phase != self.phase:
             self.phase, self.since = phase, self.clock()
 
-    async def _woken(self, gone: asyncio.Future[None] | None, timeout: float | None) -> None:
-        """Wait until a request joins or leaves, the process is gone, or `timeout` seconds are over."""
+    async def _woken(self, timeout: float | None, *ends: asyncio.Future[None]) -> None:
+        """Wait until a request joins or leaves, one of the `ends` is there, or `timeout` seconds are over."""
         self._wake.clear()
         waker = asyncio.ensure_future(self._wake.wait())
-        waiting: set[asyncio.Future[Any]] = {waker, gone} if gone else {waker}
+        waiting: set[asyncio.Future[Any]] = {waker, *ends}
         try:
             await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
