@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from llmbox.gateway import relay
-from llmbox.gateway.requests import ALONE, ROUTES
+from llmbox.gateway.requests import ALONE, ROUTES, Asked, read_body
 
 from tests.unit.fake_box import FakeBox
 from tests.unit.gateway_place import ANTHROPIC, OPENAI, PATIENCE_S, Answer, Place
@@ -343,5 +344,29 @@ def test_a_measurement_that_lasts_too_long_or_gets_no_turn_is_told_so(
             assert (await place.ask({}))[0] == 200
             assert asyncio.get_running_loop().time() - began >= 0.1
             assert b"half of hold_timeout" in (await long)[2]
+
+    run(body)
+
+
+def test_while_a_large_body_is_read_others_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+
+    def slow(text: bytes) -> Asked:
+        if len(text) > relay.LARGE_BODY:
+            assert answered.wait(PATIENCE_S), "nobody else was answered meanwhile"
+        return read_body(text)
+
+    monkeypatch.setattr(relay, "read_body", slow)
+
+    async def body() -> None:
+        place = Place(tmp_path, whole)
+        async with place.running():
+            large = asyncio.create_task(place.ask({"prompt": "x" * relay.LARGE_BODY}))
+            await asyncio.sleep(0)
+            assert (await place.ask({})).status == 200
+            answered.set()
+            assert (await large).status == 200
 
     run(body)

@@ -8,6 +8,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 COMMENT_INTERVAL_S = 5.0
 LOOK_INTERVAL_S = 1.0  # how often a waiting request asks whether it is overdue
+LARGE_BODY = 64 * 1024  # bytes; a smaller body is read in a few milliseconds at most
 ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of an answer that is not streamed
 PIECE = 256 * 1024  # bytes of one that are always kept, and of a larger one that its client takes at a time
 BYTES_PER_TOKEN = 4  # of a request's body, about, for a prompt that no answer tells the tokens of
@@ -208,6 +210,13 @@ class Relay:
         self.contexts = contexts or {}
         self.bodies = Bodies(settings)
         self._suspects: OrderedDict[str, None] = OrderedDict()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="body")
+
+    async def _read(self, body: bytes) -> Asked:
+        """What a body asks for. A large one takes up to a second, in which everybody else is served."""
+        if len(body) <= LARGE_BODY:
+            return read_body(body)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, read_body, body)
 
     async def serve(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -220,7 +229,7 @@ class Relay:
             entry.key = account.name
             body = await self.bodies.read(scope, receive)
             size = len(body)
-            asked = read_body(body) if route.reads_body else Asked()
+            asked = await self._read(body) if route.reads_body else Asked()
             entry.stream = asked.stream and route.streams
             await self._answer(route, scope, receive, body, asked, account, reply, entry)
         except Refusal as refusal:

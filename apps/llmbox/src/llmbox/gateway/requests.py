@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from llmbox.gateway.refusals import Protocol, Refusal
 
 ALONE = b"x-llmbox-alone"  # the header of a measurement: no other request runs beside it
 PARTS_LIMIT = 1_000_000
+READ = ("model", "stream")  # what the gateway itself reads in a body
 MODEL_NAME_LIMIT = 200  # characters; the longest name of a model in use is well below
 
 
@@ -77,7 +77,7 @@ class Asked:
 
 
 class _Pairs(dict[str, Any]):
-    """A JSON object that remembers which keys it was given twice."""
+    """A JSON object that remembers which of the keys that are READ it was given twice."""
 
     twice: frozenset[str] = frozenset()
 
@@ -85,8 +85,9 @@ class _Pairs(dict[str, Any]):
 def _pairs(pairs: list[tuple[str, Any]]) -> _Pairs:
     found = _Pairs(pairs)
     if len(found) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        found.twice = frozenset(key for key, count in counts.items() if count > 1)
+        keys = [key for key, _ in pairs]
+        if twice := [key for key in READ if keys.count(key) > 1]:
+            found.twice = frozenset(twice)
     return found
 
 
@@ -109,7 +110,7 @@ def read_body(body: bytes) -> Asked:
     if not isinstance(found, _Pairs):
         raise Refusal(400, f"the body must be a JSON object, not {_kind(found)}")
     # Another reader may take the other one of two: what is meant must not depend on who reads it.
-    for key in ("model", "stream"):
+    for key in READ:
         if key in found.twice:
             raise Refusal(400, f"the body has {key!r} twice; send it once")
     model, stream = found.get("model"), found.get("stream")
