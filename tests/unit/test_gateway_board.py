@@ -246,7 +246,7 @@ def test_switching_off_refuses_what_another_preset_would_have_to_serve() -> None
         async with running(FakeBox(), switch_policy="off") as board:
             with pytest.raises(Refusal, match="lmswitch b") as caught:
                 board.ask("b", "k", slot=True)
-            assert caught.value.status == 503
+            assert caught.value.status == 503 and "Retry-After" in caught.value.headers
 
     run(body)
 

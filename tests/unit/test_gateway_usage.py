@@ -85,6 +85,14 @@ def test_of_a_large_answer_only_the_figures_are_parsed(monkeypatch: pytest.Monke
     assert usage_of(b'{"usage":{"prompt' + b"x" * WHOLE_BYTES).prompt is None
 
 
+def test_of_a_list_of_answers_every_one_counts() -> None:
+    one = {"timings": {"prompt_n": 4, "cache_n": 2, "predicted_n": 7, "predicted_per_second": 10.0}}
+    two = {"timings": {"prompt_n": 5, "predicted_n": 1, "predicted_per_second": 12.0}}
+    found = usage_of(json.dumps([one, two, "no answer"]).encode())
+    assert (found.prompt, found.cached, found.generated, found.generation_tok_s) == (11, 2, 8, 12.0)
+    assert found.total == 17
+
+
 def left(place: Place) -> int | None:
     """The tokens that alice may still use of her million."""
     return place.accounts.identify([(b"x-api-key", KEY.encode())], "").tokens_left()

@@ -581,6 +581,7 @@ class Board:
             raise Refusal(
                 503,
                 f"the preset {preset} is not active; start it with: lmswitch {preset} (switch_policy is off)",
+                {"Retry-After": str(int(FAILED_AGAIN_S))},
             )
 
     def _check_room(self, ticket: Ticket) -> None:

@@ -30,6 +30,15 @@ class Usage:
         """What counts against a budget: the prompt without its cached part, and what was generated."""
         return (self.prompt or 0) - (self.cached or 0) + (self.generated or 0)
 
+    def add(self, other: Usage) -> None:
+        """Take in another answer to the same request: its tokens count as well, its speeds are the newest."""
+        for name in ("prompt", "cached", "generated"):
+            more = getattr(other, name)
+            if more is not None:
+                setattr(self, name, (getattr(self, name) or 0) + more)
+        self.prefill_tok_s = other.prefill_tok_s or self.prefill_tok_s
+        self.generation_tok_s = other.generation_tok_s or self.generation_tok_s
+
 
 class Tail:
     """The first and last bytes of a stream, and how many events it had (one a token, nearly)."""
@@ -60,10 +69,19 @@ class Tail:
 
 
 def usage_of(body: bytes) -> Usage:
-    """The figures in the body of an answer that was not streamed."""
-    found = Usage()
-    _take(found, _parsed(body) if len(body) <= WHOLE_BYTES else _figures(body))
-    return found
+    """The figures in an answer that was not streamed; of a list of answers, all of them together."""
+    if len(body) > WHOLE_BYTES:
+        answers: list[Any] = [_figures(body)]
+    else:
+        told = _parsed(body)
+        answers = told if isinstance(told, list) else [told]
+    whole = Usage()
+    for answer in answers:
+        if isinstance(answer, dict):
+            one = Usage()
+            _take(one, answer)
+            whole.add(one)
+    return whole
 
 
 def _figures(body: bytes) -> Mapping[str, Any]:
@@ -78,12 +96,11 @@ def _figures(body: bytes) -> Mapping[str, Any]:
     return found
 
 
-def _parsed(text: bytes) -> Mapping[str, Any]:
+def _parsed(text: bytes) -> Any:
     try:
-        found = json.loads(text)
+        return json.loads(text)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _take(found: Usage, event: Mapping[str, Any]) -> None:
