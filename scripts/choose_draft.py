@@ -41,7 +41,7 @@ from llama_common import fit
 from llama_common.derive import presets_plan
 from llama_common.dialect import Dialect
 from llama_common.draft import MTP, Draft
-from llama_common.memory import MIB, NotPredicted
+from llama_common.memory import NotPredicted
 from llama_common.presets import DraftChoice, HostConfig
 from llama_common.problems import InventoryError
 from llama_common.rules import LOCK_COMMAND
@@ -136,7 +136,7 @@ def with_draft(config: HostConfig, preset: str, choice: DraftChoice | None) -> H
 
 def too_large(config: HostConfig, preset: str) -> str:
     """Why a preset with its draft does not fit the card; "" when it does, or nobody can say."""
-    card = config.llama_presets_gpu_memory_mib * MIB
+    card = config.gpu_room
     if not card:
         return ""
     try:

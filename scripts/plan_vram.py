@@ -57,7 +57,7 @@ class Plan:
 
     host: str
     preset: str
-    card: int  # bytes of the GPU's memory, 0 without one
+    card: int  # bytes that presets may take of the GPU's memory, 0 without one
     taken: Estimate | None = None
     source: str = ""
     problem: str = ""
@@ -158,7 +158,7 @@ def ask(host: Host, box: LlmBox, models: dict[str, Model], preset: str) -> Estim
 def plan_host(host: Host, *, offline: bool) -> list[Plan]:
     """The plans of every preset of a host. Raises InventoryError."""
     box = LlmBox.of(host.variables)
-    card = box.config.llama_presets_gpu_memory_mib * MIB
+    card = box.config.gpu_room
     models = headers(box)
     plans = []
     for name in box.config.llama_presets:
@@ -205,14 +205,14 @@ def screen(plans: Sequence[Plan]) -> str:
 
 
 def chart(plans: Sequence[Plan]) -> bytes:
-    """Stacked bars of the GPU's memory, a line where the card ends. Raises ValueError."""
+    """Stacked bars of the GPU's memory, a line at what presets may take of it. Raises ValueError."""
     bars = []
     for plan in plans:
         if plan.taken is not None and plan.card:
             gpu = plan.taken.gpu
             parts = tuple(part / 2**30 for part in (gpu.weights, gpu.cache, gpu.compute))
             bars.append(Bar(f"{plan.host} {plan.preset}", parts, limit=plan.card / 2**30))
-    return bar_chart("GPU memory of each preset, and where the card ends", "GiB", bars, PARTS)
+    return bar_chart("GPU memory of each preset, and what it may take of the card", "GiB", bars, PARTS)
 
 
 def report(args: argparse.Namespace) -> int:

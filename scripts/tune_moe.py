@@ -39,7 +39,7 @@ from typing import Any, get_args
 import httpx
 from llama_common import fit
 from llama_common.derive import presets_plan
-from llama_common.memory import BATCH, BATCH_FLAGS, MIB, UBATCH, NotPredicted
+from llama_common.memory import BATCH, BATCH_FLAGS, UBATCH, NotPredicted
 from llama_common.model import Model
 from llama_common.presets import HostConfig, Preset
 from llama_common.rules import LOCK_COMMAND
@@ -164,8 +164,8 @@ def with_setting(config: HostConfig, name: str, setting: Setting) -> HostConfig:
 
 
 def too_large(config: HostConfig, name: str, models: Mapping[str, Model]) -> Callable[[Setting], str]:
-    """Why a setting cannot fit: what its weights, cache and buffers take, without what CUDA takes itself."""
-    card = config.llama_presets_gpu_memory_mib * MIB
+    """Why a setting cannot fit: what its weights, cache and buffers take, beside what is left free."""
+    card = config.gpu_room
 
     def judge(setting: Setting) -> str:
         if not card:
@@ -201,7 +201,7 @@ class Commands:
 
     def base(self, names: Sequence[str]) -> str:
         """A hash of everything but the settings that are searched, the size of the card included."""
-        words = [*self(dict.fromkeys(names, 1)), str(self.box.config.llama_presets_gpu_memory_mib)]
+        words = [*self(dict.fromkeys(names, 1)), str(self.box.config.gpu_room)]
         return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
 
 

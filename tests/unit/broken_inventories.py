@@ -575,6 +575,14 @@ CASES = (
             ("--no-jinja", "x", "jinja"),
         )
     ),
+    Case(
+        "nothing-left-of-the-gpu",
+        both(put("llama_presets_gpu_memory_mib", 1000), put("llama_presets_gpu_reserved_mib", 1024)),
+        "llama_presets_gpu_reserved_mib",
+        "leaves nothing of the GPU's 1000 MiB",
+        "write the MiB that stay free",
+        shown="1024",
+    ),
     Case("fit-on", extra("--fit", "on"), f"{EXTRA}.0", "--fit off", "remove it", gate=True),
     Case(
         "secret-argument",

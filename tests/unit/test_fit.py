@@ -40,13 +40,23 @@ def config(card_mib: int, lock: dict[str, Any], **preset: Any) -> HostConfig:
             "gguf_models": {"m": model},
             "llama_presets": {"p": {**keys, **preset}},
             "llama_lock": {"headers": {"m": lock} if lock else {}},
-            "llama_presets_gpu_memory_mib": card_mib,
+            "llama_presets_gpu_memory_mib": card_mib and card_mib + 1024,  # what stays free by default
         }
     )
 
 
 def test_what_fits_is_not_spoken_of(folder: Path) -> None:
     assert fit.check(config(600, header("qwen3moe", folder))) == ([], [])
+
+
+def test_a_part_of_the_card_stays_free(folder: Path) -> None:
+    lock = header("qwen3moe", folder)
+    taken = fit.estimate_of(config(600, lock), "p", fit.models(config(600, lock))).gpu.total
+    exact = config(-(-taken // MIB), lock)
+    assert fit.check(exact) == ([], [])
+    more = exact.model_copy(update={"llama_presets_gpu_reserved_mib": 1025})
+    (problem,) = fit.check(more)[0]
+    assert "llama_presets_gpu_reserved_mib" in problem.message
 
 
 def test_without_a_gpu_nothing_is_checked(folder: Path) -> None:

@@ -255,7 +255,8 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def box_data(card: int = 0, **preset: Any) -> LlmBox:
     presets = {**VARIABLES["llama_presets"], "one": {**VARIABLES["llama_presets"]["one"], **preset}}
-    return LlmBox.of({**VARIABLES, "llama_presets": presets, "llama_presets_gpu_memory_mib": card})
+    memory = card and card + 1024  # what stays free by default
+    return LlmBox.of({**VARIABLES, "llama_presets": presets, "llama_presets_gpu_memory_mib": memory})
 
 
 def test_a_machine_without_a_gpu_has_threads_and_ubatch(moe: Model) -> None:

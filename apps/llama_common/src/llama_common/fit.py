@@ -13,7 +13,6 @@ from llama_common.draft import MTP
 from llama_common.fields import AGENT_CONTEXT_FLOOR
 from llama_common.memory import (
     CONTEXT_STEP,
-    MIB,
     Estimate,
     NotPredicted,
     Settings,
@@ -93,7 +92,7 @@ def check(config: HostConfig) -> tuple[list[Problem], list[Unchecked]]:
     """The presets that do not fit, and those that cannot be checked. Nothing without a GPU's memory."""
     problems: list[Problem] = []
     unchecked: list[Unchecked] = []
-    card = config.llama_presets_gpu_memory_mib * MIB
+    card = config.gpu_room
     if not card:
         return problems, unchecked
     known = models(config)
@@ -113,8 +112,8 @@ def check(config: HostConfig) -> tuple[list[Problem], list[Unchecked]]:
                 ("llama_presets", name, "context"),
                 preset.context,
                 f"the preset takes {gib(use.total)} of the GPU (weights {gib(use.weights)}, KV cache "
-                f"{gib(use.cache)}, compute buffers {gib(use.compute)}); it has {gib(card)} "
-                "(llama_presets_gpu_memory_mib)",
+                f"{gib(use.cache)}, compute buffers {gib(use.compute)}); it has {gib(card)} for "
+                "them (llama_presets_gpu_memory_mib without llama_presets_gpu_reserved_mib)",
                 "write " + ", or ".join(change.text for change in found)
                 if found
                 else "choose a smaller model, or a smaller quantization of it",

@@ -375,6 +375,13 @@ class HostConfig(_Strict):
         le=MAX_GPU_MEMORY_MIB,
         description="Memory of the GPU in MiB, as nvidia-smi names it; 0: no GPU, nothing is checked.",
     )
+    llama_presets_gpu_reserved_mib: int = Field(
+        1024,
+        ge=0,
+        le=MAX_GPU_MEMORY_MIB,
+        description="What of it presets leave free, for CUDA's own needs and for the desktop. The default is "
+        "llama.cpp's own (--fit-target).",
+    )
     llm_gateway_listen: list[Front] = Field(
         [DEFAULT_FRONT],
         min_length=1,
@@ -445,6 +452,11 @@ class HostConfig(_Strict):
             )
             for part in parts
         ]
+
+    @property
+    def gpu_room(self) -> int:
+        """Bytes of the GPU's memory that presets may take; 0 without a GPU."""
+        return max(0, self.llama_presets_gpu_memory_mib - self.llama_presets_gpu_reserved_mib) * 2**20
 
     def models_of(self, preset: str) -> list[str]:
         """The models that a preset is started with: its own, then its draft."""

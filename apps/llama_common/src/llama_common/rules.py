@@ -303,6 +303,18 @@ def expectations(config: HostConfig) -> Iterator[Problem]:
                 )
 
 
+def gpu_memory(config: HostConfig) -> Iterator[Problem]:
+    """Something of the GPU's memory is left for presets."""
+    if config.llama_presets_gpu_memory_mib and not config.gpu_room:
+        yield Problem(
+            ("llama_presets_gpu_reserved_mib",),
+            config.llama_presets_gpu_reserved_mib,
+            f"leaves nothing of the GPU's {config.llama_presets_gpu_memory_mib} MiB "
+            "(llama_presets_gpu_memory_mib)",
+            "write the MiB that stay free beside the presets",
+        )
+
+
 def gateway_only(config: HostConfig) -> Iterator[Problem]:
     """No preset of the LLM box is ever reachable except through the gateway, which looks in one place."""
     front = config.llama_presets_listen
@@ -440,6 +452,7 @@ RULES: Final[tuple[Rule, ...]] = (
     caches,
     extra_args,
     expectations,
+    gpu_memory,
     gateway_only,
     addresses,
     gateway_names,
