@@ -407,6 +407,16 @@ def test_a_release_that_does_not_serve_is_taken_back(two: module.Host) -> None:
     assert two.restarts == ["new", "old"]  # type: ignore[attr-defined]
 
 
+def test_a_rollback_that_does_not_serve_rejects_nothing(two: module.Host) -> None:
+    two.accept("up", "new")
+    two.broken = {"old"}  # type: ignore[attr-defined]
+    with pytest.raises(module.HostError, match="old does not serve: coder failed; new is current again"):
+        two.roll_back("up")
+    assert links(two) == ("new", "old") and module.rejection(two.root / "up", "new") is None
+    two.broken = set()  # type: ignore[attr-defined]
+    assert two.roll_back("up")["release"] == "old"
+
+
 @pytest.mark.parametrize("link", ["accept", "roll_back"])
 def test_a_damaged_release_is_not_gone_to(two: module.Host, link: str) -> None:
     for name in ("new", "older"):

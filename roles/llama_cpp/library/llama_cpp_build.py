@@ -871,8 +871,13 @@ class Host:
                     " playbooks/update_llama_cpp.yml"
                 )
             self._refuse_damaged(directory, previous)
+            # First, or a play that ends between the two would find it not rejected and go to it again.
             reject(directory, current, f"rolled back to {previous}")
-            restarted = self._change(directory, previous, current)
+            try:
+                restarted = self._change(directory, previous, current)
+            except HostError:
+                (directory / "rejected" / current).unlink(missing_ok=True)  # it is what serves on
+                raise
         return {"changed": True, "release": previous, "former": current, "restarted": restarted}
 
     def _change(self, directory: Path, release: str, former: str | None) -> str | None:
