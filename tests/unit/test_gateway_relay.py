@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from llmbox.gateway import relay
+from llmbox.gateway.refusals import Refusal
 from llmbox.gateway.requests import ALONE, ROUTES, Asked, read_body
 
 from tests.unit.fake_box import FakeBox
 from tests.unit.gateway_place import ANTHROPIC, OPENAI, PATIENCE_S, Answer, Place
+from tests.unit.gateway_settings import settings
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 EVENT = b'data: {"choices": []}\n\n'
@@ -368,5 +370,42 @@ def test_while_a_large_body_is_read_others_are_served(
             assert (await place.ask({})).status == 200
             answered.set()
             assert (await large).status == 200
+
+    run(body)
+
+
+def test_the_bodies_of_one_client_leave_room_for_those_of_another() -> None:
+    ends = asyncio.Event()
+
+    async def body() -> None:
+        bodies = relay.Bodies(settings(max_body=400, max_buffered=1000))
+
+        async def read(size: int, client: str) -> bytes:
+            given = iter([{"body": b"x" * size, "more_body": True}])
+
+            async def receive() -> dict[str, Any]:
+                part = next(given, None)
+                if part is None:
+                    await ends.wait()
+                return {"type": "http.request", **(part or {"body": b""})}
+
+            return await bodies.read({"headers": []}, receive, client)
+
+        one = [asyncio.create_task(read(250, "one")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match="your requests that wait fill 500 bytes") as caught:
+            await read(1, "one")
+        assert caught.value.status == 429
+        other = asyncio.create_task(read(400, "other"))
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match="fill 1000 bytes"):
+            await read(101, "third")
+        assert bodies.buffered == 900
+        ends.set()
+        for size, client, reading in ((250, "one", one[0]), (250, "one", one[1]), (400, "other", other)):
+            assert len(await reading) == size
+            bodies.give_back(size, client)
+        assert bodies.buffered == 0
+        assert len(await read(400, "one")) == 400, "what was given back can be had again"
 
     run(body)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -98,14 +98,19 @@ class Reply:
 
 
 class Bodies:
-    """Reads bodies of requests and of answers, and bounds the memory that all of them take together."""
+    """Reads bodies of requests and of answers, and bounds the memory that all of them take together.
+
+    The requests of one client may take half of it, so that they lock nobody else out.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.share = max(settings.max_body, settings.max_buffered // 2)
         self.buffered = 0
+        self._of: Counter[str] = Counter()  # bytes of requests by address; none stays at 0
 
-    async def read(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body. Raises Refusal (408, 413, 503) or ClientGone; `give_back` its length when done."""
+    async def read(self, scope: Scope, receive: Receive, client: str) -> bytes:
+        """The whole body. Raises Refusal (408, 413, 429, 503), ClientGone; `give_back` its size when done."""
         limit = self.settings.max_body
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if length.isdigit() and int(length) > limit:
@@ -121,22 +126,26 @@ class Bodies:
                     part = message.get("body", b"")
                     size += len(part)
                     self.buffered += len(part)
+                    self._of[client] += len(part)
                     parts.append(part)
                     if size > limit:
                         raise self._too_large(size)
+                    if self._of[client] > self.share:
+                        said = f"your requests that wait fill {self.share} bytes; try again later"
+                        raise Refusal(429, said, {"Retry-After": "5", "Connection": "close"})
                     if self.buffered > self.settings.max_buffered:
                         raise self._full({"Connection": "close"})
                     if not message.get("more_body"):
                         return parts[0] if len(parts) == 1 else b"".join(parts)
         except TimeoutError:
-            self.give_back(size)
+            self.give_back(size, client)
             raise Refusal(
                 408,
                 f"the body was not complete after {self.settings.request_timeout:g} s",
                 {"Connection": "close"},
             ) from None
         except BaseException:
-            self.give_back(size)
+            self.give_back(size, client)
             raise
 
     async def read_answer(self, answer: Answer) -> bytes:
@@ -162,9 +171,12 @@ class Bodies:
             raise
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def give_back(self, size: int) -> None:
+    def give_back(self, size: int, client: str) -> None:
         """A body is not kept any longer."""
         self.buffered -= size
+        self._of[client] -= size
+        if not self._of[client]:
+            del self._of[client]
 
     def give_back_answer(self, size: int) -> None:
         """An answer is not kept any longer."""
@@ -227,7 +239,7 @@ class Relay:
         try:
             account = self.accounts.identify(scope["headers"], entry.client)
             entry.key = account.name
-            body = await self.bodies.read(scope, receive)
+            body = await self.bodies.read(scope, receive, entry.client)
             size = len(body)
             asked = await self._read(body) if route.reads_body else Asked()
             entry.stream = asked.stream and route.streams
@@ -239,7 +251,7 @@ class Relay:
             entry.error = "the client went away"
             reply.status = reply.status or 499
         finally:
-            self.bodies.give_back(size)
+            self.bodies.give_back(size, entry.client)
             entry.end(reply.status or 500)
             self.metrics.observe(entry)
             self.audit.write(entry, body if size and self.settings.audit_content else b"")
