@@ -61,6 +61,7 @@ class Place:
         self.box = box or FakeBox(next(iter(slots)))
         self.answers = list(answers)
         self.bodies: list[bytes] = []
+        self.heads: list[bytes] = []
         self.accounts = Accounts.load(path / "keys.json", path / "usage.json", [], lambda: 1e9)
         self.audit = Audit(path / "audit.jsonl", 10**6, 1)
         self.board = Board(slots, limits, self.box)
@@ -75,6 +76,7 @@ class Place:
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             head = await reader.readuntil(b"\r\n\r\n")
+            self.heads.append(head)
             length = next(line for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
             self.bodies.append(await reader.readexactly(int(length[15:])))
             answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]

@@ -744,3 +744,26 @@ def test_blocked_everybody_is_refused_with_the_reason_until_it_serves_again() ->
             await turn(board.ask(None, "k", slot=True))
 
     run(body)
+
+
+def test_without_prefetch_the_next_file_is_left_alone() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box, prefetch=False) as board:
+            await turn(board.ask("b", "k", slot=True))
+            assert box.log == ["switch b"]
+
+    run(body)
+
+
+def test_a_waiting_request_is_told_what_its_turn_will_take() -> None:
+    async def body() -> None:
+        async with running(FakeBox()) as board:
+            board.service_s, board.load_s = 3.0, {"b": 40.0}  # what the last ones took
+            held = await turn(board.ask("a", "k", slot=True))
+            same, other = board.ask("a", "k", slot=True), board.ask("b", "k", slot=True)
+            assert (board.position(same), board.position(other)) == (1, 1), "each in the line of its preset"
+            assert (board.estimate_s(same), board.estimate_s(other)) == (3.0, 43.0)
+            board.release(held)
+
+    run(body)

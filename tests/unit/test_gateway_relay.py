@@ -409,3 +409,16 @@ def test_the_bodies_of_one_client_leave_room_for_those_of_another() -> None:
         assert len(await read(400, "one")) == 400, "what was given back can be had again"
 
     run(body)
+
+
+def test_what_is_for_the_gateway_alone_does_not_reach_the_server(tmp_path: Path) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, whole, key={"presets": ["a"]})
+        ours = [(b"cookie", b"c"), (b"origin", b"http://o"), (b"accept-encoding", b"gzip")]
+        async with place.running():
+            assert (await place.ask({}, OPENAI, *ours, (b"x-request", b"theirs"))).status == 200
+        names = [line.partition(b":")[0].lower() for line in place.heads[0].split(b"\r\n")]
+        assert b"x-request" in names
+        assert not {b"x-api-key", b"authorization", *(name for name, _ in ours)} & set(names)
+
+    run(body)
