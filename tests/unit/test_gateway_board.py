@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from llmbox.gateway.board import Board, Lease, Ticket
+from llmbox.gateway.board import LOAD_GUESS_S, Board, Lease, Ticket
 from llmbox.gateway.refusals import Refusal
 
 from tests.unit.fake_box import FakeBox
@@ -457,6 +457,21 @@ def test_a_hold_drains_and_then_keeps_everybody_waiting() -> None:
     run(body)
 
 
+def test_whoever_holds_second_is_let_in_as_well() -> None:
+    async def body() -> None:
+        async with running(FakeBox()) as board, asyncio.timeout(PATIENCE_S):
+            async with board.hold("b"), board.hold(None):
+                assert board.phase == "held"
+            one = board.hold("b")
+            await one.__aenter__()
+            two = asyncio.ensure_future(board.hold("b").__aenter__())
+            await one.__aexit__(None, None, None)  # nothing ran in between: the box is held as before
+            await two
+            assert board.phase == "held"
+
+    run(body)
+
+
 def test_a_hold_that_is_given_up_while_it_drains_lets_requests_go_on() -> None:
     async def body() -> None:
         async with running(FakeBox()) as board:
@@ -764,6 +779,8 @@ def test_a_waiting_request_is_told_what_its_turn_will_take() -> None:
             same, other = board.ask("a", "k", slot=True), board.ask("b", "k", slot=True)
             assert (board.position(same), board.position(other)) == (1, 1), "each in the line of its preset"
             assert (board.estimate_s(same), board.estimate_s(other)) == (3.0, 43.0)
+            board.load_s.clear()
+            assert board.estimate_s(other) == 3.0 + LOAD_GUESS_S
             board.release(held)
 
     run(body)

@@ -93,6 +93,29 @@ def test_of_a_list_of_answers_every_one_counts() -> None:
     assert found.total == 17
 
 
+def test_of_several_choices_each_counts() -> None:
+    # As llama-server answers "n": 2: every choice is there, the usage is of the first.
+    told = {"choices": [{"index": 0}, {"index": 1}], "usage": {"prompt_tokens": 10, "completion_tokens": 8}}
+    found = usage_of(json.dumps(told).encode())
+    assert (found.prompt, found.generated) == (10, 16)
+    assert usage_of(json.dumps({**told, "choices": [{"index": 0}]}).encode()).generated == 8
+    assert usage_of(json.dumps({"choices": [{}, {}]}).encode()).generated is None
+
+
+def test_what_a_stream_brought_is_charged_though_its_figures_tell_of_less(tmp_path: Path) -> None:
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        last = {"timings": {"prompt_n": 3, "predicted_n": 10}}  # of the last of several choices
+        writer.write(STREAM_HEAD + b"data: {}\n\n" * 29 + b"data: " + json.dumps(last).encode() + b"\n\n")
+
+    async def test() -> None:
+        place = place_of_alice(tmp_path, answer, tokens_per_day=1_000_000)
+        async with place.running():
+            await place.ask({"stream": True})
+        assert left(place) == 1_000_000 - 30
+
+    asyncio.run(test())
+
+
 def left(place: Place) -> int | None:
     """The tokens that alice may still use of her million."""
     return place.accounts.identify([(b"x-api-key", KEY.encode())], "").tokens_left()
@@ -104,17 +127,21 @@ PIECE = b"event: content_block_delta\ndata: {}\n\n"
 
 
 def test_a_long_stream_s_prompt_is_charged_though_only_its_first_event_tells_it(tmp_path: Path) -> None:
+    pieces = 30 * TAIL_BYTES // len(PIECE)
+    generated = pieces + 7
+
     async def answer(writer: asyncio.StreamWriter) -> None:
-        last = b'data: {"usage": {"output_tokens": 7}}\n\n'
-        writer.write(STREAM_HEAD + FIRST + PIECE * (30 * TAIL_BYTES // len(PIECE)) + last)
+        last = b'data: {"usage": {"output_tokens": %d}}\n\n' % generated
+        writer.write(STREAM_HEAD + FIRST + PIECE * pieces + last)
 
     async def test() -> None:
         place = place_of_alice(tmp_path, answer, tokens_per_day=1_000_000)
         async with place.running():
             await place.ask({"stream": True}, ANTHROPIC)
-        assert left(place) == 1_000_000 - 47
+        assert left(place) == 1_000_000 - 40 - generated
         told = place.logged()[0]
-        assert (told["prompt_tokens"], told["cached_tokens"], told["generated_tokens"]) == (100, 60, 7)
+        figures = (told["prompt_tokens"], told["cached_tokens"], told["generated_tokens"])
+        assert figures == (100, 60, generated)
 
     asyncio.run(test())
 

@@ -26,6 +26,7 @@ FAILED_AGAIN_S = 30.0  # a preset that failed to start is not tried again for so
 SOON = {"Retry-After": "1"}  # for whoever is held then in any case
 END_GRACE_S = 2.0  # for a request that was told to end to leave the server
 SMOOTHING = 0.2  # weight of the newest figure in a running mean
+LOAD_GUESS_S = 30.0  # what loading a preset takes, until it was seen: 20 to 57 s for large models
 # Of hold_timeout: what a measurement may wait for its turn, others behind it, and what it may then last. Who
 # came meanwhile and needs another preset has the rest for its start.
 ALONE_TURN, ALONE_LEASE = 0.25, 0.5
@@ -253,11 +254,11 @@ class Board:
         return 1 + sum(1 for other in ahead if ticket.preset in (None, other.preset))
 
     def estimate_s(self, ticket: Ticket) -> float:
-        """Seconds until the ticket's turn, from the last loads and requests; 0 when unknown."""
+        """Seconds until the ticket's turn, from the last loads and requests."""
         target = ticket.preset or (self.serving.preset if self.serving else None) or ""
         slots = max(1, self.slots.get(target, 1))
         turns = self.position(ticket) * self.service_s / slots
-        return turns if self._fits(ticket) else turns + self.load_s.get(target, 0.0)
+        return turns if self._fits(ticket) else turns + self.load_s.get(target, LOAD_GUESS_S)
 
     def queue_headers(self, ticket: Ticket) -> dict[str, str]:
         """Headers that tell a refused client where it stood."""
@@ -365,8 +366,8 @@ class Board:
     async def _held(self) -> None:
         self._enter("held")
         self._known = None
-        self._drained.set()
         while self._holds:
+            self._drained.set()  # again for whoever joined
             self._wake.clear()
             await self._wake.wait()
         self._cleared = (None, {})

@@ -415,7 +415,8 @@ class Relay:
             entry.usage = tail.usage()
             if entry.usage.generated is None:
                 entry.usage.generated = tail.events
-            account.spend(entry.usage.total - counted)
+            # Of several choices the figures are of one; what was sent counts in any case.
+            account.spend(max(0, entry.usage.total - counted))
 
     def _charge_prompt(self, route: Route, lease: Lease, body: bytes, account: Account, entry: Entry) -> None:
         """Charge an estimate of a prompt that was read, where the answer did not come to tell its tokens."""

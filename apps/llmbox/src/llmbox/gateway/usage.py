@@ -69,7 +69,10 @@ class Tail:
 
 
 def usage_of(body: bytes) -> Usage:
-    """The figures in an answer that was not streamed; of a list of answers, all of them together."""
+    """The figures in an answer that was not streamed; of a list of answers, all of them together.
+
+    With several choices llama-server tells the tokens of the first alone: each is taken to have as many.
+    """
     if len(body) > WHOLE_BYTES:
         answers: list[Any] = [_figures(body)]
     else:
@@ -80,6 +83,9 @@ def usage_of(body: bytes) -> Usage:
         if isinstance(answer, dict):
             one = Usage()
             _take(one, answer)
+            choices = answer.get("choices")
+            if isinstance(choices, list) and len(choices) > 1 and one.generated:
+                one.generated *= len(choices)
             whole.add(one)
     return whole
 
