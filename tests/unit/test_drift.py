@@ -120,7 +120,7 @@ class Box:
             "bin/llama-server": {"size": 11, "sha256": sha256(server.read_bytes())},
             "bin/libllama.so": {"link": "libllama.so.0"},
         }
-        write(release / "release.json", json.dumps({"files": files}))
+        write(release / "release.json", json.dumps({"files": files, "targets": ["llama-server"]}))
         return release
 
     def make_model(self) -> Path:
@@ -290,6 +290,26 @@ DRIFTS: dict[str, tuple[Callable[[Box], object], tuple[str, str, str]]] = {
             "writable by its owner",
             "writable by others too",
         ),
+    ),
+    "a program that may not be run": (
+        lambda box: (box.release / "bin/llama-server").chmod(0o644),
+        (
+            "llama.cpp/upstream/releases/one/bin/llama-server",
+            "executable by everybody",
+            "executable by some only",
+        ),
+    ),
+    "a program that only its owner may read": (
+        lambda box: (box.release / "bin/llama-server").chmod(0o711),
+        (
+            "llama.cpp/upstream/releases/one/bin/llama-server",
+            "readable by everybody",
+            "readable by some only",
+        ),
+    ),
+    "a folder of a release that is shut": (
+        lambda box: (box.release / "bin").chmod(0o744),
+        ("llama.cpp/upstream/releases/one/bin", "executable by everybody", "executable by some only"),
     ),
     "the stamp of a release": (
         lambda box: (box.release / "release.json").write_text("{}"),

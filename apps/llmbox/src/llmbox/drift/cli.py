@@ -19,6 +19,7 @@ from typing import Any
 
 from llmbox.drift import host
 from llmbox.drift.compare import (
+    OF_THE_MODE,
     Difference,
     Entry,
     compare,
@@ -77,7 +78,7 @@ def loaded_tables(deployed: Mapping[str, Any]) -> dict[str, Entry | None]:
 def kept(path: str, *, text: bool = True) -> Entry | None:
     """What `look` says, without what follows from the rest."""
     entry = host.look(path)
-    left_out = {"writable", *([] if text else ["text"])}
+    left_out = {*OF_THE_MODE, *([] if text else ["text"])}
     return entry and {key: value for key, value in entry.items() if key not in left_out}
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 SHOWN_CHARACTERS = 120
 
+# Where a mode has more than one good value: what is said of it instead.
+OF_THE_MODE = ("writable", "readable", "executable")
+
 # What lies at a path (type, mode, owner, group, and sha256 or target); None for nothing.
 Entry = Mapping[str, str]
 
@@ -34,7 +37,7 @@ def compare(path: str, expected: Entry | None, found: Entry | None) -> Iterator[
             diff = text_diff((expected or {}).get("text", ""), (found or {}).get("text", ""))
             yield Difference(path, kind(expected), kind(found), diff)
         return
-    for key in ("target", "mode", "owner", "group", "writable"):
+    for key in ("target", "mode", "owner", "group", *OF_THE_MODE):
         if key in expected and expected[key] != found[key]:
             yield Difference(path, f"{key} {shown(expected[key])}", f"{key} {shown(found[key])}")
     if "sha256" in expected and expected["sha256"] != found["sha256"]:
@@ -91,13 +94,15 @@ def compare_all(
 
 def release_members(folder: str, listing: Mapping[str, Any]) -> dict[str, Entry]:
     """What a llama.cpp release must hold, from its release.json."""
-    own = {"owner": "root", "writable": "by its owner"}
-    members: dict[str, Entry] = {path: {"type": "folder", **own} for path in (folder, f"{folder}/bin")}
+    own = {"owner": "root", "writable": "by its owner", "readable": "by everybody"}
+    runs = {**own, "executable": "by everybody"}
+    members: dict[str, Entry] = {path: {"type": "folder", **runs} for path in (folder, f"{folder}/bin")}
     for name, wanted in listing["files"].items():
         if "link" in wanted:
             members[f"{folder}/{name}"] = {"type": "link", "target": wanted["link"]}
         else:
-            members[f"{folder}/{name}"] = {"type": "file", **own, "sha256": wanted["sha256"]}
+            access = runs if name.removeprefix("bin/") in listing["targets"] else own
+            members[f"{folder}/{name}"] = {"type": "file", **access, "sha256": wanted["sha256"]}
     return members
 
 

@@ -54,6 +54,8 @@ def look(path: str, limit: int | None = FILE_LIMIT_BYTES) -> Entry | None:
         "owner": user_name(info.st_uid),
         "group": group_name(info.st_gid),
         "writable": "by others too" if info.st_mode & 0o022 else "by its owner",
+        "readable": "by everybody" if info.st_mode & 0o444 == 0o444 else "by some only",
+        "executable": "by everybody" if info.st_mode & 0o111 == 0o111 else "by some only",
     }
     if stat.S_ISDIR(info.st_mode):
         return {**entry, "type": "folder"}
