@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from lab.config import from_environment
+from lab.throttle import slow_reads
 from scripts._traffic import Sent, Traffic, chat, run_clients
 from tests import support
 
@@ -24,6 +26,36 @@ REASON = "error: this preset cannot load"
 PATIENCE_S = 240
 STOP_BAR_S = 1.0
 PARTS = {"prefetch", "drain", "stop", "load", "ready"}
+SLOW_BYTES_PER_S = 50_000_000
+# On the box, with the gateway's Python: waits for a phase of the board, then kills the server of a model.
+KILL_IN_PHASE = """
+import os, pathlib, signal, sys, time
+from llmbox.gateway.client import ask_status
+
+runtime, phase, *models = sys.argv[1:]
+deadline = time.monotonic() + 120
+killed = False
+while not killed:
+    assert time.monotonic() < deadline, f"the board was never {phase} with a server of {models}"
+    time.sleep(0.005)
+    if (ask_status(pathlib.Path(runtime)) or {}).get("phase") != phase:
+        continue
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\\0")
+        except OSError:
+            continue
+        if words[0].endswith(b"/llama-server") and any(model.encode() in words for model in models):
+            os.kill(int(process.name), signal.SIGKILL)
+            killed = True
+"""
+EVICT = """
+import os, sys
+
+file = os.open(sys.argv[1], os.O_RDONLY)
+os.fsync(file)
+os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+"""
 
 
 class Box:
@@ -70,6 +102,22 @@ class Box:
     def kill_server(self) -> None:
         """SIGKILL for llama-server, and nothing else."""
         self.run("sudo pkill -KILL -x llama-server")
+
+    def model(self, preset: str) -> str:
+        """The path of its model's file."""
+        known = json.loads(self.run(f"cat {self.wanted.presets_json}").stdout)["presets"]
+        return str(known[preset]["model_path"])
+
+    def python(self, program: str, *words: str) -> None:
+        """A program as root, with the Python of the box's own tools."""
+        self.on_host(
+            support.LLM, f"sudo /opt/llmbox/bin/python -I - {' '.join(words)}", stdin=program, timeout=180
+        ).check()
+
+    def kill_in_phase(self, phase: str, *presets: str) -> None:
+        """SIGKILL for the server of one of the presets as soon as the gateway's board is in this phase."""
+        uid = self.run(f"id -u {self.wanted.user}").stdout.strip()
+        self.python(KILL_IN_PHASE, f"/run/user/{uid}", phase, *map(self.model, presets))
 
     def restart_gateway(self) -> None:
         """As an update does it."""
@@ -135,6 +183,21 @@ class Clients:
             time.sleep(0.05)
 
 
+class Asking:
+    """One request for a preset, in a thread of its own."""
+
+    def __init__(self, box: Box, preset: str) -> None:
+        self._told: list[Sent] = []
+        self._thread = threading.Thread(target=lambda: self._told.append(box.chat(preset)))
+        self._thread.start()
+
+    def answer(self) -> Sent:
+        """What became of it."""
+        self._thread.join(PATIENCE_S)
+        (told,) = self._told
+        return told
+
+
 def lost(traffic: Traffic) -> str:
     """What failed, for a person."""
     return "\n".join(
@@ -174,6 +237,44 @@ def test_no_request_is_lost(box: Box, requests: int, switches: int, kills: int, 
     assert not traffic.failed, lost(traffic)
     assert len([one for one in traffic.sent if one.ok]) >= requests * 0.98
     assert sum(1 for one in traffic.sent if not one.ok) <= kills * CLIENTS // 2, "every second client streams"
+
+
+@pytest.mark.long
+def test_no_request_is_lost_when_clients_want_different_presets(box: Box) -> None:
+    with Clients(box.url, [box.first, box.second, None]) as clients:
+        for number in range(3):
+            clients.wait_for(40 + 80 * number)
+            clients.traffic.kill(lambda: box.kill_in_phase("ready", box.first, box.second))
+            clients.wait_for(80 + 80 * number)
+            box.restart_gateway()
+        clients.wait_for(300)
+    traffic = clients.traffic
+    assert not traffic.failed, lost(traffic)
+    assert sum(1 for one in traffic.sent if not one.ok) <= 3 * CLIENTS // 2, "every second client streams"
+    assert {one.model for one in traffic.sent if one.ok} == {box.first, box.second, None}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", ["prefetching", "loading"])
+def test_no_request_is_lost_when_a_server_dies_in_a_switch(box: Box, phase: str) -> None:
+    """The old one while the next file is read from a slow disk; the new one while it loads."""
+    lab = from_environment()
+    host = lab.host(support.LLM)
+    dies = box.first if phase == "prefetching" else box.second
+    with slow_reads(lab, host, SLOW_BYTES_PER_S), Clients(box.url, [None]) as clients:
+        clients.wait_for(10)
+        box.python(EVICT, box.model(box.second))
+        asking = Asking(box, box.second)
+        clients.traffic.kill(lambda: box.kill_in_phase(phase, dies))
+        named = asking.answer()
+        clients.wait_for(len(clients.traffic.sent) + 20)
+    assert not clients.traffic.failed, lost(clients.traffic)
+    assert sum(1 for one in clients.traffic.sent if not one.ok) <= CLIENTS // 2
+    if phase == "prefetching":
+        assert named.ok and box.active() == box.second, named
+    else:  # a preset that did not start: one 503, or it came up at its second start
+        assert named.ok or named.status == 503, named
+        assert box.active() in (box.first, box.second)
 
 
 def test_a_preset_that_cannot_start_costs_one_request(box: Box, broken: str) -> None:
