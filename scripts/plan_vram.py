@@ -218,8 +218,9 @@ def chart(plans: Sequence[Plan]) -> bytes:
 def report(args: argparse.Namespace) -> int:
     """Work everything out and show it. Raises InventoryUnreadable, InventoryError, OSError."""
     file = Path(args.json) if args.json and args.json != "-" else None
-    if file is not None:
-        ensure_writable(file)
+    for each in (file, args.chart):
+        if each is not None:
+            ensure_writable(each)
     hosts = [host for host in load(args.inventory, limit=args.limit) if GROUP in host.groups]
     plans = [plan for host in hosts for plan in plan_host(host, offline=args.offline)]
     reports = [

@@ -77,12 +77,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 ]
             )
         )
+        inventory = shown(Path(variables["hostvars"]._inventory._sources[0]))
+        command = LOCK_COMMAND.replace("DIR", inventory)
+        lines = [line.replace(LOCK_COMMAND, command) for line in lines]
         result.update(changed=False)
         if not hosts:
             Display().warning("no host in this group: nothing was checked; fix: put hosts into its children")
         if self._unchecked:
-            inventory = shown(Path(variables["hostvars"]._inventory._sources[0]))
-            reason = self._unchecked[0].replace(LOCK_COMMAND, LOCK_COMMAND.replace("DIR", inventory))
+            reason = self._unchecked[0].replace(LOCK_COMMAND, command)
             more = f" (+{len(self._unchecked) - 1} more)" if len(self._unchecked) > 1 else ""
             Display().warning(f"whether it fits into the GPU's memory is not checked: {reason}{more}")
         if lines:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from llama_common import fit
 from llama_common.dialect import Dialect
-from llama_common.memory import MIB
+from llama_common.memory import MIB, NotPredicted, Settings
 from llama_common.model import Model
 from llama_common.presets import HostConfig
 
@@ -117,6 +117,12 @@ def test_what_cannot_be_checked_is_named(folder: Path, change: dict[str, str] | 
 # --- scripts/plan_vram.py ---
 
 
+@pytest.mark.parametrize("flag", ["--mmproj", "--mmproj-url", "-mmu", "-ot"])
+def test_a_flag_that_moves_memory_is_not_predicted(flag: str) -> None:
+    with pytest.raises(NotPredicted, match=flag):
+        Settings.of({"context": 512, "extra_args": [flag, "x"]})
+
+
 def test_the_estimator_gets_the_flags_that_it_knows() -> None:
     server = Dialect({"--model": "FNAME", "--fit": "[on|off]", "--port": "N", "--jinja": "", "-ub": "N"})
     estimator = Dialect({"--model": "FNAME", "--fit": "[on|off]", "-ub": "N"})
@@ -149,6 +155,15 @@ def test_a_plan_names_everything(folder: Path) -> None:
     unknown = plan_vram.Plan("box", "q", 1, problem="the architecture x is not known")
     assert "box: q: the architecture x is not known" in plan_vram.screen([unknown])
     assert not unknown.check.ok
+
+
+def test_a_picture_that_cannot_be_written_is_told_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_vram, "load", lambda *_, **__: pytest.fail("it began to work"))
+    wrong = tmp_path / "no-folder" / "plan.png"
+    assert plan_vram.main(["--inventory", "x", "--chart", str(wrong)]) == 2
+    assert str(wrong) in capsys.readouterr().err
 
 
 class Ranges(http.server.BaseHTTPRequestHandler):

@@ -35,8 +35,8 @@ UNMODELLED_FLAGS: Final = frozenset(
         "-ot", "--override-tensor", "-cmoe", "--cpu-moe", "-ncffn", "--n-cpu-ffn", "-nkvo", "--no-kv-offload",
         "-kvu", "--kv-unified", "--swa-full", "-sm", "--split-mode", "-ts", "--tensor-split", "-mg",
         "--main-gpu", "-dev", "--device", "--rpc", "--no-op-offload", "--embedding",
-        "--embeddings", "--rerank", "--reranking", "--pooling", "--mmproj", "-mm", "--lora", "--lora-scaled",
-        "--control-vector", "--spec-type", "--no-host",
+        "--embeddings", "--rerank", "--reranking", "--pooling", "--mmproj", "-mm", "--mmproj-url", "-mmu",
+        "--lora", "--lora-scaled", "--control-vector", "--spec-type", "--no-host",
     )
 )  # fmt: skip
 """Flags that move or add memory in ways that are not predicted here."""
