@@ -73,6 +73,7 @@ def single(architectures: Iterable[str], folder: Path, models: Sequence[Path] = 
         context = 262_144 if architecture in ("gemma3", "gpt-oss", "qwen35") else 65_536
         yield Case(architecture, model, Settings(context, n_gpu_layers=0))
         yield Case(f"{architecture}, q8_0", model, Settings(2 * context, "q8_0", n_gpu_layers=0))
+        yield Case(f"{architecture}, q4_0", model, Settings(4 * context, "q4_0", n_gpu_layers=0))
         yield Case(f"{architecture}, 2 slots", model, Settings(context, n_gpu_layers=0, parallel=2))
     if architectures:
         yield Case(

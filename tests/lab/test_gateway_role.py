@@ -60,6 +60,7 @@ def box(on_host: Host, tmp_path: Path) -> Iterator[Box]:
     assert box.models().status_code == 200
 
 
+@pytest.mark.long
 def test_an_address_that_appears_later(box: Box) -> None:
     """That of a tailnet does; nobody restarts anything then."""
     port = box.wanted.front.port
@@ -169,6 +170,7 @@ def test_a_service_manager_that_starts_anew_has_the_port_again(box: Box) -> None
     assert box.models().status_code == 200
 
 
+@pytest.mark.long
 def test_a_box_without_presets_has_no_gateway(box: Box) -> None:
     """It would have nothing to listen before; a preset brings it back."""
     assert box.play(llama_presets={}) == 1

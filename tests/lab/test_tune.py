@@ -80,6 +80,7 @@ def test_threads_are_searched_beside_clients_that_lose_nothing(
     assert code == 0 and again["points"] == report["points"]
 
 
+@pytest.mark.long
 def test_memory_that_does_not_suffice_is_told_apart(serving: list[str], on_host: OnHost) -> None:
     at = serving.index("--ctx-size")
     larger, unknown = [*serving[: at + 1], LARGE, *serving[at + 2 :]], [*serving, "--no-such-flag"]
