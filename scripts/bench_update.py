@@ -47,6 +47,7 @@ PLAY_S = 7200.0
 ROLLBACKS, ROLLBACK_BAR_S = 3, 60.0
 SLOWER, SLOW_BAR = "GGML_AVX2=OFF", 0.70  # a CMake option, and how slow it makes the new release at least
 CLIENT_PAUSE_S = 0.1
+SWITCHED = {"ON": True, "OFF": False}  # as an inventory writes them
 UNUSED_OPTION = "LLMBOX_BENCH"  # no tree knows it: another release, and nothing differs for the compiler
 _FIGURE = r"([\d.]+) -> ([\d.]+) tok/s"
 _PAIR = re.compile(rf"\] (?P<preset>\S+) \d+: generation {_FIGURE}, prefill {_FIGURE}$", re.MULTILINE)
@@ -100,7 +101,7 @@ def cases(builds: Mapping[str, Any], build: str, slower: str) -> list[Case]:
         raise NoMeasurement(f"llama_cpp_builds has only {build}: a second one gives another commit")
     option, _, value = slower.partition("=")
 
-    def variant(option: str, value: str, **more: Any) -> dict[str, Any]:
+    def variant(option: str, value: str | bool, **more: Any) -> dict[str, Any]:
         data = {**copy.deepcopy(dict(mine)), **more}
         data["cmake_options"] = {**data.get("cmake_options", {}), option: value}
         return data
@@ -112,7 +113,7 @@ def cases(builds: Mapping[str, Any], build: str, slower: str) -> list[Case]:
             "another commit",
             variant(UNUSED_OPTION, token, repo=other["repo"], commit=other["commit"]),
         ),
-        Case(f"built with {slower}", variant(option, value), "roll back"),
+        Case(f"built with {slower}", variant(option, SWITCHED.get(value, value)), "roll back"),
     ]
 
 
@@ -205,7 +206,8 @@ class Bench:
         """What the playbook said. Raises NoMeasurement."""
         found = re.search(_WORD.format(build=re.escape(self.build)), said, re.MULTILINE)
         if not found:
-            last = next((line for line in reversed(said.splitlines()) if "fatal" in line), said[-300:])
+            why = (line for line in said.splitlines() if line.lstrip().startswith(("refused:", "msg:")))
+            last = next(why, said[-300:])
             raise NoMeasurement(f"{case.name}: {UPDATE} ended with {code} and no verdict: {last.strip()}")
         pairs = [
             tuple(float(figure) for figure in match.groups()[1:])

@@ -37,7 +37,7 @@ def test_the_new_releases_differ_from_the_old_one_in_what_they_say() -> None:
     again, other, slow = bench.cases(BUILDS, "one", "GGML_AVX2=OFF")
     assert again.data["commit"] == "a" * 40 and again.data["cmake_options"] != BUILDS["one"]["cmake_options"]
     assert (other.data["repo"], other.data["commit"]) == ("git://b", "b" * 40)
-    assert slow.data == {**BUILDS["one"], "cmake_options": {"GGML_AVX2": "OFF"}}
+    assert slow.data == {**BUILDS["one"], "cmake_options": {"GGML_AVX2": False}}
     assert (again.right, other.right, slow.right) == ("keep", "", "roll back")
     with pytest.raises(NoMeasurement, match="only one"):
         bench.cases({"one": BUILDS["one"]}, "one", "X=Y")
@@ -48,8 +48,8 @@ def test_the_playbook_s_own_words_are_the_measurement() -> None:
     assert found.word == "roll back" and found.right
     assert found.generation == ((80.0, 40.0), (82.0, 42.0)) and found.prefill[0] == (500.0, 400.5)
     assert found.reasons == ("small: generation 81.0 -> 41.0 tok/s: 50.6 % of it",)
-    with pytest.raises(NoMeasurement, match="no verdict: fatal: no room"):
-        read("fatal: no room\nPLAY RECAP", found.case)
+    with pytest.raises(NoMeasurement, match="no verdict: refused: no room"):
+        read("refused: no room\nPLAY RECAP", found.case)
 
 
 @pytest.mark.parametrize(
