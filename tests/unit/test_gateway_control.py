@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,8 @@ class Place:
         self.box = FakeBox()
         (runtime / client.SOCKET).parent.mkdir()
 
-    def run(self, lmswitch: Callable[[Board], Any]) -> Board:
-        """What this does in a thread, as the program does it in its process."""
+    def run(self, lmswitch: Callable[[Board], Any], requests: int = 0) -> Board:
+        """What this does in a thread, as the program does it in its process, beside `requests` for a."""
 
         async def body() -> Board:
             board = Board({"a": 1, "b": 1}, settings(), self.box)
@@ -41,6 +42,8 @@ class Place:
             async with asyncio.timeout(PATIENCE_S):
                 while board.phase != "ready":
                     await asyncio.sleep(0.001)
+                for _ in range(requests):
+                    board.ask("a", "k", slot=True)
                 await asyncio.to_thread(lmswitch, board)
                 while board.phase == "held":
                     await asyncio.sleep(0.001)
@@ -137,6 +140,51 @@ def test_a_hold_for_what_is_no_name_is_refused(place: Place) -> None:
             assert b"error" in connection.makefile("rb").readline()
 
     assert place.run(lmswitch).phase == "ready"
+
+
+def test_requests_are_held_for_as_long_as_the_switch_takes(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "TICK_S", 0.001)
+
+    def lmswitch(board: Board) -> None:
+        with held(place, "b") as switched:
+            time.sleep(0.05)
+            assert board.phase == "held"
+            switched(True, {"ready": 1.0})
+
+    assert place.run(lmswitch).switches == {("b", "ok"): 1}
+
+
+def test_who_switches_is_told_of_the_queue_and_may_give_up(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "TICK_S", 0.01)
+    told: list[Mapping[str, Any]] = []
+
+    def tick(figures: Mapping[str, Any]) -> None:
+        told.append(figures)
+        if figures["phase"] == "draining":
+            raise KeyboardInterrupt
+
+    def lmswitch(board: Board) -> None:
+        with pytest.raises(KeyboardInterrupt), client.requests_held(place.runtime, "b", tick):
+            pytest.fail("the server was drained")
+        began = time.monotonic()
+        while board.phase != "ready":
+            assert time.monotonic() - began < 2, "what runs is to be ended still"
+            time.sleep(0.001)
+
+    place.run(lmswitch, requests=2)
+    assert told[-1] == {"phase": "draining", "queued": 1, "in_flight": 1, "last_switch": {}}
+
+
+def test_whoever_asks_is_told_of_the_queue(place: Place) -> None:
+    def status(_: Board) -> None:
+        told = client.ask_status(place.runtime)
+        assert told == {"phase": "ready", "queued": 2, "in_flight": 1, "last_switch": {}}
+
+    place.run(status, requests=3)
 
 
 def test_without_a_gateway_nothing_is_held(tmp_path: Path) -> None:

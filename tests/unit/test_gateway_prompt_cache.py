@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from llmbox.gateway import prompt_cache
 from llmbox.gateway.prompt_cache import Guard, masked, masks_by_itself, programs_of
 
 HEAD = "x-anthropic-billing-header: cc_version=2.1.330.e51; cc_entrypoint=cli; cch={};You are Claude Code"
@@ -48,6 +49,7 @@ def test_a_build_that_masks_is_known_by_its_files(tmp_path: Path) -> None:
         bytes(5000) + b"x-anthropic-billing-header:" + bytes(10)
     )
     (tmp_path / "libggml-cuda.so").write_bytes(b"x-anthropic-billing-header")
+    (tmp_path / "libempty.so").touch()
     assert masks_by_itself(programs_of(server))
     (tmp_path / "libllama-server-impl.so").write_bytes(bytes(5000))
     assert not masks_by_itself(programs_of(server))
@@ -64,3 +66,20 @@ def test_only_presets_whose_build_needs_it_get_a_changed_body(tmp_path: Path) ->
     assert guard.applied("new", body) is body
     assert guard.applied("old", body) == masked(body) != body
     assert guard.applied("gone", body) == masked(body)
+    assert guard.applied("unheard of", body) is body
+
+
+def test_a_build_that_cannot_be_read_is_looked_at_once_and_masked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreadable(_: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(prompt_cache, "masks_by_itself", unreadable)
+    guard = Guard({"old": "/opt/old/llama-server"})
+    body = request("a5145", blocks=True)
+    for _ in range(2):
+        assert guard.applied("old", body) == masked(body)
+    assert [record.getMessage() for record in caplog.records] == [
+        "/opt/old/llama-server cannot be read (Permission denied): its prompts are masked"
+    ]

@@ -47,8 +47,6 @@ class Guard:
 
 def masked(body: bytes) -> bytes:
     """The body with the varying part at the head of the system prompt made the same in every request."""
-    if HEADER not in body:
-        return body
     return _ATTRIBUTION.sub(rb"\g<1>" + MASK, body, count=1)
 
 
