@@ -131,6 +131,9 @@ class Place:
         if not sent:
             return Told(0, {}, b"")
         assert leaves or not sent[-1].get("more_body"), "the answer has no end"
+        kinds = ["http.response.start"] + ["http.response.body"] * (len(sent) - 1)
+        assert [one["type"] for one in sent] == kinds
+        assert all(one["more_body"] for one in sent[1:-1]), "it went on behind its end"
         return Told(
             sent[0]["status"], dict(sent[0]["headers"]), b"".join(one.get("body", b"") for one in sent)
         )

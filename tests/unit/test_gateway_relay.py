@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import re
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -34,6 +36,13 @@ async def stream(writer: asyncio.StreamWriter) -> None:
 async def whole(writer: asyncio.StreamWriter) -> None:
     """A whole answer."""
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+
+
+async def loading(writer: asyncio.StreamWriter) -> None:
+    """What llama-server says while it loads."""
+    said = b'{"error": {"code": 503, "message": "Loading model"}}'
+    head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d"
+    writer.write(head % len(said) + b"\r\n\r\n" + said)
 
 
 def dying(box: FakeBox, *said: bytes) -> Answer:
@@ -87,15 +96,56 @@ def test_signs_of_life_are_no_answer_yet(tmp_path: Path) -> None:
 
 
 def test_a_server_that_says_it_is_loading_has_not_had_the_request(tmp_path: Path) -> None:
-    async def loading(writer: asyncio.StreamWriter) -> None:
-        said = b'{"error": {"code": 503, "message": "Loading model"}}'
-        head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d"
-        writer.write(head % len(said) + b"\r\n\r\n" + said)
-
     async def body() -> None:
         place = Place(tmp_path, loading, loading, loading, whole)
         async with place.running():
             assert (await place.ask({})).status == 200 and len(place.bodies) == 4
+
+    run(body)
+
+
+def test_a_crash_after_that_is_its_first_one(tmp_path: Path) -> None:
+    async def body() -> None:
+        box = FakeBox()
+        place = Place(tmp_path, loading, dying(box), whole, box=box)
+        async with place.running():
+            assert (await place.ask({})).status == 200 and len(place.bodies) == 3
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(b"200 OK", b'{"content": "Loading model"}'), (b"503 Service Unavailable", b'{"error": "no slot"}')],
+)
+def test_what_only_looks_like_loading_is_an_answer(tmp_path: Path, status: bytes, said: bytes) -> None:
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n" % (status, len(said)) + said)
+
+    async def body() -> None:
+        place = Place(tmp_path, answer)
+        async with place.running():
+            told = await place.ask({})
+            assert (told.status, told.body) == (int(status[:3]), said) and len(place.bodies) == 1
+
+    run(body)
+
+
+def test_whose_turn_is_taken_back_before_it_is_sent_is_not_sent(tmp_path: Path) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, whole)
+        async with place.running():
+            while not place.board.serving:
+                await asyncio.sleep(0.001)
+            before = place.board.ask("a", "k", slot=True)
+            waiting = asyncio.create_task(place.ask({}))
+            while not place.board.queued:
+                await asyncio.sleep(0.001)
+            place.board.leave(before)
+            assert place.board.in_flight == 1
+            place.board.block("the card is hot")
+            told = await waiting
+            assert told.status == 503 and b"the card is hot" in told.body and not place.bodies
 
     run(body)
 
@@ -116,6 +166,23 @@ def test_at_the_second_crash_it_is_given_up_and_remembered(tmp_path: Path) -> No
     run(body)
 
 
+def test_the_log_names_a_request_that_was_at_two_crashes_without_a_word_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        box = FakeBox()
+        place = Place(tmp_path, dying(box), box=box)
+        async with place.running():
+            await place.ask({"diary": "secret"})
+        name = hashlib.sha256(place.bodies[0]).hexdigest()[:16]
+        once, twice = (record for record in caplog.records if record.name == relay.__name__)
+        assert once.levelname == "WARNING" and f"request {name} lost its server" in once.getMessage()
+        assert twice.levelname == "ERROR" and f"request {name} was with a at two" in twice.getMessage()
+        assert "secret" not in caplog.text
+
+    run(body)
+
+
 @pytest.mark.parametrize(
     ("route", "event"),
     [(OPENAI, b'\n\ndata: {"error": '), (ANTHROPIC, b'\n\nevent: error\ndata: {"type": "error"')],
@@ -132,6 +199,38 @@ def test_after_its_first_token_it_is_never_sent_again(tmp_path: Path, route: Any
     run(body)
 
 
+def test_a_sign_of_life_behind_its_first_token_does_not_have_it_sent_again(tmp_path: Path) -> None:
+    async def body() -> None:
+        box = FakeBox()
+
+        async def die(writer: asyncio.StreamWriter) -> None:
+            writer.write(HEAD + chunk(EVENT))
+            await writer.drain()
+            await asyncio.sleep(0.05)  # so that both are read by themselves
+            await dying(box, chunk(b":\n\n"))(writer)
+
+        place = Place(tmp_path, die, stream, box=box)
+        async with place.running():
+            _, _, said = await place.ask({"stream": True})
+            assert len(place.bodies) == 1 and said.count(EVENT) == 1 and b'"error"' in said
+
+    run(body)
+
+
+@pytest.mark.parametrize("size", [relay.PIECE, relay.PIECE + 1])
+def test_a_large_answer_comes_whole_and_ends(tmp_path: Path, size: int) -> None:
+    async def large(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size)
+
+    async def body() -> None:
+        place = Place(tmp_path, large)
+        async with place.running():
+            told = await place.ask({})
+            assert told.headers[b"content-length"] == b"%d" % size == b"%d" % len(told.body)
+
+    run(body)
+
+
 def test_a_waiting_stream_is_begun_with_comments_and_then_served(tmp_path: Path) -> None:
     async def body() -> None:
         box = FakeBox(load_s=0.3)
@@ -140,6 +239,22 @@ def test_a_waiting_stream_is_begun_with_comments_and_then_served(tmp_path: Path)
             status, headers, said = await place.ask({"stream": True, "model": "b"})
             assert status == 200 and headers[b"content-type"] == b"text/event-stream"
             assert said.startswith(b": queue position 1, estimate ") and said.endswith(b"data: [DONE]\n\n")
+
+    run(body)
+
+
+def test_a_waiting_stream_is_told_again_and_again_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "COMMENT_INTERVAL_S", 0.1)
+
+    async def body() -> None:
+        place = Place(tmp_path, stream, box=FakeBox(load_s=0.45), commit_after=0.05)
+        place.board.load_s["b"] = 40.0
+        async with place.running():
+            _, _, said = await place.ask({"stream": True, "model": "b"})
+        comments = re.findall(rb"^: (.*)$", said, re.MULTILINE)
+        assert 2 <= len(comments) <= 20 and set(comments) == {b"queue position 1, estimate 40 s"}
 
     run(body)
 
@@ -153,6 +268,17 @@ def test_what_never_streams_is_not_begun_as_a_stream(tmp_path: Path) -> None:
                 told = await place.ask(asked, ROUTES["POST", path])
                 assert (told.status, told.body) == (200, b"{}"), path
                 assert told.headers[b"content-type"] == b"application/json"
+
+    run(body)
+
+
+def test_what_is_not_asked_as_a_stream_is_not_begun_as_one(tmp_path: Path) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, whole, box=FakeBox(load_s=0.2), commit_after=0.05)
+        async with place.running():
+            told = await place.ask({"model": "b"})
+            assert (told.status, told.body) == (200, b"{}")
+            assert 150 <= int(told.headers[b"x-queue-wait-ms"]) < 5000
 
     run(body)
 
@@ -300,6 +426,16 @@ def test_with_keys_only_some_may_measure(tmp_path: Path, key: dict[str, Any] | N
     run(body)
 
 
+def test_what_generates_nothing_is_no_measurement(tmp_path: Path) -> None:
+    async def body() -> None:
+        place = Place(tmp_path, whole, key={})
+        async with place.running():
+            told = await place.ask({}, ROUTES["POST", "/tokenize"], MEASUREMENT)
+            assert told.status == 200 and ALONE not in told.headers
+
+    run(body)
+
+
 def test_a_measurement_ends_with_its_holder(tmp_path: Path) -> None:
     async def body() -> None:
         place = Place(tmp_path, go_on, whole)
@@ -407,6 +543,26 @@ def test_the_bodies_of_one_client_leave_room_for_those_of_another() -> None:
             bodies.give_back(size, client)
         assert bodies.buffered == 0
         assert len(await read(400, "one")) == 400, "what was given back can be had again"
+
+    run(body)
+
+
+def test_what_a_client_has_given_back_counts_no_longer_and_the_rest_does() -> None:
+    async def body() -> None:
+        bodies = relay.Bodies(settings(max_body=400, max_buffered=800))
+
+        async def read(size: int) -> bytes:
+            async def receive() -> dict[str, Any]:
+                return {"type": "http.request", "body": b"x" * size}
+
+            return await bodies.read({"headers": []}, receive, "one")
+
+        for size in (250, 100):
+            await read(size)
+        bodies.give_back(100, "one")
+        await read(150)
+        with pytest.raises(Refusal, match="your requests that wait fill 400 bytes"):
+            await read(1)
 
     run(body)
 

@@ -257,6 +257,75 @@ def test_the_words_of_a_request_do_not_come_back_into_the_log(tmp_path: Path) ->
     asyncio.run(test())
 
 
+def test_the_words_of_a_request_stay_out_of_the_log_when_its_stream_had_begun(tmp_path: Path) -> None:
+    quoted = b'{"error": {"message": "cannot parse: my secret diary"}}'
+
+    async def test() -> None:
+        refusing = whole(b"400 Bad Request", quoted)
+        place = Place(tmp_path, refusing, box=FakeBox(load_s=0.1), commit_after=0.02)
+        async with place.running():
+            status, _, said = await place.ask({"model": "b", "stream": True, "prompt": "my secret diary"})
+            assert status == 200 and said.startswith(b": queue position 1")
+            event = json.loads(said.rsplit(b"data: ", 1)[1])
+            assert event["error"]["code"] == 400
+            assert event["error"]["message"] == "cannot parse: my secret diary"
+        told = place.logged()[0]
+        assert (told["status"], told["error"]) == (400, "llama-server refused it")
+
+    asyncio.run(test())
+
+
+def test_the_log_tells_how_long_a_request_waited_and_why_it_was_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        place = Place(tmp_path, whole(b"200 OK", b"{}"), presets=PRESETS, box=FakeBox("coder", load_s=0.1))
+        place.box.failing["tiny"] = "no such file"
+        async with place.running():
+            assert (await place.ask({})).status == 200
+            assert (await place.ask({"model": "tiny"})).status == 503
+            place.box.become("tiny")
+            assert (await place.ask({"model": "coder"})).status == 200
+        none, refused, waited = place.logged()
+        assert (none["error"], refused["error"]) == (None, "no such file")
+        assert none["wait_s"] < 0.1 <= min(refused["wait_s"], waited["wait_s"])
+        assert refused["wait_s"] <= refused["seconds"] < 5 and waited["wait_s"] <= waited["seconds"] < 5
+
+    asyncio.run(test())
+
+
+def test_what_the_gateway_does_not_expect_is_logged_as_its_own_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(*_: object) -> None:
+        raise RuntimeError
+
+    async def test() -> None:
+        place = place_of_alice(tmp_path, whole(b"200 OK", b"{}"))
+        monkeypatch.setattr(place.upstream, "send", fails)
+        async with place.running():
+            with pytest.raises(RuntimeError):
+                await place.ask({})
+            assert place.board.in_flight == 0
+        assert place.logged()[0]["status"] == 500
+
+    asyncio.run(test())
+
+
+def test_what_was_asked_is_logged_only_where_that_is_wanted(tmp_path: Path) -> None:
+    async def test() -> None:
+        for wanted in (True, False):
+            path = tmp_path / str(wanted)
+            path.mkdir()
+            place = Place(path, whole(b"200 OK", b"{}"), audit_content=wanted, max_body=100)
+            async with place.running():
+                assert (await place.ask({"prompt": "hello"})).status == 200
+                assert (await place.ask({"prompt": "x" * 100})).status == 413
+            asked, refused = place.logged()
+            assert asked.get("body") == ('{"prompt": "hello"}' if wanted else None)
+            assert refused["status"] == 413 and "body" not in refused
+
+    asyncio.run(test())
+
+
 def test_the_log_tells_who_caused_a_switch_and_who_waited_for_it(tmp_path: Path) -> None:
     async def test() -> None:
         place = Place(tmp_path, whole(b"200 OK", b"{}"), presets=PRESETS, box=FakeBox("coder", load_s=0.1))
@@ -293,5 +362,26 @@ def test_a_client_that_left_is_logged_as_499(tmp_path: Path) -> None:
             gone.set()
             await place.ask({}, leaves=gone)
         assert [(told["status"], told["error"]) for told in place.logged()] == [(499, "the client went away")]
+
+    asyncio.run(test())
+
+
+def test_a_client_that_leaves_while_it_waits_waits_no_longer(tmp_path: Path) -> None:
+    async def test() -> None:
+        place = Place(tmp_path, endless, presets={"coder": 1})
+        async with place.running():
+            served = asyncio.create_task(place.ask({"stream": True}))
+            while not place.bodies:
+                await asyncio.sleep(0.001)
+            gone = asyncio.Event()
+            waiting = asyncio.create_task(place.ask({}, leaves=gone))
+            while not place.board.queued:
+                await asyncio.sleep(0.001)
+            gone.set()
+            await waiting
+            assert (place.board.queued, len(place.bodies)) == (0, 1)
+            served.cancel()
+        told = place.logged()[0]
+        assert (told["status"], told["error"], told["preset"]) == (499, "the client went away", None)
 
     asyncio.run(test())

@@ -164,7 +164,7 @@ class Bodies:
                 if size > ANSWER_LIMIT:
                     said = f"the answer is larger than {ANSWER_LIMIT} bytes, which is what the gateway keeps"
                     raise Refusal(502, f"{said}; ask for less at once")
-                if size > PIECE and self.buffered > self.settings.max_buffered:
+                if self.buffered > self.settings.max_buffered:
                     raise self._full({})
         except BaseException:
             self.give_back_answer(size)
