@@ -328,6 +328,17 @@ def test_what_was_used_just_before_a_restart_counts_after_it(forge: Forge, tmp_p
     stub.close()
 
 
+def test_a_gateway_whose_board_fails_ends_so_that_systemd_starts_it_again(
+    forge: Forge, tmp_path: Path
+) -> None:
+    with running(forge, tmp_path, {"failing": None}, hold_timeout=60.0) as gateway:  # its switch is a bug
+        with socket.create_connection(("127.0.0.1", gateway.port)) as sock:
+            body = b'{"model": "smol"}'
+            sock.sendall(f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert gateway.wait() == 1
+        assert "CRITICAL: the board has failed" in gateway.log.read_text()
+
+
 # --- the configuration ---
 
 

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from llmbox.gateway.board import LOAD_GUESS_S, Board, Lease, Ticket
+from llmbox.errors import LlmboxError
+from llmbox.gateway import board as board_module
+from llmbox.gateway.board import LOAD_GUESS_S, SMOOTHING, Board, Lease, Seen, Ticket
 from llmbox.gateway.refusals import Refusal
 
 from tests.unit.fake_box import FakeBox
@@ -307,6 +309,39 @@ def test_a_crash_holds_what_comes_until_the_server_is_back() -> None:
     run(body)
 
 
+def test_who_lost_its_server_starts_nothing_that_it_could_not_have_started_before() -> None:
+    async def body() -> None:
+        box = FakeBox("c")
+        async with running(box, default_preset="b") as board:
+            barred = await turn(board.ask(None, "k", slot=True, may_use="c".__eq__))
+            reading = await turn(board.ask(None, "k", slot=False, reads=True))
+            box.become(None)
+            await until(lambda: board.phase == "stopped")
+            for lease, status in ((barred, 403), (reading, 503)):
+                again = board.again(lease)
+                board.release(lease)
+                with pytest.raises(Refusal) as caught:
+                    await turn(again)
+                assert caught.value.status == status
+            assert not box.log
+
+    run(body)
+
+
+def test_who_lost_its_server_waits_no_longer_than_others_for_it_to_come_back() -> None:
+    async def body() -> None:
+        box = FakeBox()
+        async with running(box, hold_timeout=0.05) as board:
+            lease = await turn(board.ask(None, "k", slot=True))
+            box.die()
+            await until(lambda: board.phase == "loading")
+            again = board.again(lease)
+            board.release(lease)
+            await until(lambda: board.overdue(again))
+
+    run(body)
+
+
 def test_nobody_is_sent_to_a_server_that_was_lost() -> None:
     async def body() -> None:
         box = FakeBox()
@@ -375,6 +410,50 @@ def test_when_the_default_preset_fails_everybody_who_waits_is_told_why() -> None
         async with running(box, default_preset="b") as board:
             with pytest.raises(Refusal, match="no such file"):
                 await turn(board.ask(None, "k", slot=True))
+
+    run(body)
+
+
+def test_when_nothing_runs_and_switching_is_off_only_the_default_preset_is_started() -> None:
+    async def body() -> None:
+        box = FakeBox(None)
+        async with running(box, default_preset="b", switch_policy="off") as board:
+            with pytest.raises(Refusal, match="switch_policy is off") as refusal:
+                await turn(board.ask("a", "k", slot=True))
+            assert refusal.value.status == 503 and not box.log
+            assert (await turn(board.ask("b", "k", slot=True))).preset == "b"
+
+    run(body)
+
+
+def test_a_preset_that_has_failed_by_itself_is_not_started_again_at_once() -> None:
+    class Failed(FakeBox):
+        async def look(self) -> Seen:
+            return Seen("down", "b", reason="out of memory")
+
+    async def body() -> None:
+        box = Failed(None)
+        async with running(box, default_preset="b") as board:
+            assert board.phase == "failed"
+            for preset in ("b", None):
+                with pytest.raises(Refusal, match="out of memory"):
+                    await turn(board.ask(preset, "k", slot=True))
+            assert not box.log
+
+    run(body)
+
+
+def test_a_preset_that_fails_costs_nobody_else_an_answer() -> None:
+    async def body() -> None:
+        box = FakeBox(load_s=0.05)
+        box.failing["b"] = "out of memory"
+        async with running(box) as board:
+            other = board.ask("b", "k", slot=True)
+            await until(lambda: board.phase == "loading")
+            bystander = board.ask(None, "k", slot=True)
+            with pytest.raises(Refusal, match="out of memory"):
+                await turn(other)
+            assert (await turn(bystander)).preset == "a"
 
     run(body)
 
@@ -699,6 +778,30 @@ def test_a_switch_by_hand_does_not_wait_for_a_measurement() -> None:
     run(body)
 
 
+def test_a_box_that_does_not_answer_is_looked_at_again_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(board_module, "TROUBLE_S", 0.03)
+
+    class Silent(FakeBox):
+        looks = 0
+
+        async def look(self) -> Seen:
+            self.looks += 1
+            if self.looks < 4:
+                raise LlmboxError("systemd does not answer")
+            return await super().look()
+
+    async def body() -> None:
+        began = asyncio.get_running_loop().time()
+        async with running(Silent()) as board:
+            assert (await turn(board.ask(None, "k", slot=True))).preset == "a"
+            assert board.clock() - began >= 0.08
+        assert caplog.text.count("systemd does not answer; looking again") == 3
+
+    run(body)
+
+
 def test_random_traffic_loses_nobody() -> None:
     import random
 
@@ -782,5 +885,31 @@ def test_a_waiting_request_is_told_what_its_turn_will_take() -> None:
             board.load_s.clear()
             assert board.estimate_s(other) == 3.0 + LOAD_GUESS_S
             board.release(held)
+
+    run(body)
+
+
+def test_the_estimate_is_of_what_requests_took_that_generate() -> None:
+    async def body() -> None:
+        now = 0.0
+        board = Board({"a": 1}, settings(), FakeBox(), lambda: now)
+        board.serving = Seen("ready", "a", 100)
+        for took, slot in ((10.0, True), (99.0, False), (20.0, True)):
+            lease = await turn(board.ask("a", "k", slot=slot))
+            now += took
+            board.release(lease)
+            now += 60.0  # its client is slow
+            board.release(lease)
+        assert board.service_s == 10.0 + SMOOTHING * 10.0
+
+    run(body)
+
+
+def test_who_takes_any_preset_is_told_of_the_slots_of_the_one_that_serves() -> None:
+    async def body() -> None:
+        async with running(FakeBox("c")) as board:
+            board.service_s = 4.0
+            tickets = [board.ask(None, "k", slot=True) for _ in range(3)]
+            assert board.estimate_s(tickets[2]) == 4.0 / board.slots["c"] == 2.0
 
     run(body)

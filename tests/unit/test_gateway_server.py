@@ -320,6 +320,12 @@ def test_a_connection_is_kept_and_says_nothing_of_its_server(gateway: Gateway) -
             assert status == 200 and "connection" not in headers and "uvicorn" not in str(headers)
 
 
+def test_a_client_that_is_gone_without_a_word_is_probed_for(gateway: Gateway) -> None:
+    listener = gateway.listener  # what is set on it holds for the connections that it accepts
+    assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == server.KEEPALIVE_PROBE_S
+
+
 def test_a_connection_that_says_nothing_is_closed_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
