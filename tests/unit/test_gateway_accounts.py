@@ -81,7 +81,10 @@ def refused(accounts: Accounts, headers: list[tuple[bytes, bytes]], client: str 
 
 def breach(account: Account, preset: str | None = None) -> Refusal:
     with pytest.raises(Refusal) as caught:
-        account.admit(preset)
+        if preset is None:
+            account.admit()
+        else:
+            account.check(preset)
     return caught.value
 
 
@@ -174,7 +177,7 @@ def test_without_keys_only_near_clients_get_in(place: Place, client: str, welcom
     accounts = place.load("192.168.1.0/24", "fd00::/8", "::ffff:10.1.2.0/120")
     if welcome:
         account = accounts.identify([], client)
-        account.admit("coder")
+        account.admit()
         account.spend(10**9)
         assert (account.name, account.tokens_left()) == ("anonymous", None)
     else:
@@ -198,8 +201,7 @@ def test_a_key_may_be_bound_to_presets(place: Place) -> None:
     refusal = breach(alice, "big")
     assert refusal.status == 403
     assert refusal.message.endswith("may not use the preset big; it may use: coder, tiny")
-    alice.admit("coder")
-    alice.admit(None)  # whichever is active: the relay checks it
+    alice.check("coder")
     assert alice.may_use("tiny") and not alice.may_use("big")
     alice.start("tiny")
     with pytest.raises(Refusal, match="big"):
@@ -218,7 +220,7 @@ def test_requests_are_refused_past_the_limit_until_the_window_has_passed(
     accounts = place.load()
     alice = accounts.identify(bearer(KEY), "")
     for _ in range(3):
-        alice.admit("coder")
+        alice.admit()
         place.clock.now += 10
     refusal = breach(alice)
     assert refusal.status == 429
@@ -230,14 +232,14 @@ def test_requests_are_refused_past_the_limit_until_the_window_has_passed(
     place.clock.now += 30
     assert breach(alice).headers == {"Retry-After": "1"}
     place.clock.now += 1
-    alice.admit(None)
+    alice.admit()
     place.clock.now += 9
     assert breach(alice).headers == {"Retry-After": "1"}
     assert accounts.breaches == {budget: 3 * (budget == "requests_per_minute") for budget in BUDGETS}
     assert len(caplog.records) == 1  # once a minute, however often it is tried
     place.clock.now += 20
-    alice.admit(None)
-    alice.admit(None)
+    alice.admit()
+    alice.admit()
     breach(alice)
     assert len(caplog.records) == 2
 
@@ -246,17 +248,17 @@ def test_a_refused_request_counts_nothing(place: Place) -> None:
     place.write(entry(requests_per_minute=1, presets=["coder"]))
     alice = place.load().identify(bearer(KEY), "")
     breach(alice, "big")
-    alice.admit("coder")
+    alice.admit()
     for _ in range(100):
         breach(alice)
     place.clock.now += 61
-    alice.admit("coder")
+    alice.admit()
 
 
 def test_the_longest_wait_of_several_budgets_is_told(place: Place) -> None:
     place.write(entry(requests_per_minute=1, requests_per_day=1))
     alice = place.load().identify(bearer(KEY), "")
-    alice.admit(None)
+    alice.admit()
     refusal = breach(alice)
     assert "requests_per_day" in refusal.message
     assert 86400 <= int(refusal.headers["Retry-After"]) <= 86400 * (1 + 1 / BUCKETS)
@@ -270,12 +272,12 @@ def test_tokens_that_are_spent_stop_the_next_request(place: Place, caplog: pytes
     alice.spend(120)
     alice.spend(-21)
     assert alice.tokens_left() == 1
-    alice.admit(None)
+    alice.admit()
     alice.spend(1)
     assert alice.tokens_left() == 0
     assert "tokens_per_minute" in breach(alice).message
     place.clock.now += 61
-    alice.admit(None)
+    alice.admit()
     assert alice.tokens_left() == 50
     alice.spend(51)
     assert alice.tokens_left() == -1
@@ -302,11 +304,11 @@ def test_no_stretch_of_a_window_ever_holds_more_than_its_limit(place: Place, see
             admitted.popleft()
         inside = sum(1 for when in admitted if when > now - length)
         try:
-            alice.admit(None)
+            alice.admit()
         except Refusal as refusal:
             assert len(admitted) >= limit  # what was used longer ago is forgotten
             place.clock.now += int(refusal.headers["Retry-After"])
-            alice.admit(None)
+            alice.admit()
             now = place.clock.now
         else:
             assert inside < limit
@@ -332,7 +334,7 @@ def test_a_window_stays_small_and_right_whatever_the_clock_does(seed: int) -> No
 def test_a_clock_set_back_forgives_nothing_and_blocks_nobody_for_long(place: Place) -> None:
     place.write(entry(requests_per_minute=1))
     alice = place.load().identify(bearer(KEY), "")
-    alice.admit(None)
+    alice.admit()
     place.clock.now -= 10 * 365 * 86400
     assert int(breach(alice).headers["Retry-After"]) <= 61
 
@@ -365,7 +367,7 @@ def test_the_usage_file_is_private_and_replaced_whole(place: Place) -> None:
     assert not place.usage.exists()
     old = os.umask(0)
     try:
-        accounts.identify(bearer(KEY), "").admit(None)
+        accounts.identify(bearer(KEY), "").admit()
         accounts.flush()
     finally:
         os.umask(old)
@@ -374,7 +376,7 @@ def test_the_usage_file_is_private_and_replaced_whole(place: Place) -> None:
     inode = place.usage.stat().st_ino
     accounts.flush()
     assert place.usage.stat().st_ino == inode  # nothing has changed
-    accounts.identify(bearer(KEY), "").admit(None)
+    accounts.identify(bearer(KEY), "").admit()
     accounts.flush()
     assert place.usage.stat().st_ino != inode
     assert [path.name for path in place.usage.parent.iterdir()] == ["usage.json"]
@@ -400,7 +402,7 @@ def test_a_broken_usage_file_is_put_aside(
     place.write(entry(requests_per_day=1))
     place.usage.parent.mkdir()
     place.usage.write_bytes(content)
-    place.load().identify(bearer(KEY), "").admit(None)
+    place.load().identify(bearer(KEY), "").admit()
     assert place.usage.with_name("usage.json.broken").read_bytes() == content
     assert "budgets begin anew" in caplog.text
 
@@ -412,7 +414,7 @@ def test_a_disk_that_is_full_is_logged_once_a_minute_and_made_good(
     place.usage.parent.write_text("a file where the directory should be")
     accounts = place.load()
     caplog.clear()
-    accounts.identify(bearer(KEY), "").admit(None)
+    accounts.identify(bearer(KEY), "").admit()
     for _ in range(5):
         accounts.flush()
     assert len(caplog.records) == 1 and "cannot be written" in caplog.text
@@ -428,7 +430,7 @@ def test_the_background_task_writes_and_rereads(place: Place, monkeypatch: pytes
     async def follow() -> None:
         accounts = place.load()
         running = asyncio.create_task(accounts.run())
-        accounts.identify(bearer(KEY), "").admit(None)
+        accounts.identify(bearer(KEY), "").admit()
         place.write(entry("bob", OTHER))
         async with asyncio.timeout(5):
             while not place.usage.exists() or refuses(accounts, OTHER):
@@ -451,7 +453,7 @@ def test_what_was_used_is_on_the_disk_before_it_replaces_the_former(
     monkeypatch.setattr(os, "fsync", fsync)
     place.write(entry(requests_per_day=2))
     accounts = place.load()
-    accounts.identify(bearer(KEY), "").admit(None)
+    accounts.identify(bearer(KEY), "").admit()
     accounts.flush()
     assert written == [(place.usage.stat().st_size, False)]
 
@@ -459,9 +461,9 @@ def test_what_was_used_is_on_the_disk_before_it_replaces_the_former(
 def test_a_thread_that_is_late_does_not_write_over_what_is_newer(place: Place) -> None:
     place.write(entry(requests_per_day=5))
     accounts = place.load()
-    accounts.identify(bearer(KEY), "").admit(None)
+    accounts.identify(bearer(KEY), "").admit()
     late = accounts._snapshot()
-    accounts.identify(bearer(KEY), "").admit(None)
+    accounts.identify(bearer(KEY), "").admit()
     accounts.flush()
     newest = place.usage.read_bytes()
     accounts._save(*late)
@@ -480,14 +482,14 @@ def test_a_changed_keys_file_is_taken_over_with_what_was_used(place: Place) -> N
     place.write(entry(requests_per_minute=2))
     accounts = place.load()
     under_way = accounts.identify(bearer(KEY), "")
-    under_way.admit(None)
+    under_way.admit()
     place.write(
         entry(key=OTHER, requests_per_minute=2), entry("bob", KEY)
     )  # alice has a new key, bob her old
     accounts.reread()
     assert accounts.identify(bearer(KEY), "").name == "bob"
     alice = accounts.identify(bearer(OTHER), "")
-    under_way.admit(None)
+    under_way.admit()
     assert breach(alice).status == 429
 
 
@@ -569,7 +571,7 @@ def test_no_key_and_no_hash_is_ever_told(place: Place, caplog: pytest.LogCapture
     place.write(entry(requests_per_minute=1, tokens_per_day=1, presets=["coder"]), entry("bob", OTHER))
     accounts = place.load()
     alice = accounts.identify(bearer(KEY), "")
-    alice.admit(None)
+    alice.admit()
     alice.spend(2)
     told = [breach(alice, preset).message for preset in (None, "big")]
     told += [alice.exhausted(), refused(accounts, bearer(KEY + "x")).message, repr(read_keys(place.keys))]

@@ -242,7 +242,6 @@ def test_every_route_reaches_llama_server(
         (b'{"stream": true, "stream": false}', "'stream' twice"),
         (b'{"stream": "yes"}', "true or false"),
         (b"[" * 100_000, "nested"),
-        (b'{"n": ' + b"9" * 5000 + b"}", "too long"),
         (b"", "not JSON"),
     ],
 )
@@ -254,6 +253,11 @@ def test_a_body_that_says_no_clear_thing_is_refused(
     status, _, answer = ask(gateway, path, body)
     assert status == 400 and said in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error" and len(stub.bodies) == asked
+
+
+def test_numbers_are_not_read_in_one_go_in_which_nobody_else_is_served() -> None:
+    """Python's own reader of numbers keeps the interpreter for seconds, and refuses those of 5000 digits."""
+    assert read_body(b'{"model": "a", "n": [' + b"9" * 5000 + b", 1.5, NaN]}").model == "a"
 
 
 def test_a_body_of_a_million_values_is_refused_before_it_is_parsed() -> None:
@@ -312,7 +316,7 @@ def test_with_keys_everything_but_health_needs_one(forge: Forge, tmp_path: Path)
         assert "secret" not in gateway.log.read_text() + audited
         entries = [json.loads(line) for line in audited.splitlines()]
         refused = {entry["path"] for entry in entries if entry["status"] == 401}
-        assert refused >= {"/ready", "/v1/models", "/metrics", "/props", "/nowhere"}, "a guess must be seen"
+        assert refused >= {"/ready", "/v1/models", "/metrics", "/props", "(unknown)"}, "a guess must be seen"
     stub.close()
 
 

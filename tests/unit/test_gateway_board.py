@@ -688,6 +688,123 @@ def test_what_is_started_by_hand_after_a_long_rest_is_not_unloaded_at_once() -> 
     run(body)
 
 
+def test_where_nobody_may_switch_who_waited_for_another_preset_is_refused() -> None:
+    async def body() -> None:
+        box = FakeBox("a")
+        box.coming = True
+        async with running(box, switch_policy="off") as board:
+            other, same, any_of_them = (board.ask(preset, "k", slot=False) for preset in ("b", "a", None))
+            box.coming = False
+            with pytest.raises(Refusal, match=r"the preset b is not active.*switch_policy is off") as refusal:
+                await turn(other)
+            assert refusal.value.status == 503 and refusal.value.headers["Retry-After"]
+            assert [(await turn(one)).preset for one in (same, any_of_them)] == ["a", "a"]
+            assert not box.log
+
+    run(body)
+
+
+def test_a_request_that_was_held_does_not_undo_a_switch_by_hand_where_it_may_not_switch() -> None:
+    async def body() -> None:
+        box = FakeBox("a")
+        async with running(box, switch_policy="off") as board:
+            async with asyncio.timeout(PATIENCE_S), board.hold("b"):
+                held = board.ask("a", "k", slot=True)
+                box.become("b")
+            with pytest.raises(Refusal, match="switch_policy is off"):
+                await turn(held)
+            assert (await turn(board.ask(None, "k", slot=True))).preset == "b"
+            assert box.log == ["prefetch b"]
+
+    run(body)
+
+
+class SlowDisk(FakeBox):
+    """Reads a model's file for ever; `given_up` when that was cancelled."""
+
+    given_up = False
+
+    async def prefetch(self, preset: str) -> None:
+        """Read on."""
+        await super().prefetch(preset)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.given_up = True
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_switch_by_hand_does_not_wait_for_a_file_that_is_read_for_another_preset(busy: bool) -> None:
+    async def body() -> None:
+        box = SlowDisk("a")
+        async with running(box) as board:
+            running_ = await turn(board.ask("a", "k", slot=True)) if busy else None
+            other = board.ask("b", "k", slot=True)
+            await until(lambda: board.phase == "prefetching")
+            entered = asyncio.Event()
+
+            async def by_hand() -> None:
+                async with board.hold(None):
+                    entered.set()
+                    box.become("b")
+
+            holding = asyncio.ensure_future(by_hand())
+            await until(lambda: box.given_up)
+            if running_:
+                await until(lambda: board.phase == "draining")
+                assert not entered.is_set(), "what runs is drained first"
+                board.release(running_)
+            await asyncio.wait_for(holding, PATIENCE_S)
+            assert (await turn(other)).preset == "b" and box.log == ["prefetch b"]
+
+    run(body)
+
+
+def test_a_file_is_read_no_further_when_nobody_wants_it_any_more() -> None:
+    async def body() -> None:
+        box = SlowDisk("a")
+        async with running(box) as board:
+            other = board.ask("b", "k", slot=True)
+            await until(lambda: board.phase == "prefetching")
+            board.leave(other)
+            await until(lambda: board.phase == "ready")
+            assert box.given_up
+            assert (await turn(board.ask("a", "k", slot=True))).preset == "a"
+
+    run(body)
+
+
+def test_who_waited_behind_a_measurement_that_was_given_up_goes_at_once() -> None:
+    async def body() -> None:
+        async with running(FakeBox("c")) as board:
+            before = await turn(board.ask("c", "k", slot=True))
+            alone = board.ask("c", "m", slot=True, alone=True)
+            behind = board.ask("c", "k", slot=True)
+            assert not behind.granted.done()
+            board.leave(alone)
+            assert behind.granted.done() and before in board.leases
+
+    run(body)
+
+
+def test_what_the_guard_forbade_is_not_held_against_the_preset() -> None:
+    async def body() -> None:
+        box = FakeBox("a", load_s=0.05)
+        box.failing["b"] = "the card is out of service"
+        async with running(box) as board:
+            asked = board.ask("b", "k", slot=True)
+            await until(lambda: board.phase == "loading")
+            board.block("the card is hot")
+            with pytest.raises(Refusal, match="the card is hot"):
+                await turn(asked)
+            await until(lambda: board.phase == "ready")
+            board.block("")
+            box.failing.clear()
+            assert (await turn(board.ask("b", "k", slot=True))).preset == "b"
+
+    run(body)
+
+
 def test_a_measurement_goes_when_nothing_else_runs_and_alone() -> None:
     async def body() -> None:
         async with running(FakeBox("c")) as board:

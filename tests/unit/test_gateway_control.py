@@ -131,6 +131,31 @@ def test_a_word_that_is_not_understood_ends_the_hold(place: Place, said: bytes) 
     assert board.phase == "ready" and board.last_switch == {}
 
 
+def test_an_lmswitch_that_dies_while_it_waits_lets_everybody_go_on_at_once(tmp_path: Path) -> None:
+    async def body() -> None:
+        board = Board({"a": 1, "b": 1}, settings(drain_timeout=600.0), FakeBox())
+        path = str(tmp_path / "control.sock")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        server = await control.serve(board, listener)
+        moving = asyncio.ensure_future(board.run())
+        async with asyncio.timeout(PATIENCE_S):
+            lease = await board.ask("a", "k", slot=True).granted
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(client.line({"do": "hold", "preset": "b"}))
+            while json.loads(await reader.readline())["phase"] != "draining":
+                pass
+            writer.close()
+            while board.phase != "ready":
+                await asyncio.sleep(0.001)
+            assert lease in board.leases and lease.ended is None
+        moving.cancel()
+        server.close()
+        await asyncio.gather(moving, return_exceptions=True)
+
+    asyncio.run(body())
+
+
 def test_a_hold_for_what_is_no_name_is_refused(place: Place) -> None:
     def lmswitch(_: Board) -> None:
         with socket.socket(socket.AF_UNIX) as connection:

@@ -141,9 +141,12 @@ def test_requests_are_counted_by_route_preset_and_status(tmp_path: Path) -> None
         for status in (200, 200, 429):
             done.end(status)
             place.metrics.observe(done)
-        held = Entry("/v1/messages", wanted="tiny")
+        held = Entry("/v1/messages", wanted="tiny", waited_s=1.0)
         held.end(503)
-        place.metrics.observe(held)
+        stranger = Entry("/v1/messages")  # it never joined the queue
+        stranger.end(401)
+        for one in (held, stranger):
+            place.metrics.observe(one)
         page = await place.page()
         lint(page)
         count = "llmbox_requests_total"
@@ -154,7 +157,7 @@ def test_requests_are_counted_by_route_preset_and_status(tmp_path: Path) -> None
         assert value(page, "llmbox_prompt_cached_tokens_total", preset="coder") == 180
         assert value(page, "llmbox_generated_tokens_total", preset="coder") == 60
         assert value(page, "llmbox_hold_seconds_count") == 4
-        assert value(page, "llmbox_hold_seconds_sum") == 9
+        assert value(page, "llmbox_hold_seconds_sum") == 10
         assert value(page, "llmbox_hold_seconds_bucket", le="2.5") == 1
         assert value(page, "llmbox_hold_seconds_bucket", le="5.0") == 4
         assert "_created" not in page

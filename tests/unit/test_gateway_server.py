@@ -24,6 +24,7 @@ from llmbox.gateway import server
 from llmbox.gateway.settings import Settings
 
 from tests.unit.gateway_process import FILES, SETTINGS, Forge, Gateway, running
+from tests.unit.gateway_settings import settings
 from tests.unit.stub_llama_server import StubLlamaServer, events
 
 CHAT = "/v1/chat/completions"
@@ -493,8 +494,9 @@ def test_a_client_that_reads_slowly_gets_all_of_its_stream(
             last = last[-5:] + piece
 
 
-def test_what_is_left_after_the_last_word_is_not_kept_for_ever() -> None:
-    """A client takes some of it, and then nothing more."""
+@pytest.mark.parametrize("draining", [False, True])
+def test_what_is_left_after_the_last_word_is_not_kept_for_ever(draining: bool) -> None:
+    """A client takes some of it, and then nothing more; while the gateway stops, some is not enough."""
     left = [30, 30, 20, 20, 20, 20]  # what each look finds
 
     class Transport:
@@ -519,16 +521,33 @@ def test_what_is_left_after_the_last_word_is_not_kept_for_ever() -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             aborted = asyncio.Event()
-            farewell = server.Farewell(Transport(ours, aborted), 0.001)  # type: ignore[arg-type]
+            state = server.State(settings(request_timeout=0.001))
+            state.draining = draining
+            farewell = server.Farewell(Transport(ours, aborted), state)  # type: ignore[arg-type]
             farewell.close()
             async with asyncio.timeout(10):
                 await aborted.wait()
 
     asyncio.run(go())
-    assert not left  # the first look found that some was taken, the second nothing
+    assert len(left) == (3 if draining else 0)  # the first look or the second one was the last
 
 
 # --- stopping ---
+
+
+@pytest.mark.parametrize("sent", [b"\r\n", b"\r\n" * 2000])
+def test_blank_lines_keep_no_stopping_gateway_alive(gateway: Gateway, sent: bytes) -> None:
+    with connect(gateway) as client:
+        client.sendall(HEALTH)
+        assert read_answer(client)[0] == 200
+        gateway.signal(signal.SIGTERM)
+        gateway.await_state("STOPPING=1")
+        deadline = time.monotonic() + 20
+        with pytest.raises(OSError, match=r"Broken pipe|reset"):
+            while time.monotonic() < deadline:
+                client.sendall(sent)
+                time.sleep(0.01)
+    assert gateway.wait() == 0
 
 
 def test_sigterm_while_a_stream_runs_and_a_connection_is_idle(gateway: Gateway) -> None:
@@ -639,7 +658,8 @@ def test_an_idle_connection_is_not_closed_over_a_request_that_has_come(
         theirs.sendall(sent)
         protocol = server.GatewayProtocol.__new__(server.GatewayProtocol)
         farewell = mock.Mock(**{"get_extra_info.return_value": ours})
-        protocol._heading, protocol._farewell = heading, farewell
+        protocol._heading, protocol._farewell, protocol.loop = heading, farewell, mock.Mock()
+        protocol.loop.time.return_value = 0.0
         protocol.timeout_keep_alive_handler()
     assert farewell.close.called == closes
 

@@ -241,6 +241,80 @@ def test_a_key_does_not_start_a_foreign_preset_by_naming_none(tmp_path: Path) ->
     asyncio.run(test())
 
 
+EMBEDDINGS, COMPLETION = ROUTES["POST", "/embeddings"], ROUTES["POST", "/completion"]
+
+
+@pytest.mark.parametrize(
+    ("route", "stream", "answer", "charged"),
+    [
+        (COMPLETION, False, whole(b"200 OK", b'{"content": "' + b"x" * 400 + b'"}'), 1000 + 103),
+        (COMPLETION, True, whole(b"200 OK", b'{"content": ""}'), 1000 + 3),
+        (EMBEDDINGS, False, whole(b"200 OK", b'[{"embedding": [[0.5]]}]'), 1000),
+        (COUNT, False, whole(b"200 OK", b'{"input_tokens": 3}'), 0),
+        (COMPLETION, False, whole(b"400 Bad Request", b"{}"), 0),
+    ],
+    ids=["response_fields", "no stream after all", "vectors", "counting", "refused"],
+)
+def test_an_answer_without_figures_is_charged_by_an_estimate(
+    tmp_path: Path, route: Route, stream: bool, answer: Answer, charged: int
+) -> None:
+    """As with `response_fields`, with which a client has llama-server leave them out."""
+
+    async def test() -> None:
+        place = place_of_alice(tmp_path, answer, tokens_per_day=1_000_000)
+        async with place.running():
+            body = {"stream": stream, "prompt": ""}
+            body["prompt"] = "x" * (4000 - len(json.dumps(body)))
+            await place.ask(body, route)
+        assert left(place) == 1_000_000 - charged
+
+    asyncio.run(test())
+
+
+def test_a_stream_without_figures_is_charged_its_prompt_and_what_came(tmp_path: Path) -> None:
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM_HEAD + b"data: {}\n\n" * 5)
+
+    async def test() -> None:
+        place = place_of_alice(tmp_path, answer, tokens_per_day=1_000_000)
+        async with place.running():
+            await place.ask({"stream": True, "prompt": "x" * (4000 - 29)})
+        assert left(place) == 1_000_000 - 1000 - 5
+
+    asyncio.run(test())
+
+
+def test_tokens_that_are_used_up_while_a_request_waits_are_a_429(tmp_path: Path) -> None:
+    async def test() -> None:
+        place = Place(
+            tmp_path,
+            whole(b"200 OK", b"{}"),
+            presets=PRESETS,
+            box=FakeBox("coder", load_s=0.1),
+            key={"tokens_per_minute": 10},
+        )
+        async with place.running():
+            asking = asyncio.ensure_future(place.ask({"model": "tiny"}))
+            while not place.board.queued:
+                await asyncio.sleep(0.001)
+            place.accounts.identify([(b"x-api-key", KEY.encode())], "").spend(11)
+            status, headers, said = await asking
+            assert (status, len(place.bodies)) == (429, 0) and headers[b"retry-after"]
+            assert b"tokens_per_minute (10)" in said
+
+    asyncio.run(test())
+
+
+def test_a_request_counts_before_anything_of_it_is_read(tmp_path: Path) -> None:
+    async def test() -> None:
+        place = place_of_alice(tmp_path, whole(b"200 OK", b"{}"), requests_per_minute=3)
+        async with place.running():
+            told = [(await place.ask({"model": ["no", "name"]})).status for _ in range(5)]
+        assert told == [400, 400, 400, 429, 429]
+
+    asyncio.run(test())
+
+
 def test_the_words_of_a_request_do_not_come_back_into_the_log(tmp_path: Path) -> None:
     quoted = b'{"error": {"message": "cannot parse: my secret diary"}}'
 

@@ -101,13 +101,8 @@ class Account:
                 "fix: measures: true in its entry of llm_gateway_keys",
             )
 
-    def admit(self, preset: str | None) -> None:
-        """Count a request. Raises Refusal: 403 for a preset that is not its own, 429 for a budget used up.
-
-        None is whatever preset will be active: `start` checks that.
-        """
-        if preset is not None:
-            self.check(preset)
+    def admit(self) -> None:
+        """Count a request, before anything of it is read. Raises Refusal(429) for a budget used up."""
         self._halt(BUDGETS)
         self._count("requests", 1)
 

@@ -113,7 +113,9 @@ class Gateway:
     def _record(self, path: str, scope: Scope, refusal: Refusal) -> None:
         """Write down what was refused here, as the relay does with its own: a guessed key must be seen."""
         client = scope.get("client")
-        entry = Entry(path[:PATH_LIMIT], client[0] if client else "", error=refusal.message)
+        entry = Entry(path, client[0] if client else "", error=refusal.message)
+        if path not in self._methods:  # whatever stands there, a key perhaps
+            entry.path, entry.error = "(unknown)", refusal.message.partition(":")[0]
         entry.end(refusal.status)
         self.metrics.observe(entry)
         self.relay.audit.write(entry)

@@ -205,6 +205,7 @@ class Board:
             self.release(ticket.granted.result())
         else:
             ticket.granted.cancel()
+        self._pump()  # it may have kept others back: a measurement does
         self._wake.set()
 
     def release(self, lease: Lease) -> None:
@@ -327,7 +328,6 @@ class Board:
 
     async def _serve(self, seen: Seen) -> None:
         assert seen.preset is not None
-        self._enter("ready")
         if seen.pid != self._run:
             self._run, self._ready_since = seen.pid, self.clock()
         self.serving = seen
@@ -338,18 +338,21 @@ class Board:
         gone = asyncio.ensure_future(self.box.gone(seen.pid))
         try:
             while not gone.done() and not self._suspect:
+                self._enter("ready")
+                self._turn_away()
                 self._pump()
                 if self._holds:
-                    target = next(iter(self._holds.values()))
-                    parts = {"prefetch": await self._timed(self._prepare(target, gone))}
+                    ahead = self._prepare(next(iter(self._holds.values())), gone, lambda: bool(self._holds))
+                    parts = {"prefetch": await self._timed(ahead)}
                     drained = self._drain("the box is being switched by hand", lambda: bool(self._holds))
                     parts["drain"] = await self._timed(drained)
                     self._cleared = (seen.preset, parts)
                     return
                 target = self._target()
                 if target:
-                    await self._go_to(target, gone)
-                    return
+                    if await self._go_to(target, gone):
+                        return
+                    continue
                 if self._idle():
                     await self._unload(seen.preset)
                     return
@@ -397,22 +400,30 @@ class Board:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), LOOK_DOWN_S)
 
-    async def _go_to(self, target: str, gone: asyncio.Future[None]) -> None:
+    async def _go_to(self, target: str, gone: asyncio.Future[None]) -> bool:
+        """Go over to a preset. False: not now, and the present server is as it was."""
         assert self.serving is not None
         former = self.serving.preset
-        parts = {"prefetch": await self._timed(self._prepare(target, gone))}
-        if self.serving is None or self._target() != target:
-            return  # the server was lost, whoever wanted the other has left, or it is not idle any more
+
+        def wanted() -> bool:
+            return not self._holds and any(ticket.preset == target for ticket in self.waiting)
+
+        parts = {"prefetch": await self._timed(self._prepare(target, gone, wanted))}
+        if self.serving is None or not wanted() or self._target() != target:
+            return False  # it was lost, is to be switched by hand, or is not idle any more; or nobody waits
         parts["drain"] = await self._timed(self._drain(f"the box goes over to the preset {target}"))
         await self._move(former, target, parts)
+        return True
 
-    async def _prepare(self, target: str | None, gone: asyncio.Future[None]) -> None:
-        """Read the next model's file into memory while the present server still serves."""
+    async def _prepare(
+        self, target: str | None, gone: asyncio.Future[None], wanted: Callable[[], bool]
+    ) -> None:
+        """Read the next model's file into memory while the present server still serves, and it is wanted."""
         if not (target and self.settings.prefetch and target in self.slots):
             return
         self._enter("prefetching")
         reading = asyncio.ensure_future(self.box.prefetch(target))
-        while not (reading.done() or gone.done() or self._suspect):
+        while wanted() and not (reading.done() or gone.done() or self._suspect):
             await self._woken(None, reading, gone)
         await _end(reading)
 
@@ -456,7 +467,8 @@ class Board:
         if moved.ok:
             self._known = moved.seen
             return
-        self.failed[target] = (self.clock(), moved.reason)
+        if not self.blocked:  # else it is the guard that forbade it, and says so itself
+            self.failed[target] = (self.clock(), moved.reason)
         for ticket in list(self.waiting):
             if ticket.preset == target or (former is None and ticket.preset is None):
                 self._refuse(ticket, 503, moved.reason)
@@ -536,6 +548,13 @@ class Board:
             elif ticket.alone:
                 return  # who came later lets it go first: otherwise it would never be alone
 
+    def _turn_away(self) -> None:
+        """Where nobody may switch, refuse who waited for another preset than the one that came up."""
+        if self.settings.switch_policy == "off":
+            for ticket in list(self.waiting):
+                if ticket.preset and not self._fits(ticket):
+                    self._refuse(ticket, 503, _not_active(ticket.preset))
+
     def _target(self) -> str | None:
         """The preset to go to now: that of the oldest request which the present one cannot serve."""
         assert self.serving is not None
@@ -581,7 +600,7 @@ class Board:
         if self.settings.switch_policy == "off" and self.serving:
             raise Refusal(
                 503,
-                f"the preset {preset} is not active; start it with: lmswitch {preset} (switch_policy is off)",
+                _not_active(preset),
                 {"Retry-After": str(int(FAILED_AGAIN_S))},
             )
 
@@ -641,6 +660,10 @@ def _future() -> asyncio.Future[Lease]:
 
 def _mean(mean: float, newest: float) -> float:
     return mean + SMOOTHING * (newest - mean)
+
+
+def _not_active(preset: str) -> str:
+    return f"the preset {preset} is not active; start it with: lmswitch {preset} (switch_policy is off)"
 
 
 def _nothing_runs(seen: Seen) -> str:

@@ -79,7 +79,8 @@ class Metrics:
         route = entry.path if entry.path in self._routes else "other"
         status = str(entry.status) if 100 <= entry.status <= 599 else "other"
         self._requests.labels(route, preset, status).inc()
-        self._held.observe(entry.waited_s)
+        if entry.preset or entry.waited_s:  # others never joined the queue
+            self._held.observe(entry.waited_s)
         for counter, count in (
             (self._prompt, entry.usage.prompt),
             (self._cached, entry.usage.cached),

@@ -225,7 +225,7 @@ class Relay:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="body")
 
     async def _read(self, body: bytes) -> Asked:
-        """What a body asks for. A large one takes up to a second, in which everybody else is served."""
+        """What a body asks for. A large one takes seconds, in which others are served: see read_body."""
         if len(body) <= LARGE_BODY:
             return read_body(body)
         return await asyncio.get_running_loop().run_in_executor(self._reader, read_body, body)
@@ -239,6 +239,7 @@ class Relay:
         try:
             account = self.accounts.identify(scope["headers"], entry.client)
             entry.key = account.name
+            account.admit()
             body = await self.bodies.read(scope, receive, entry.client)
             size = len(body)
             asked = await self._read(body) if route.reads_body else Asked()
@@ -249,7 +250,7 @@ class Relay:
             await reply.refuse(refusal)
         except ClientGone:
             entry.error = "the client went away"
-            reply.status = reply.status or 499
+            reply.status = 499
         finally:
             self.bodies.give_back(size, entry.client)
             entry.end(reply.status or 500)
@@ -272,7 +273,8 @@ class Relay:
         alone = route.slot and any(name == ALONE for name, _ in scope["headers"])
         if alone:
             account.check_measuring()
-        account.admit(preset)
+        if preset is not None:  # whatever is active then is checked when it starts
+            account.check(preset)
         gone = asyncio.ensure_future(_disconnected(receive))
         ticket = self.board.ask(
             preset, account.name, slot=route.slot, alone=alone, may_use=account.may_use, reads=route.reads
@@ -350,7 +352,9 @@ class Relay:
             if route.protocol == "anthropic":
                 body = self.guard.applied(lease.preset, body)
             answer = await self.upstream.send(route.method, target, scope["headers"], body)
-            await self._pass_on(answer, lease, account, reply, entry)
+            await self._pass_on(answer, route, lease, account, reply, entry)
+            if answer.status < 400:
+                self._charge_prompt(route, lease, body, account, entry)
         except Refusal:
             if reply.forwarded:  # its tokens were used up in the middle of the answer
                 self._charge_prompt(route, lease, body, account, entry)
@@ -370,7 +374,7 @@ class Relay:
                 answer.close()
 
     async def _pass_on(
-        self, answer: Answer, lease: Lease, account: Account, reply: Reply, entry: Entry
+        self, answer: Answer, route: Route, lease: Lease, account: Account, reply: Reply, entry: Entry
     ) -> None:
         waited = (b"x-queue-wait-ms", str(round(entry.waited_s * 1000)).encode())
         named = [(b"x-llmbox-preset", lease.preset.encode())]
@@ -387,6 +391,8 @@ class Relay:
                     raise Lost("it is loading still", sent=False)
                 entry.usage = usage_of(body)
                 account.spend(entry.usage.total)
+                if route.streams and answer.status < 400 and entry.usage.generated is None:
+                    account.spend(len(body) // BYTES_PER_TOKEN)
                 if answer.status >= 400:
                     entry.error = "llama-server refused it"  # its own words may quote the request
                 if reply.begun:  # the stream has begun with comments, and the server says no
@@ -419,7 +425,7 @@ class Relay:
             account.spend(max(0, entry.usage.total - counted))
 
     def _charge_prompt(self, route: Route, lease: Lease, body: bytes, account: Account, entry: Entry) -> None:
-        """Charge an estimate of a prompt that was read, where the answer did not come to tell its tokens."""
+        """Charge an estimate of a prompt that was read, where the answer did not tell its tokens."""
         if route.slot and entry.usage.prompt is None:
             most = self.contexts.get(lease.preset, len(body))
             account.spend(min(len(body) // BYTES_PER_TOKEN, most))

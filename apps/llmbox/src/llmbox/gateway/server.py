@@ -30,6 +30,7 @@ KEEP_ALIVE_S = 300  # longer than clients keep a connection, so that it is they 
 HEAD_LIMIT = 64 * 1024  # bytes of request line and headers
 BACKLOG = 2048
 LINGER_S = 3.0  # for a client to take its refusal before a connection with unread bytes is reset
+LEAST_RATE = 64 * 1024  # bytes per second of its answer that a client takes in while the gateway stops
 LOOK_INTERVAL_S = 0.02  # between two looks at the connections that are open at a stop
 TURNED_AWAY_LIMIT = 4096  # connections that are being told that there are too many
 KEEPALIVE_PROBE_S = 60  # a client that is gone without a word is found after some of these
@@ -83,12 +84,14 @@ class Farewell:
     """A connection's transport, which `close` may first read off, and which a client cannot hold for ever.
 
     A socket closed with unread bytes is reset, and the reset destroys an answer that is not read yet. A
-    client that takes in nothing of what waits for it is dropped after `patience` seconds.
+    client that takes in nothing of what waits for it is dropped after `request_timeout` seconds, and one that
+    takes in less than LEAST_RATE while the gateway stops: nobody is served on the port meanwhile.
     """
 
-    def __init__(self, transport: asyncio.Transport, patience: float) -> None:
+    def __init__(self, transport: asyncio.Transport, state: State) -> None:
         self.transport = transport
-        self.patience = patience
+        self.state = state
+        self.patience = state.settings.request_timeout
         self.write = transport.write
         self.get_extra_info = transport.get_extra_info
         self.unread = False
@@ -160,10 +163,12 @@ class Farewell:
         return self.transport.get_write_buffer_size() + int.from_bytes(kernels, sys.byteorder)
 
     def _look(self, unsent: int) -> None:
-        if self._unsent() < unsent:
+        least = LEAST_RATE * self.patience if self.state.draining else 1
+        if unsent - self._unsent() >= least:
             self.watch()
         else:
-            log.info("dropped a client that took nothing of its answer for %g s", self.patience)
+            taken = "too little" if self.state.draining else "nothing"
+            log.info("dropped a client that took %s of its answer for %g s", taken, self.patience)
             self.transport.abort()
 
 
@@ -179,10 +184,11 @@ class GatewayProtocol(HttpToolsProtocol):
     _wrong: Refusal | None = None
     _surplus = False
     _answered: Any = None  # the request that is being answered; `cycle` is the newest one
+    _rest_ends = 0.0  # when a connection without a request is closed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection; turn it away at once when there are too many."""
-        self._farewell = Farewell(transport, self.server_state.settings.request_timeout)
+        self._farewell = Farewell(transport, self.server_state)
         super().connection_made(self._farewell)  # type: ignore[arg-type]
         state = self.server_state
         limit = state.settings.max_connections
@@ -247,7 +253,7 @@ class GatewayProtocol(HttpToolsProtocol):
                     self.server_state.settings.request_timeout, self._head_overdue
                 )
         elif self._at_rest():
-            self._await_request()
+            self._await_request(anew=False)  # blank lines, which may come before a request, give no more time
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -300,6 +306,12 @@ class GatewayProtocol(HttpToolsProtocol):
         """Refuse what is not HTTP."""
         self._refuse(self._wrong or Refusal(400, "this is not a valid HTTP/1.1 request"))
 
+    def on_response_complete(self) -> None:
+        """Answer the next request, or wait for one."""
+        super().on_response_complete()
+        if self.timeout_keep_alive_task is not None:
+            self._rest_ends = self.timeout_keep_alive_task.when()
+
     def shutdown(self) -> None:
         """Announce the end to the client; read an idle connection for `shutdown_grace` seconds more."""
         self.timeout_keep_alive = self.server_state.settings.shutdown_grace  # type: ignore[assignment]
@@ -316,17 +328,18 @@ class GatewayProtocol(HttpToolsProtocol):
         sock = self._farewell.get_extra_info("socket")
         poll = select.poll()
         poll.register(sock.fileno(), select.POLLIN)
-        if not self._heading and not poll.poll(0):
+        endless = self.loop.time() > self._rest_ends + LINGER_S  # blank lines, one after the other
+        if not self._heading and (endless or not poll.poll(0)):
             self._farewell.close()
 
     def _at_rest(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
-    def _await_request(self) -> None:
+    def _await_request(self, *, anew: bool = True) -> None:
         self._unset_keepalive_if_required()
-        self.timeout_keep_alive_task = self.loop.call_later(
-            self.timeout_keep_alive, self.timeout_keep_alive_handler
-        )
+        if anew:
+            self._rest_ends = self.loop.time() + self.timeout_keep_alive
+        self.timeout_keep_alive_task = self.loop.call_at(self._rest_ends, self.timeout_keep_alive_handler)
 
     def _head_complete(self) -> None:
         self._heading = False
