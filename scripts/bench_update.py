@@ -136,6 +136,9 @@ def play(words: Sequence[str], inventory: Path) -> tuple[int, float, str]:
                 lines.append(line)
                 if line.startswith("  ["):
                     print(line, end="", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # it was not necessarily a terminal, which tells all of them
+            raise
         finally:
             watchdog.cancel()
     return process.returncode, time.monotonic() - began, "".join(lines)
