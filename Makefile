@@ -38,8 +38,8 @@ test-lab: setup ## the lab part of the gate
 test-vm: setup ## the UEFI machine: firmware, boot loader, reboots, the second system
 	@$(BIN)/python tests/run.py vm
 
-test-long: setup ## what takes longer than the gate may; FROM=case resumes
-	@$(BIN)/python tests/run.py long $(if $(FROM),--from $(FROM))
+test-long: setup ## what takes longer than the gate may; FROM=case resumes, ONLY=text selects
+	@$(BIN)/python tests/run.py long $(if $(FROM),--from $(FROM)) $(if $(ONLY),--only $(ONLY))
 
 test-gpu: ## build llama.cpp for the NVIDIA GPU of this machine and measure on it; no network (docs/gpu.md)
 	@$(PYTHON) tests/run.py gpu

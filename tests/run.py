@@ -3,7 +3,7 @@
 
     python tests/run.py lint|unit|ocr|lab|vm|gate [--keep]
     python tests/run.py gpu
-    python tests/run.py long [--from CASE] [--issue NAME]
+    python tests/run.py long [--from CASE] [--only TEXT] [--issue NAME]
 
 A stage that fails stops only those that need it. What this machine cannot run is skipped with its reason,
 never passed. The last line is always `N passed, N failed, N skipped`. Exit codes: 0 all passed, 1 something
@@ -658,8 +658,8 @@ def one_row(case: str, stages: Sequence[Stage], report: Report, head: str) -> No
         keep_result(case, head, outcome, time.monotonic() - started)
 
 
-def run_long(start: str | None, issue: str, *, keep: bool) -> Report:
-    """Run the long cases that are still to run, one by one, and write the summary of all of them.
+def run_long(start: str | None, only: str, issue: str, *, keep: bool) -> Report:
+    """Run the long cases that are still to run and have `only` in their name; write the summary of all.
 
     Raises ValueError for an unknown --from, RuntimeError when the tests cannot be collected.
     """
@@ -670,8 +670,8 @@ def run_long(start: str | None, issue: str, *, keep: bool) -> Report:
         DEBIAN_13: lab_stages(DEBIAN_13_LAB, suite="trixie", keep=keep),
     }
     cases = [*long_tests(), *own_lab]
-    todo = to_run(cases, start, head, stored)
-    print(f"{len(cases)} cases, {len(cases) - len(todo)} of them already passed at {head}")
+    todo = [case for case in to_run(cases, start, head, stored) if only in case]
+    print(f"{len(todo)} of {len(cases)} cases to run at {head}")
     report = Report()
     on_lab = [case for case in todo if case not in own_lab]
     stages: list[Stage] = []
@@ -751,6 +751,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=["lint", "unit", "ocr", "lab", "vm", "gate", "long", "gpu"])
     parser.add_argument("--from", dest="start", metavar="CASE", help="long: run CASE and all after it")
+    parser.add_argument("--only", default="", metavar="TEXT", help="long: cases with TEXT in their name")
     parser.add_argument(
         "--issue",
         default=os.environ.get("ISSUE", "1"),
@@ -776,7 +777,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.what not in ("lint", "unit", "ocr", "gpu"):
             alone(config.from_environment().cache)
         if args.what == "long":
-            report = run_long(args.start, args.issue, keep=args.keep)
+            report = run_long(args.start, args.only, args.issue, keep=args.keep)
         else:
             run_stages(plans[args.what], report)
     except KeyboardInterrupt:
