@@ -760,6 +760,79 @@ def test_a_switch_by_hand_does_not_wait_for_a_file_that_is_read_for_another_pres
     run(body)
 
 
+def test_a_hold_drains_what_still_runs_though_the_server_was_lost_to_others() -> None:
+    async def body() -> None:
+        box = FakeBox("c")
+        async with running(box) as board:
+            one, other = [await turn(board.ask("c", "k", slot=True)) for _ in range(2)]
+            box.coming = True
+            board.lost(one)
+            board.release(one)
+            await until(lambda: board.phase == "loading")
+            entered = asyncio.Event()
+
+            async def by_hand() -> None:
+                async with board.hold("b"):
+                    entered.set()
+
+            holding = asyncio.ensure_future(by_hand())
+            await until(lambda: board.phase == "draining")
+            assert not entered.is_set() and other.ended is None
+            board.release(other)
+            await asyncio.wait_for(holding, PATIENCE_S)
+
+    run(body)
+
+
+def test_a_hold_that_is_given_up_while_a_file_is_read_ends_no_measurement() -> None:
+    async def body() -> None:
+        box = SlowDisk("a")
+        async with running(box) as board:
+            alone = await turn(board.ask("a", "m", slot=True, alone=True))
+
+            async def by_hand() -> None:
+                async with board.hold("b"):
+                    pass
+
+            holding = asyncio.ensure_future(by_hand())
+            await until(lambda: board.phase == "prefetching")
+            holding.cancel()
+            await until(lambda: board.phase == "ready")
+            assert alone.ended is None and alone in board.leases
+
+    run(body)
+
+
+class SlowLook(FakeBox):
+    """Takes a while to find that a file is in memory already."""
+
+    async def prefetch(self, preset: str) -> None:
+        """Look."""
+        await super().prefetch(preset)
+        await asyncio.sleep(0.05)
+
+
+def test_pauses_that_are_shorter_than_a_look_at_the_file_are_enough_to_go_over() -> None:
+    async def body() -> None:
+        box = SlowLook("a")
+        async with running(box, switch_policy="when_idle") as board:
+            lease = await turn(board.ask("a", "k", slot=True))
+            other = board.ask("b", "k", slot=True)
+            for _ in range(20):
+                board.release(lease)
+                await asyncio.sleep(0.01)  # the pause
+                if other.granted.done():
+                    break
+                mine = board.ask("a", "k", slot=True)
+                if not mine.granted.done():
+                    break
+                lease = mine.granted.result()
+                await asyncio.sleep(0.06)
+            assert (await turn(other)).preset == "b" and box.log[:2] == ["prefetch b", "switch b"]
+
+    run(body)
+
+
 def test_a_file_is_read_no_further_when_nobody_wants_it_any_more() -> None:
     async def body() -> None:
         box = SlowDisk("a")

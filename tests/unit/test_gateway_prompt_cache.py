@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from llmbox.gateway import prompt_cache
-from llmbox.gateway.prompt_cache import Guard, masked, masks_by_itself, programs_of
+from llmbox.gateway.prompt_cache import AFTER, BEFORE, NAMES, Guard, masked, masks_by_itself, programs_of
 
 HEAD = "x-anthropic-billing-header: cc_version=2.1.330.e51; cc_entrypoint=cli; cch={};You are Claude Code"
 
@@ -40,6 +40,17 @@ def test_requests_that_differ_in_it_become_the_same(blocks: bool) -> None:
 )
 def test_every_other_body_passes_byte_by_byte(body: bytes) -> None:
     assert masked(body) == body
+
+
+def test_a_body_is_looked_at_only_about_the_names_of_the_header() -> None:
+    """From every "system" of a hostile one, the expression would go on for a second."""
+    quoted = b'{"messages": ["x-anthropic-billing-header"], ' + request("a5145", blocks=True)[1:]
+    assert b"cch=fffff;" in masked(quoted)
+    names = b'"x-anthropic-billing-header",' * NAMES + b'"' + b"x" * AFTER + b'"'
+    many = b'{"messages": [' + names + b"], " + request("a5145", blocks=False)[1:]
+    assert masked(many) == many, "so many are nobody's"
+    far = b'{"system":' + b" " * (BEFORE + 1) + request("a5145", blocks=False).partition(b'"system":')[2]
+    assert masked(far) == far
 
 
 def test_a_build_that_masks_is_known_by_its_files(tmp_path: Path) -> None:

@@ -510,6 +510,37 @@ def test_while_a_large_body_is_read_others_are_served(
     run(body)
 
 
+def test_many_large_bodies_of_one_client_are_not_read_before_the_first_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let = threading.Semaphore(0)
+
+    def slow(_: bytes) -> Asked:
+        assert let.acquire(timeout=PATIENCE_S)
+        return Asked()
+
+    monkeypatch.setattr(relay, "read_body", slow)
+
+    async def body() -> None:
+        place, large = Place(tmp_path, whole), b"x" * (relay.LARGE_BODY + 1)
+        done: list[str] = []
+
+        async def read(client: str) -> None:
+            await place.relay._read(large, client)
+            done.append(client)
+
+        many = [asyncio.create_task(read("10.0.0.1")) for _ in range(5)]
+        await asyncio.sleep(0)
+        one = asyncio.create_task(read("10.0.0.2"))
+        await asyncio.sleep(0)
+        for _ in range(6):
+            let.release()
+        await asyncio.gather(one, *many)
+        assert done.index("10.0.0.2") <= 1, done
+
+    run(body)
+
+
 def test_the_bodies_of_one_client_leave_room_for_those_of_another() -> None:
     ends = asyncio.Event()
 

@@ -23,6 +23,7 @@ LOOK_DOWN_S = 2.0  # between two looks at a box where nothing runs: somebody may
 LOCKED_S = 0.25
 TROUBLE_S = 1.0
 FAILED_AGAIN_S = 30.0  # a preset that failed to start is not tried again for so long
+BY_HAND = "the box is being switched by hand"
 SOON = {"Retry-After": "1"}  # for whoever is held then in any case
 END_GRACE_S = 2.0  # for a request that was told to end to leave the server
 SMOOTHING = 0.2  # weight of the newest figure in a running mean
@@ -143,6 +144,7 @@ class Board:
         self._drained = asyncio.Event()
         self._wake = asyncio.Event()
         self._suspect = False
+        self._prepared: str | None = None  # whose file has been read while the present server serves
         self._known: Seen | None = None  # what a switch has just found, so that nobody need look again
 
     # --- what requests do ---
@@ -306,8 +308,10 @@ class Board:
     async def run(self) -> None:
         """Follow the box, and move it when requests need another preset. Runs until it is cancelled."""
         while True:
-            if self._holds:
-                await self._held()
+            if self._holds:  # a server that was lost may have left requests that still run
+                await self._drain(BY_HAND, lambda: bool(self._holds))
+                if self._holds:
+                    await self._held()
                 continue
             self._suspect = False
             known, self._known = self._known, None
@@ -331,6 +335,7 @@ class Board:
         if seen.pid != self._run:
             self._run, self._ready_since = seen.pid, self.clock()
         self.serving = seen
+        self._prepared = None
         self.failed.pop(seen.preset, None)
         for ticket in self.waiting:
             if self._fits(ticket):
@@ -344,9 +349,9 @@ class Board:
                 if self._holds:
                     ahead = self._prepare(next(iter(self._holds.values())), gone, lambda: bool(self._holds))
                     parts = {"prefetch": await self._timed(ahead)}
-                    drained = self._drain("the box is being switched by hand", lambda: bool(self._holds))
-                    parts["drain"] = await self._timed(drained)
-                    self._cleared = (seen.preset, parts)
+                    parts["drain"] = await self._timed(self._drain(BY_HAND, lambda: bool(self._holds)))
+                    if self._holds:
+                        self._cleared = (seen.preset, parts)
                     return
                 target = self._target()
                 if target:
@@ -408,7 +413,11 @@ class Board:
         def wanted() -> bool:
             return not self._holds and any(ticket.preset == target for ticket in self.waiting)
 
-        parts = {"prefetch": await self._timed(self._prepare(target, gone, wanted))}
+        parts = {"prefetch": 0.0}
+        if self._prepared != target:  # else the pause that it waits for would be over after another look
+            parts["prefetch"] = await self._timed(self._prepare(target, gone, wanted))
+            if wanted():
+                self._prepared = target
         if self.serving is None or not wanted() or self._target() != target:
             return False  # it was lost, is to be switched by hand, or is not idle any more; or nobody waits
         parts["drain"] = await self._timed(self._drain(f"the box goes over to the preset {target}"))
@@ -432,6 +441,8 @@ class Board:
 
         A measurement is ended at once: it is repeated, and whoever switches is not to wait for it.
         """
+        if not wanted():
+            return
         for lease in list(self.leases):
             if lease.ticket.alone:
                 lease.end(Refusal(503, f"{why}: the measurement was given up", SOON))

@@ -16,6 +16,8 @@ from pathlib import Path
 
 HEADER = b"x-anthropic-billing-header"
 MASK = b"fffff"  # what llama.cpp writes there
+# Looked at: the first names of the header, and the bytes about each. A whole body would take a second.
+NAMES, BEFORE, AFTER = 8, 512, 512
 log = logging.getLogger(__name__)
 _ATTRIBUTION = re.compile(
     rb'("system"\s*:\s*(?:\[\s*\{[^\]}]{0,200}?"text"\s*:\s*)?"'
@@ -47,7 +49,15 @@ class Guard:
 
 def masked(body: bytes) -> bytes:
     """The body with the varying part at the head of the system prompt made the same in every request."""
-    return _ATTRIBUTION.sub(rb"\g<1>" + MASK, body, count=1)
+    at = -1
+    for _ in range(NAMES):
+        at = body.find(HEADER, at + 1)
+        if at < 0:
+            break
+        found = _ATTRIBUTION.search(body, max(0, at - BEFORE), at + AFTER)
+        if found:
+            return body[: found.end(1)] + MASK + body[found.end() :]
+    return body
 
 
 def masks_by_itself(programs: Iterable[Path]) -> bool:

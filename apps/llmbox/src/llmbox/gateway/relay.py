@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from llmbox.gateway.accounts import Account, Accounts
 from llmbox.gateway.audit import Audit, Entry
@@ -223,12 +224,15 @@ class Relay:
         self.bodies = Bodies(settings)
         self._suspects: OrderedDict[str, None] = OrderedDict()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="body")
+        self._readings: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def _read(self, body: bytes) -> Asked:
+    async def _read(self, body: bytes, client: str) -> Asked:
         """What a body asks for. A large one takes seconds, in which others are served: see read_body."""
         if len(body) <= LARGE_BODY:
             return read_body(body)
-        return await asyncio.get_running_loop().run_in_executor(self._reader, read_body, body)
+        reading = self._readings.setdefault(client, asyncio.Lock())
+        async with reading:  # one of each client, so that nobody's many are before everybody's
+            return await asyncio.get_running_loop().run_in_executor(self._reader, read_body, body)
 
     async def serve(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -242,7 +246,7 @@ class Relay:
             account.admit()
             body = await self.bodies.read(scope, receive, entry.client)
             size = len(body)
-            asked = await self._read(body) if route.reads_body else Asked()
+            asked = await self._read(body, entry.client) if route.reads_body else Asked()
             entry.stream = asked.stream and route.streams
             await self._answer(route, scope, receive, body, asked, account, reply, entry)
         except Refusal as refusal:
