@@ -17,6 +17,8 @@ DRIVERS = ("580.1-1ubuntu1", "580.2-1ubuntu1", "595.1-1ubuntu1")
 TOOLKITS = ("13.0.2-1", "13.0.3-1")
 # Higher than the distribution's: what nobody asked this repository for must not come from it.
 DECOY = ("dash", "99.0-1")
+# Makes the node that the driver's own would make, of the null device.
+MODPROBE = '#!/bin/sh\n[ "$1" != -u ] || [ -e /dev/nvidia-uvm ] || mknod /dev/nvidia-uvm c 1 3\n'
 # What a service of the driver's does on a machine without a card.
 UNIT = (
     "[Unit]\nDescription=Stand-in of {name}\n"
@@ -39,7 +41,7 @@ class Repository(AptRepository):
         for version in DRIVERS:
             self.package("nvidia-open", version, depends=f"nvidia-driver-open (>= {version})")
             self.package("nvidia-driver-open", version, _services())
-            self.package("nvidia-modprobe", version, {"usr/bin/nvidia-modprobe": "#!/bin/sh\nexit 0\n"})
+            self.package("nvidia-modprobe", version, {"usr/bin/nvidia-modprobe": MODPROBE})
         for version in TOOLKITS:
             self.package("cuda-toolkit-13-0", version, depends="cuda-nvcc-13-0")
         self.package("cuda-nvcc-13-0", "13.0.88-1")
