@@ -284,6 +284,64 @@ def test_a_stream_without_figures_is_charged_its_prompt_and_what_came(tmp_path: 
     asyncio.run(test())
 
 
+@pytest.mark.parametrize(
+    ("stream", "size", "charged"),
+    [
+        (True, 0, 25_000 + 1 + 0),  # four bytes of the body a token, and what was generated
+        (False, 0, 25_000 + 2),
+        (False, WHOLE_BYTES, 25_000 + 1 + WHOLE_BYTES // 4),
+    ],
+    ids=["stream", "list", "long list"],
+)
+def test_of_many_prompts_all_are_charged_though_the_figures_may_be_of_the_last(
+    tmp_path: Path, stream: bool, size: int, charged: int
+) -> None:
+    figures = {"prompt_n": 10, "predicted_n": 1}
+
+    async def streamed(writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM_HEAD + b"data: " + json.dumps({"timings": figures}).encode() + b"\n\n")
+
+    told = [{"content": "x" * size, "timings": figures}, {"content": "", "timings": figures}]
+
+    async def test() -> None:
+        answer = streamed if stream else whole(b"200 OK", json.dumps(told, separators=(",", ":")).encode())
+        place = place_of_alice(tmp_path, answer, tokens_per_day=10_000_000)
+        async with place.running():
+            body = {"stream": stream, "prompt": ["", "b"]}
+            body["prompt"] = ["a" * (100_000 - len(json.dumps(body))), "b"]
+            await place.ask(body, COMPLETION)
+        used = 10_000_000 - (left(place) or 0)
+        assert charged <= used <= charged + 100
+
+    asyncio.run(test())
+
+
+def test_an_answer_that_is_too_large_to_keep_costs_its_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmbox.gateway.relay.ANSWER_LIMIT", 1000)
+
+    async def test() -> None:
+        place = place_of_alice(tmp_path, whole(b"200 OK", b"x" * 2000), tokens_per_day=1_000_000)
+        async with place.running():
+            assert (await place.ask({"prompt": "x" * (4000 - 14)})).status == 502
+        assert left(place) == 1_000_000 - 1000
+
+    asyncio.run(test())
+
+
+def test_an_answer_that_should_have_been_a_stream_stays_out_of_the_log(tmp_path: Path) -> None:
+    async def test() -> None:
+        answering = whole(b"200 OK", b'{"content": "the secret answer"}')
+        place = Place(tmp_path, answering, box=FakeBox(load_s=0.1), commit_after=0.02)
+        async with place.running():
+            told = await place.ask({"model": "b", "stream": True})
+            assert b"did not stream" in told.body and b'"code": 502' in told.body
+        assert "secret" not in place.audit.path.read_text()
+
+    asyncio.run(test())
+
+
 def test_tokens_that_are_used_up_while_a_request_waits_are_a_429(tmp_path: Path) -> None:
     async def test() -> None:
         place = Place(

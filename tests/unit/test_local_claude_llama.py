@@ -272,6 +272,8 @@ def test_who_ends_it_while_its_server_loads_leaves_nothing(
         },
         stdin=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # Behind nohup, or in the background of a script, signals are ignored, and a child inherits that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None,
     )
     try:
         until = time.monotonic() + START_S

@@ -212,7 +212,8 @@ async def run(
     usage = Path(limits.state_dir) / "usage.json"
     accounts = Accounts.load(Path(limits.keys_file), usage, limits.networks, time.time)
     audit = Audit(Path(limits.audit_file), limits.audit_max_size, limits.audit_keep)
-    web = server.Server(Gateway(presets, limits, board, upstream, accounts, audit), limits)
+    gateway = Gateway(presets, limits, board, upstream, accounts, audit)
+    web = server.Server(gateway, limits, lambda: bool(board.queued or board.in_flight))
 
     def ended(task: asyncio.Task[Any]) -> None:
         # Without the board every request would wait in vain, without the accounts no budget would be kept:

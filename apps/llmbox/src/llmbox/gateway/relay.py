@@ -23,7 +23,7 @@ from llmbox.gateway.refusals import Protocol, Refusal, error_body, error_event
 from llmbox.gateway.requests import ALONE, Asked, Route, read_body
 from llmbox.gateway.settings import Settings
 from llmbox.gateway.upstream import Answer, Lost, Upstream
-from llmbox.gateway.usage import Tail, usage_of
+from llmbox.gateway.usage import WHOLE_BYTES, Tail, usage_of
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -289,7 +289,7 @@ class Relay:
                 entry.preset, entry.waited_s = lease.preset, lease.granted - ticket.arrived
                 try:
                     account.start(lease.preset)
-                    await self._exchange(lease, route, scope, body, account, reply, entry, gone)
+                    await self._exchange(lease, route, scope, body, asked, account, reply, entry, gone)
                     return
                 except Lost as lost:
                     ticket = self._after_loss(lease, lost, body, reply)
@@ -332,6 +332,7 @@ class Relay:
         route: Route,
         scope: Scope,
         body: bytes,
+        asked: Asked,
         account: Account,
         reply: Reply,
         entry: Entry,
@@ -356,19 +357,20 @@ class Relay:
             if route.protocol == "anthropic":
                 body = self.guard.applied(lease.preset, body)
             answer = await self.upstream.send(route.method, target, scope["headers"], body)
-            await self._pass_on(answer, route, lease, account, reply, entry)
+            await self._pass_on(answer, route, lease, asked, account, reply, entry)
             if answer.status < 400:
-                self._charge_prompt(route, lease, body, account, entry)
+                self._charge_prompt(route, lease, body, asked, account, entry)
         except Refusal:
-            if reply.forwarded:  # its tokens were used up in the middle of the answer
-                self._charge_prompt(route, lease, body, account, entry)
+            if reply.forwarded or (answer and answer.status < 400 and lease.ended is None):
+                # Its tokens were used up in the middle of the answer, or the answer is too large to keep.
+                self._charge_prompt(route, lease, body, asked, account, entry)
             raise
         except asyncio.CancelledError:
             if lease.ended is None:
                 raise
             me.uncancel()
             if gone.done():
-                self._charge_prompt(route, lease, body, account, entry)
+                self._charge_prompt(route, lease, body, asked, account, entry)
                 raise ClientGone from None
             raise lease.ended from None
         finally:
@@ -378,7 +380,14 @@ class Relay:
                 answer.close()
 
     async def _pass_on(
-        self, answer: Answer, route: Route, lease: Lease, account: Account, reply: Reply, entry: Entry
+        self,
+        answer: Answer,
+        route: Route,
+        lease: Lease,
+        asked: Asked,
+        account: Account,
+        reply: Reply,
+        entry: Entry,
     ) -> None:
         waited = (b"x-queue-wait-ms", str(round(entry.waited_s * 1000)).encode())
         named = [(b"x-llmbox-preset", lease.preset.encode())]
@@ -395,11 +404,14 @@ class Relay:
                     raise Lost("it is loading still", sent=False)
                 entry.usage = usage_of(body)
                 account.spend(entry.usage.total)
-                if route.streams and answer.status < 400 and entry.usage.generated is None:
+                partly = asked.several and len(body) > WHOLE_BYTES
+                if route.streams and answer.status < 400 and (entry.usage.generated is None or partly):
                     account.spend(len(body) // BYTES_PER_TOKEN)
                 if answer.status >= 400:
                     entry.error = "llama-server refused it"  # its own words may quote the request
                 if reply.begun:  # the stream has begun with comments, and the server says no
+                    if answer.status < 400:
+                        raise Refusal(502, "llama-server did not stream its answer")
                     raise Refusal(answer.status, _message(body))
                 self.board.release(lease)  # a client that takes its answer slowly needs no slot for that
                 await reply.whole(answer.status, [*answer.headers, waited, *named], body)
@@ -428,11 +440,17 @@ class Relay:
             # Of several choices the figures are of one; what was sent counts in any case.
             account.spend(max(0, entry.usage.total - counted))
 
-    def _charge_prompt(self, route: Route, lease: Lease, body: bytes, account: Account, entry: Entry) -> None:
-        """Charge an estimate of a prompt that was read, where the answer did not tell its tokens."""
-        if route.slot and entry.usage.prompt is None:
-            most = self.contexts.get(lease.preset, len(body))
-            account.spend(min(len(body) // BYTES_PER_TOKEN, most))
+    def _charge_prompt(
+        self, route: Route, lease: Lease, body: bytes, asked: Asked, account: Account, entry: Entry
+    ) -> None:
+        """Charge an estimate of a prompt that was read, where the answer did not tell all of its tokens."""
+        estimate, told = len(body) // BYTES_PER_TOKEN, entry.usage.prompt
+        if not route.slot:
+            return
+        if asked.several:
+            account.spend(max(0, estimate - (told or 0)))
+        elif told is None:
+            account.spend(min(estimate, self.contexts.get(lease.preset, estimate)))
 
     def _after_loss(self, lease: Lease, lost: Lost, body: bytes, reply: Reply) -> Ticket:
         """What follows when the server went away under a request. Raises Refusal, or gives a new ticket."""

@@ -70,10 +70,14 @@ def protocol_of(path: str) -> Protocol:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a body asks for. `model` is None when it names none."""
+    """What a body asks for. `model` is None when it names none.
+
+    `several`: it has a list of prompts, of which llama-server's figures may tell the last one alone.
+    """
 
     model: str | None = None
     stream: bool = False
+    several: bool = False
 
 
 class _Pairs(dict[str, Any]):
@@ -125,7 +129,9 @@ def read_body(body: bytes) -> Asked:
         raise Refusal(400, f"'model' has {len(model)} characters; the limit is {MODEL_NAME_LIMIT}")
     if stream is not None and not isinstance(stream, bool):
         raise Refusal(400, f"'stream' must be true or false, not {_kind(stream)}")
-    return Asked(model or None, bool(stream))
+    prompt = found.get("prompt")
+    several = isinstance(prompt, list) and any(isinstance(one, str | list) for one in prompt)
+    return Asked(model or None, bool(stream), several)
 
 
 def _kind(value: object) -> str:

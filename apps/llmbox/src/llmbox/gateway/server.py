@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import termios
-from collections.abc import Generator, MutableMapping, Sequence
+from collections.abc import Callable, Generator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ KEEP_ALIVE_S = 300  # longer than clients keep a connection, so that it is they 
 HEAD_LIMIT = 64 * 1024  # bytes of request line and headers
 BACKLOG = 2048
 LINGER_S = 3.0  # for a client to take its refusal before a connection with unread bytes is reset
-LEAST_RATE = 64 * 1024  # bytes per second of its answer that a client takes in while the gateway stops
+STOP_PATIENCE = 2  # times request_timeout, for clients to take in what was answered before a stop
 LOOK_INTERVAL_S = 0.02  # between two looks at the connections that are open at a stop
 TURNED_AWAY_LIMIT = 4096  # connections that are being told that there are too many
 KEEPALIVE_PROBE_S = 60  # a client that is gone without a word is found after some of these
@@ -84,16 +84,15 @@ class Farewell:
     """A connection's transport, which `close` may first read off, and which a client cannot hold for ever.
 
     A socket closed with unread bytes is reset, and the reset destroys an answer that is not read yet. A
-    client that takes in nothing of what waits for it is dropped after `request_timeout` seconds, and one that
-    takes in less than LEAST_RATE while the gateway stops: nobody is served on the port meanwhile.
+    client that takes in nothing of what waits for it is dropped after `patience` seconds.
     """
 
-    def __init__(self, transport: asyncio.Transport, state: State) -> None:
+    def __init__(self, transport: asyncio.Transport, patience: float) -> None:
         self.transport = transport
-        self.state = state
-        self.patience = state.settings.request_timeout
+        self.patience = patience
         self.write = transport.write
         self.get_extra_info = transport.get_extra_info
+        self.abort = transport.abort
         self.unread = False
         self.lingering = False
         self._watch: asyncio.TimerHandle | None = None
@@ -163,12 +162,10 @@ class Farewell:
         return self.transport.get_write_buffer_size() + int.from_bytes(kernels, sys.byteorder)
 
     def _look(self, unsent: int) -> None:
-        least = LEAST_RATE * self.patience if self.state.draining else 1
-        if unsent - self._unsent() >= least:
+        if self._unsent() < unsent:
             self.watch()
         else:
-            taken = "too little" if self.state.draining else "nothing"
-            log.info("dropped a client that took %s of its answer for %g s", taken, self.patience)
+            log.info("dropped a client that took nothing of its answer for %g s", self.patience)
             self.transport.abort()
 
 
@@ -188,7 +185,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection; turn it away at once when there are too many."""
-        self._farewell = Farewell(transport, self.server_state)
+        self._farewell = Farewell(transport, self.server_state.settings.request_timeout)
         super().connection_made(self._farewell)  # type: ignore[arg-type]
         state = self.server_state
         limit = state.settings.max_connections
@@ -394,9 +391,12 @@ def _head_too_large() -> Refusal:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server: SIGTERM ends it when everything that was accepted has been answered."""
+    """uvicorn's server: SIGTERM ends it when everything that was accepted has been answered.
 
-    def __init__(self, app: Any, settings: Settings) -> None:
+    `busy` tells whether a request waits, or is with llama-server.
+    """
+
+    def __init__(self, app: Any, settings: Settings, busy: Callable[[], bool]) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -415,6 +415,7 @@ class Server(uvicorn.Server):
             )
         )
         self.server_state: State = State(settings)
+        self._busy = busy
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
@@ -437,7 +438,16 @@ class Server(uvicorn.Server):
             connection.shutdown()
         log.info("stopping: %d connections, %d requests", len(state.connections), len(state.tasks))
         await asyncio.sleep(0)  # a connection that was accepted in this turn of the loop is made now
+        loop = asyncio.get_running_loop()
+        patience = STOP_PATIENCE * state.settings.request_timeout
+        over = loop.time() + patience
         while (state.connections or state.tasks) and not self.force_exit:
+            if self._busy():
+                over = loop.time() + patience
+            elif loop.time() > over:  # nobody is served on the port as long as these go on
+                log.warning("stopping: %d slow clients are dropped", len(state.connections))
+                for connection in list(state.connections):
+                    connection.transport.abort()
             await asyncio.sleep(LOOK_INTERVAL_S)
 
     @contextmanager
