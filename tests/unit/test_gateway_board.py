@@ -833,6 +833,23 @@ def test_pauses_that_are_shorter_than_a_look_at_the_file_are_enough_to_go_over()
     run(body)
 
 
+def test_a_file_that_was_read_for_who_has_left_is_looked_at_again() -> None:
+    async def body() -> None:
+        box = SlowLook("a")
+        async with running(box, switch_policy="when_idle") as board:
+            other = board.ask("b", "k", slot=True)
+            await until(lambda: board.phase == "prefetching")
+            lease = await turn(board.ask("a", "k", slot=True))
+            await until(lambda: board.phase == "ready")
+            board.leave(other)
+            await asyncio.sleep(0.01)
+            board.release(lease)
+            assert (await turn(board.ask("b", "k", slot=True))).preset == "b"
+            assert box.log == ["prefetch b", "prefetch b", "switch b"]
+
+    run(body)
+
+
 def test_a_file_is_read_no_further_when_nobody_wants_it_any_more() -> None:
     async def body() -> None:
         box = SlowDisk("a")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmbox.gateway.requests import ROUTES, Route
+from llmbox.gateway.requests import ROUTES, Route, read_body
 from llmbox.gateway.usage import TAIL_BYTES, WHOLE_BYTES, usage_of
 
 from tests.unit.fake_box import FakeBox
@@ -314,6 +314,11 @@ def test_of_many_prompts_all_are_charged_though_the_figures_may_be_of_the_last(
         assert charged <= used <= charged + 100
 
     asyncio.run(test())
+
+
+@pytest.mark.parametrize("prompt", [["x" * 400], [[1.0] * 100], [1, 2, 3], "x", None])
+def test_a_list_of_one_prompt_is_charged_as_it_was_told(prompt: object) -> None:
+    assert not read_body(json.dumps({"prompt": prompt}).encode()).several
 
 
 def test_an_answer_that_is_too_large_to_keep_costs_its_prompt(

@@ -346,6 +346,8 @@ class Board:
                 self._enter("ready")
                 self._turn_away()
                 self._pump()
+                if not any(ticket.preset == self._prepared for ticket in self.waiting):
+                    self._prepared = None  # by the next time it may no longer be in memory
                 if self._holds:
                     ahead = self._prepare(next(iter(self._holds.values())), gone, lambda: bool(self._holds))
                     parts = {"prefetch": await self._timed(ahead)}

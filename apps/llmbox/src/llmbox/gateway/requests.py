@@ -130,7 +130,7 @@ def read_body(body: bytes) -> Asked:
     if stream is not None and not isinstance(stream, bool):
         raise Refusal(400, f"'stream' must be true or false, not {_kind(stream)}")
     prompt = found.get("prompt")
-    several = isinstance(prompt, list) and any(isinstance(one, str | list) for one in prompt)
+    several = isinstance(prompt, list) and len(prompt) > 1 and isinstance(prompt[0], str | list)
     return Asked(model or None, bool(stream), several)
 
 

@@ -444,7 +444,7 @@ class Server(uvicorn.Server):
         while (state.connections or state.tasks) and not self.force_exit:
             if self._busy():
                 over = loop.time() + patience
-            elif loop.time() > over:  # nobody is served on the port as long as these go on
+            elif loop.time() > over and state.connections:  # nobody is served on the port meanwhile
                 log.warning("stopping: %d slow clients are dropped", len(state.connections))
                 for connection in list(state.connections):
                     connection.transport.abort()
