@@ -14,7 +14,7 @@ import sys
 import termios
 from collections.abc import Callable, Generator, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -438,15 +438,20 @@ class Server(uvicorn.Server):
             connection.shutdown()
         log.info("stopping: %d connections, %d requests", len(state.connections), len(state.tasks))
         await asyncio.sleep(0)  # a connection that was accepted in this turn of the loop is made now
+        # Nobody is served on the port meanwhile: whoever is behind with its answer has so much more time.
         loop = asyncio.get_running_loop()
         patience = STOP_PATIENCE * state.settings.request_timeout
-        over = loop.time() + patience
+        behind_since: dict[Any, float] = {}
         while (state.connections or state.tasks) and not self.force_exit:
-            if self._busy():
-                over = loop.time() + patience
-            elif loop.time() > over and state.connections:  # nobody is served on the port meanwhile
-                log.warning("stopping: %d slow clients are dropped", len(state.connections))
-                for connection in list(state.connections):
+            now, busy = loop.time(), self._busy()
+            behind_since = {
+                connection: behind_since.get(connection, now)
+                for connection in cast(set[GatewayProtocol], state.connections)
+                if connection.flow.write_paused or not busy
+            }
+            for connection, since in behind_since.items():
+                if now - since > patience:
+                    log.warning("stopping: dropped a client that is behind with its answer")
                     connection.transport.abort()
             await asyncio.sleep(LOOK_INTERVAL_S)
 
