@@ -46,9 +46,12 @@ def test_a_body_is_looked_at_only_about_the_names_of_the_header() -> None:
     """From every "system" of a hostile one, the expression would go on for a second."""
     quoted = b'{"messages": ["x-anthropic-billing-header"], ' + request("a5145", blocks=True)[1:]
     assert b"cch=fffff;" in masked(quoted)
-    names = b'"x-anthropic-billing-header",' * NAMES + b'"' + b"x" * AFTER + b'"'
-    many = b'{"messages": [' + names + b"], " + request("a5145", blocks=False)[1:]
-    assert masked(many) == many, "so many are nobody's"
+    space = b'"' + b"x" * max(BEFORE, AFTER) + b'"'
+    names = space + b',"x-anthropic-billing-header"' * NAMES + b"," + space
+    behind = b'{"messages": [' + names + b"], " + request("a5145", blocks=False)[1:]
+    assert b"cch=fffff;" in masked(behind), "Claude Code's system prompt follows the messages"
+    many = behind[:-1] + b', "tools": [' + names + b"]}"
+    assert masked(many) == many, "so many on both sides are nobody's"
     far = b'{"system":' + b" " * (BEFORE + 1) + request("a5145", blocks=False).partition(b'"system":')[2]
     assert masked(far) == far
 

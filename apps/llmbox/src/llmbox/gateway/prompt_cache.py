@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import mmap
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 HEADER = b"x-anthropic-billing-header"
 MASK = b"fffff"  # what llama.cpp writes there
-# Looked at: the first names of the header, and the bytes about each. A whole body would take a second.
+# Looked at: the first and the last names of the header (the system prompt may stand behind messages that tell
+# of it), and the bytes about each. A whole body would take a second.
 NAMES, BEFORE, AFTER = 8, 512, 512
 log = logging.getLogger(__name__)
 _ATTRIBUTION = re.compile(
@@ -49,15 +50,27 @@ class Guard:
 
 def masked(body: bytes) -> bytes:
     """The body with the varying part at the head of the system prompt made the same in every request."""
-    at = -1
-    for _ in range(NAMES):
-        at = body.find(HEADER, at + 1)
-        if at < 0:
-            break
+    for at in _names(body):
         found = _ATTRIBUTION.search(body, max(0, at - BEFORE), at + AFTER)
         if found:
             return body[: found.end(1)] + MASK + body[found.end() :]
     return body
+
+
+def _names(body: bytes) -> Iterator[int]:
+    """Where the header is named: at most NAMES places from the front, then as many from the end."""
+    at = -1
+    for _ in range(NAMES):
+        at = body.find(HEADER, at + 1)
+        if at < 0:
+            return
+        yield at
+    at = len(body)
+    for _ in range(NAMES):
+        at = body.rfind(HEADER, 0, at)
+        if at < 0:
+            return
+        yield at
 
 
 def masks_by_itself(programs: Iterable[Path]) -> bool:
