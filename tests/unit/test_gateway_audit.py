@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmbox.gateway.audit import ERROR_LIMIT, Audit, Entry, line
+from llmbox.gateway.audit import ERROR_LIMIT, STRANGERS, STRANGERS_S, Audit, Entry, line
 from llmbox.gateway.usage import Usage
 
 WHEN = datetime(2026, 11, 22, 12, 30, 0, 123456, tzinfo=UTC)
@@ -29,7 +29,7 @@ NASTY = [
 
 
 def entry(**fields: Any) -> Entry:
-    return Entry(**{"path": "/v1/messages", "time": WHEN, "id": "1", **fields})
+    return Entry(**{"path": "/v1/messages", "time": WHEN, "id": "1", "key": "alice", **fields})
 
 
 def test_a_line_holds_the_whole_of_a_request() -> None:
@@ -157,6 +157,22 @@ def test_whoever_removes_the_file_does_no_harm(tmp_path: Path) -> None:
     audit.path.unlink()
     audit.write(entry())
     assert len(audit.path.read_text().splitlines()) == 1
+
+
+def test_strangers_do_not_push_out_the_lines_of_those_with_a_key(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    audit = Audit(tmp_path / "audit.jsonl", 10**6, 1, clock=lambda: now[0])
+    for minute in range(2):
+        now[0] = minute * STRANGERS_S
+        for number in range(STRANGERS + 5):
+            audit.write(entry(key="", id=f"stranger {number}", status=401))
+            now[0] += (STRANGERS_S - 1) / (STRANGERS + 5)
+        audit.write(entry(id="alice's"))
+    told = [json.loads(text)["id"] for text in audit.path.read_text().splitlines()]
+    assert told == [*(f"stranger {number}" for number in range(STRANGERS)), "alice's"] * 2
+    assert len(caplog.records) == 2 and audit.lost == 0
 
 
 # --- a disk that fails ---

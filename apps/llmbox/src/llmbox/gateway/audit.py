@@ -18,6 +18,8 @@ from llmbox.gateway.usage import Usage
 
 ERROR_LIMIT = 500  # characters
 LOG_AGAIN_S = 60.0  # between two log lines about a file that cannot be written
+# Lines in STRANGERS_S that have no key: whoever guesses keys must not push out what those with one did.
+STRANGERS, STRANGERS_S = 10, 60.0
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +68,13 @@ class Audit:
         self.lost = 0
         self._clock = clock
         self._said = float("-inf")
+        self._strangers = 0
+        self._strangers_since = float("-inf")
 
     def write(self, entry: Entry, body: bytes = b"") -> None:
         """Write an entry, and the request's body if one is given. Requests go on when that fails."""
+        if not entry.key and not self._admits_stranger():
+            return
         try:
             self._append(line(entry, body))
         except OSError as error:
@@ -78,6 +84,19 @@ class Audit:
                 self._said = now
                 reason = error.strerror or "no line of it"
                 log.error("%s cannot be written (%s): %d requests not logged", self.path, reason, self.lost)
+
+    def _admits_stranger(self) -> bool:
+        now = self._clock()
+        if now - self._strangers_since >= STRANGERS_S:
+            self._strangers, self._strangers_since = 0, now
+        self._strangers += 1
+        if self._strangers == STRANGERS + 1:
+            log.warning(
+                "more than %d requests without a valid key in %g s: not all are logged",
+                STRANGERS,
+                STRANGERS_S,
+            )
+        return self._strangers <= STRANGERS
 
     def _append(self, text: bytes) -> None:
         file = self._open()
