@@ -50,6 +50,7 @@ def test_a_client_that_goes_away_ends_its_generation(box: Box, how: str) -> None
     what = f"a {how} client goes away in its stream: until llama-server's slot is idle"
     seconds = [one["seconds"] for one in found]
     print(support.keep_figures(f"gateway-client-gone{how}", what, seconds, BAR_S))
+    assert min(seconds) <= BAR_S, "a slow day makes some of them late, not each"
 
 
 def test_a_thousand_connections_beside_a_stream(box: Box) -> None:

@@ -15,6 +15,7 @@ class FakeBox:
         self.pid = 100
         self.load_s = load_s
         self.failing: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
         self.reason = ""
         self.unloaded: str | None = None
         self.locked = 0
@@ -29,6 +30,10 @@ class FakeBox:
         if self.preset is None:
             return Seen("down", None, reason=self.reason, unloaded=self.unloaded)
         return Seen("ready", self.preset, self.pid)
+
+    async def refusal(self, preset: str) -> str:
+        """What is known against a preset before anything is touched."""
+        return self.refused.get(preset, "")
 
     async def gone(self, pid: int) -> None:
         """Return when that process has ended."""

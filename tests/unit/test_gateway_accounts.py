@@ -184,6 +184,36 @@ def test_without_keys_only_near_clients_get_in(place: Place, client: str, welcom
         assert refused(accounts, bearer(KEY), client).status == 403
 
 
+@pytest.mark.parametrize(
+    ("origin", "welcome"),
+    [
+        (None, True),
+        (b"http://box:1234", True),
+        (b"vscode-webview://abc", True),
+        (b"http://box", False),
+        (b"https://example.org", False),
+        (b"HTTP://Example.org", False),
+        (b"null", False),
+        (b"http://", False),
+    ],
+)
+def test_without_keys_a_page_of_another_origin_may_not_ask(
+    place: Place, origin: bytes | None, welcome: bool
+) -> None:
+    headers = [(b"host", b"Box:1234"), *([(b"origin", origin)] if origin else [])]
+    place.write()
+    accounts = place.load()
+    if welcome:
+        assert accounts.identify(headers, "127.0.0.1").name == "anonymous"
+    else:
+        with pytest.raises(Refusal, match="no page of") as refused:
+            accounts.identify(headers, "127.0.0.1")
+        assert refused.value.status == 403
+    place.write(entry())
+    accounts.reread()
+    assert accounts.identify([*headers, (b"x-api-key", KEY.encode())], "127.0.0.1").name == "alice"
+
+
 def test_that_there_are_no_keys_is_said_loudly(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     place.write()
     place.load("192.168.1.0/24")

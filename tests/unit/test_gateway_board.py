@@ -105,6 +105,26 @@ def test_a_named_preset_is_started_once_what_runs_has_finished() -> None:
     run(body)
 
 
+def test_a_preset_that_is_refused_beforehand_disturbs_nobody() -> None:
+    """What runs goes on for as long as it likes, and nobody else waits."""
+
+    async def body() -> None:
+        box = FakeBox()
+        box.refused["b"] = "b is refused: it does not know --x; a still serves"
+        async with running(box, {"a": 2, "b": 1}, drain_timeout=0.01) as board:
+            runs = await turn(board.ask("a", "k", slot=True))
+            for _ in range(2):  # at once the second time: it is known to fail
+                with pytest.raises(Refusal, match="does not know --x") as refused:
+                    await turn(board.ask("b", "k", slot=True))
+                assert refused.value.status == 503
+            assert await turn(board.ask("a", "k", slot=True))
+            await asyncio.sleep(0.05)
+            assert (runs.ended, board.phase, box.log) == (None, "ready", [])
+            assert not board.last_switch
+
+    run(body)
+
+
 def test_when_idle_what_begins_while_the_next_file_is_read_is_not_ended() -> None:
     class SlowDisk(FakeBox):
         async def prefetch(self, preset: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from llmbox import gate
 from llmbox.gateway import box as box_module
 from llmbox.gateway.board import Busy, Seen
 from llmbox.gateway.box import SystemdBox, choose, newcomer
@@ -90,6 +91,18 @@ def test_a_server_that_was_there_before_is_no_newcomer(place: Place) -> None:
     place.serve(503, 200)
     assert [answers(), answers()] == [False, True]
     assert nothing()
+
+
+def test_what_a_switch_would_be_refused_with_is_known_without_one(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.manager.active = A
+    assert asyncio.run(place.box.refusal("b")) == ""
+    monkeypatch.setattr(gate, "refusal", lambda wanted: f"{wanted.model} is of an unknown type")
+    refused = asyncio.run(place.box.refusal("b"))
+    assert refused.endswith("; a still serves") and "unknown type" in refused
+    assert asyncio.run(place.box.switch("b")).reason == refused
+    assert place.manager.active == A
 
 
 def test_whoever_else_switches_is_waited_for(place: Place) -> None:

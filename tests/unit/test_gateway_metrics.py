@@ -46,6 +46,9 @@ class Box:
     async def look(self) -> Seen:
         return self.seen
 
+    async def refusal(self, preset: str) -> str:
+        return ""
+
     async def gone(self, pid: int) -> None:
         await asyncio.Event().wait()
 

@@ -9,15 +9,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-from llmbox import cli, idle, status
+from llmbox import cli, gate, idle, status
+from llmbox.gateway import client
 from llmbox.guard import report
 from llmbox.lock import held
 from llmbox.presets import PresetsFile
@@ -140,6 +141,27 @@ def test_a_failed_switch_exits_1_with_what_serves(box: Box) -> None:
     why = "the start of llama-bad.service ended as 'failed'"
     assert answer["serving"] == "coder" and answer["reason"] == [why]
     assert why in done.stderr
+
+
+def test_requests_are_not_held_for_a_switch_that_is_refused_beforehand(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.lmswitch("coder")
+    holds: list[str | None] = []
+
+    @contextmanager
+    def hold(_runtime: Path, preset: str | None, _tell: object) -> Iterator[Callable[..., None]]:
+        holds.append(preset)
+        yield lambda *_: None
+
+    monkeypatch.setattr(client, "requests_held", hold)
+    assert box.lmswitch("coder", "--restart").returncode == 0
+    assert holds == ["coder"]
+    monkeypatch.setattr(gate, "refusal", lambda _: "it does not know --x")
+    done = box.lmswitch("bad")
+    assert done.returncode == 1 and "bad is refused: it does not know --x; coder still serves" in done.stderr
+    assert box.lmswitch("coder", "--restart").returncode == 1
+    assert holds == ["coder"]
 
 
 @pytest.mark.parametrize(

@@ -83,3 +83,4 @@ def test_a_refused_preset_stops_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert systemd.active() == ["llama-gemma.service"]
     assert not [call for call in systemd.calls if call.startswith(("start", "stop"))]
     assert presets().presets["coder"].tensor_types == []
+    assert make(systemd)[0].refusal("coder") == outcome.message

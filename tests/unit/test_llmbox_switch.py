@@ -355,8 +355,10 @@ def test_a_crashed_preset_that_systemd_starts_again_is_the_one_to_go_back_to(sys
 
 
 def test_nothing_is_started_while_the_card_is_out_of_service(systemd: FakeSystemd) -> None:
-    outcome = make(systemd, barred=lambda: "the card is hot")[0].switch("coder")
+    switcher = make(systemd, barred=lambda: "the card is hot")[0]
+    outcome = switcher.switch("coder")
     assert not outcome.ok and outcome.message == "coder is refused: the card is hot"
+    assert switcher.refusal("coder") == outcome.message
     assert not any(call.startswith(("start", "reset")) for call in systemd.calls)
 
 

@@ -246,8 +246,11 @@ def change(
         if verb == "off":
             idle.remember(runtime, None)  # the card is to be free
         try:
-            if preset is not None and switcher.serves(preset.name) and not options.restart:
-                outcome = switcher.switch(preset.name)
+            # Neither what changes nothing nor what is refused at once is a reason to hold requests.
+            if preset is not None and (
+                (switcher.serves(preset.name) and not options.restart) or switcher.refusal(preset.name)
+            ):
+                outcome = switcher.switch(preset.name, restart=options.restart)
             else:
                 with requests_held(runtime, preset.name if preset else None, tell) as switched:
                     if preset is not None:

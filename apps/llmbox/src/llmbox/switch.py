@@ -117,25 +117,15 @@ class Switcher:
         states = self.manager.look(self._units())
         former = self._occupant(states)
         state = states[wanted.unit]
-        if state.load == "not-found":
-            return Outcome(
-                False,
-                f"{name}: its unit {wanted.unit} is missing; run the playbook llm_server.yml",
-                name,
-                self._name(former),
-            )
-        if barred := self.barred():
-            return Outcome(False, f"{name} is refused: {barred}", name, self._name(former))
+        if refused := self._barred(wanted, state):
+            return Outcome(False, refused, name, self._name(former))
         if state.active == "active" and not restart:
             if self.health(wanted.listen) == "ok":
                 return Outcome(True, f"{name} is ready already", name, name, seconds=self.clock() - began)
             self.reporter.note(f"{name} is up but does not answer on {wanted.listen}: restarting it")
             restart = True
-        refused = gate.refusal(wanted)
-        if refused:
-            serving = self._name(former)
-            left = f"{serving} still serves" if serving else "nothing serves"
-            return Outcome(False, f"{name} is refused: {refused}; {left}", name, serving)
+        if refused := self._unfit(wanted, former):
+            return Outcome(False, refused, name, self._name(former))
         back_to = former if former != wanted.unit else None
         try:
             self.manager.reset_failed(wanted.unit)
@@ -152,6 +142,24 @@ class Switcher:
             message = f"{name} is ready ({seconds:.1f} s)"
             return Outcome(True, message, name, name, True, seconds, process=process, parts=parts)
         return self._failed(wanted, back_to, began, said)
+
+    def refusal(self, name: str) -> str:
+        """What `switch` would refuse this preset with before it touches a unit; empty when it would not."""
+        wanted = self.presets.presets[name]
+        states = self.manager.look(self._units())
+        return self._barred(wanted, states[wanted.unit]) or self._unfit(wanted, self._occupant(states))
+
+    def _barred(self, wanted: BoxPreset, state: UnitState) -> str:
+        if state.load == "not-found":
+            return f"{wanted.name}: its unit {wanted.unit} is missing; run the playbook llm_server.yml"
+        barred = self.barred()
+        return f"{wanted.name} is refused: {barred}" if barred else ""
+
+    def _unfit(self, wanted: BoxPreset, former: str | None) -> str:
+        refused = gate.refusal(wanted)
+        serving = self._name(former)
+        left = f"{serving} still serves" if serving else "nothing serves"
+        return f"{wanted.name} is refused: {refused}; {left}" if refused else ""
 
     def off(self) -> Outcome:
         """Stop whatever preset is up, and any that waits to be restarted."""

@@ -206,14 +206,17 @@ class Accounts:
 
     def identify(self, headers: Iterable[tuple[bytes, bytes]], client_ip: str) -> Account:
         """Whose request this is. Raises Refusal(401) without a known key; 403 where no keys are in use and
-        the client is neither this machine nor in `networks`."""
+        the client is neither this machine nor in `networks`, or a page that came from elsewhere asks."""
+        headers = list(headers)
         if not self._accounts:
-            if self._near(client_ip):
-                return self._anonymous
-            raise Refusal(
-                403,
-                "this gateway has no keys, so only its own machine and llm_gateway_networks may use it",
-            )
+            if not self._near(client_ip):
+                raise Refusal(
+                    403,
+                    "this gateway has no keys, so only its own machine and llm_gateway_networks may use it",
+                )
+            if origin := _foreign_origin(headers):
+                raise Refusal(403, f"this gateway has no keys, so no page of {origin[:100]!r} may use it")
+            return self._anonymous
         for shown in _shown(headers):
             digest = hashlib.sha256(shown).digest()
             # No early exit: how long it takes must not tell which entry it was.
@@ -354,6 +357,18 @@ def _shown(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
         elif name == b"x-api-key" and plain is None:
             plain = value.strip()
     return [key for key in (bearer, plain) if key]
+
+
+def _foreign_origin(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The origin of a browser's page that is not this gateway's own; empty for every other client.
+
+    Any page may send a plain POST anywhere; that it cannot read the answer does not undo a switch.
+    """
+    told = {name: value.decode("latin-1").strip().lower() for name, value in headers}
+    scheme, _, place = told.get(b"origin", "").partition("://")
+    own = scheme in ("http", "https") and place == told.get(b"host")
+    # Another scheme is a program's own. "null" is a page that hides where it came from.
+    return told[b"origin"] if scheme in ("http", "https", "null") and not own else ""
 
 
 def _plain_network(network: Network) -> Network:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -67,6 +67,7 @@ class Box(Protocol):
     """What the board needs of the machine (llmbox.gateway.box.SystemdBox, or a fake)."""
 
     async def look(self) -> Seen: ...
+    async def refusal(self, preset: str) -> str: ...
     async def gone(self, pid: int) -> None: ...
     async def switch(self, preset: str) -> Moved: ...
     async def unload(self, preset: str) -> None: ...
@@ -415,6 +416,10 @@ class Board:
         def wanted() -> bool:
             return not self._holds and any(ticket.preset == target for ticket in self.waiting)
 
+        refused = await self.box.refusal(target)
+        if refused:  # known before anything is touched: those that run are not to be drained for it
+            self._not_moved(target, refused, (target,))
+            return False
         parts = {"prefetch": 0.0}
         if self._prepared != target:  # else the pause that it waits for would be over after another look
             parts["prefetch"] = await self._timed(self._prepare(target, gone, wanted))
@@ -480,11 +485,15 @@ class Board:
         if moved.ok:
             self._known = moved.seen
             return
+        self._not_moved(target, moved.reason, wanting)
+
+    def _not_moved(self, target: str, reason: str, wanting: Sequence[str | None]) -> None:
+        """The box did not go over: whoever waits for one of these presets is told why."""
         if not self.blocked:  # else it is the guard that forbade it, and says so itself
-            self.failed[target] = (self.clock(), moved.reason)
+            self.failed[target] = (self.clock(), reason)
         for ticket in list(self.waiting):
-            if ticket.preset == target or (former is None and ticket.preset is None):
-                self._refuse(ticket, 503, moved.reason)
+            if ticket.preset in wanting:
+                self._refuse(ticket, 503, reason)
 
     def _record(self, former: str | None, target: str | None, ok: bool, parts: dict[str, float]) -> None:
         """Keep what a switch took; `target` is None when it stopped the server."""

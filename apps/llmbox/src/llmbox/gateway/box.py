@@ -101,6 +101,10 @@ class SystemdBox:
             )
         return seen
 
+    async def refusal(self, preset: str) -> str:
+        """Why a switch to this preset would not even begin; empty when nothing is known against it."""
+        return await asyncio.to_thread(self.switcher.refusal, preset)
+
     async def gone(self, pid: int) -> None:
         """Return when the process has ended."""
         try:
