@@ -128,13 +128,13 @@ async def overhead(asked: dict[str, Any]) -> dict[str, Any]:
             pair[name] = sorted(await paced(way, asked["connections"], asked["rate"], asked["requests"]))
         found["latency"].append(pair)
         say(f"latency {number + 1}/{asked['repetitions']}")
-    for number in range(asked["repetitions"]):
+    for number in range(asked["streams"]):
         order = [("direct", direct), ("gateway", gateway)]
         pair2 = {}
         for name, way in order if number % 2 else reversed(order):
             pair2[name] = await streamed(way, asked["tokens"])
         found["stream"].append(pair2)
-        say(f"stream {number + 1}/{asked['repetitions']}")
+        say(f"stream {number + 1}/{asked['streams']}")
     for number in range(asked["repetitions"]):
         found["idle"].append(await with_idle(gateway, asked))
         say(f"idle {number + 1}/{asked['repetitions']}")
