@@ -315,16 +315,24 @@ def test_killed_between_the_links_and_the_restart_the_next_run_restarts(
     assert ansible_playbook(*data.arguments(playbook), timeout=PLAY_S).check().changed == 0
 
 
+def drift_of_releases() -> list[str]:
+    """What the box itself finds different in its releases."""
+    said = host("sudo llmbox-drift check --json || true")
+    return [each["path"] for each in json.loads(said)["drift"] if each["path"].startswith(DIRECTORY)]
+
+
 def test_rolled_back_the_former_release_serves_and_stays(new: tuple[Data, str], old: str) -> None:
     data, release = new
     ansible_playbook(*data.arguments(ACCEPT, build=BUILD, release=release), timeout=PLAY_S).check()
     assert current() == release
     settled()
+    assert drift_of_releases() == []
 
     done = ansible_playbook(ROLLBACK, "--limit", LLM, "--extra-vars", f"build={BUILD}").check()
     print(keep_figures("rollback", "rollback_llama_cpp.yml, wall clock", [done.seconds], BAR_S))
     assert current() == old
     settled()
+    assert drift_of_releases() == []
 
     again = ansible_playbook(ROLLBACK, "--limit", LLM, "--extra-vars", f"build={BUILD}")
     assert again.rc == 2 and f"{release} was rejected" in again.stdout and current() == old

@@ -247,6 +247,10 @@ DRIFTS: dict[str, tuple[Callable[[Box], object], tuple[str, str, str]]] = {
         drop_in,
         ("units/llama-coder.service.d/50-own.conf", "nothing", "a file"),
     ),
+    "a whole unit is put before another folder's": (
+        lambda box: write(box.unit.with_name("llm-gateway.socket"), "[Socket]\nListenStream=9\n"),
+        ("units/llm-gateway.socket", "nothing", "a file"),
+    ),
     "a file that not everybody may read": (
         lambda box: box.secret.write_text("{}"),
         ("etc/keys.json", f"sha256 {sha256(KEYS)}", f"sha256 {sha256(b'{}')}"),
@@ -446,6 +450,31 @@ def test_a_drop_in_that_was_recorded_is_an_override_until_it_changes(box: Box) -
     assert box.found() == [("units/llama-coder.service.d/50-own.conf", "line 2 'Nice=3'", "line 2 'Nice=5'")]
     path.unlink()
     assert box.found() == [("units/llama-coder.service.d/50-own.conf", "a file", "nothing")]
+
+
+def test_an_update_renews_the_record_of_its_build_and_of_nothing_else(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "STATE", box.state)
+    box.make_release("two")
+    relink(box.build / "current", "releases/two")
+    (box.build / "previous").symlink_to("releases/one")
+    (box.folder / "llama.cpp/up").mkdir()  # its name is the beginning of the other's
+    box.unit.write_text("other\n")
+    paths = {path for path, _, _ in box.found()}
+    assert {"llama.cpp/upstream/current", "llama.cpp/upstream/previous"} < paths
+    for unknown in (f"{box.folder}/llama.cpp/up", f"{box.folder}/llama.cpp"):
+        assert not cli.renew(unknown, box.state)
+    assert cli.main(["renew", str(box.build)]) == 0
+    assert [path for path, _, _ in box.found()] == ["units/llama-coder.service"]
+    assert not cli.renew(str(box.build), box.state)
+    write(box.build / "releases/two/bin/llama-server", b"rotten")
+    assert "llama.cpp/upstream/releases/two/bin/llama-server" in {path for path, _, _ in box.found()}
+
+
+def test_a_box_without_a_record_has_nothing_to_renew(tmp_path: Path) -> None:
+    assert not cli.renew("/opt/llama.cpp/upstream", tmp_path)
+    assert not (tmp_path / cli.MANIFEST).exists()
 
 
 def test_a_trial_is_no_drift_while_it_is_held(box: Box) -> None:

@@ -361,6 +361,25 @@ def test_an_accepted_release_is_current_and_serves(two: module.Host) -> None:
     assert module.rejection(two.root / "up", "new") is None
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_where_the_releases_lead_then_is_told_to_the_record_of_what_was_deployed(
+    two: module.Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    told, program = tmp_path / "told", tmp_path / "llmbox-drift"
+    program.write_text(f'#!/bin/sh\necho "$@" $(readlink "$2/current") >> {told}\nexit {code}\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(module, "DRIFT", str(program))
+    two.accept("up", "new")
+    two.roll_back("up")
+    folder = two.root / "up"
+    assert told.read_text().splitlines() == [f"renew {folder} releases/new", f"renew {folder} releases/old"]
+    two.broken.add("old")  # type: ignore[attr-defined]
+    two.accept("up", "new")
+    with pytest.raises(module.HostError):
+        two.roll_back("up")
+    assert len(told.read_text().splitlines()) == 3, "it was put back"
+
+
 def test_a_release_that_became_current_without_a_restart_is_seen_and_restarted(
     two: module.Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ RUN_DIR = Path("/run/llama-build")
 UNIT_PREFIX = "llama-build-"
 JOURNAL_TAIL = 25
 LMSWITCH = "/usr/local/bin/lmswitch"
+DRIFT = "/usr/local/bin/llmbox-drift"
 SERVER = "llama-server"
 RESTART_TIMEOUT_S = 900
 LOCK_PATIENCE_S, LOCK_PAUSE_S = 120.0, 1.0
@@ -564,6 +565,16 @@ def restart_serving(user: str, build: str) -> str | None:
         time.sleep(LOCK_PAUSE_S)
 
 
+def renew_record(directory: Path) -> None:
+    """Tell the record of what was deployed that the releases of a build changed places, where there is one.
+
+    A failure is no reason to fail: the next look at the box names the difference.
+    """
+    if Path(DRIFT).exists():
+        with contextlib.suppress(HostError):
+            run([DRIFT, "renew", str(directory)])
+
+
 def _answer(text: str) -> dict[str, Any]:
     """The object among the lines that lmswitch --json printed."""
     for line in text.splitlines():
@@ -842,6 +853,7 @@ class Host:
             former = link_target(directory / "current")
             restarted = self._change(directory, release, former)
             removed = self._prune(directory, release)
+            renew_record(directory)
         changed = former != release or restarted is not None
         return {"changed": changed, "former": former, "restarted": restarted, "removed": removed}
 
@@ -878,6 +890,7 @@ class Host:
             except HostError:
                 (directory / "rejected" / current).unlink(missing_ok=True)  # it is what serves on
                 raise
+            renew_record(directory)
         return {"changed": True, "release": previous, "former": current, "restarted": restarted}
 
     def _change(self, directory: Path, release: str, former: str | None) -> str | None:

@@ -1,7 +1,8 @@
 """`llmbox-drift`: record what was deployed on this box, and name each difference since.
 
 The end of a play calls `record` with what its roles say they deployed (JSON on standard input). It adds what
-lies on the disk of that and keeps both in /var/lib/llmbox/deployed.json. `check` looks again.
+lies on the disk of that and keeps both in /var/lib/llmbox/deployed.json. `check` looks again. An update of
+llama.cpp, or its way back, calls `renew` with the folder of the build.
 Exit codes: 0 as deployed, 1 something differs (a line each), 2 could not look, or bad usage.
 """
 
@@ -54,7 +55,9 @@ def manifest_of(deployed: Mapping[str, Any]) -> dict[str, Any]:
     # release.json and the list of an environment are kept by their checksum: they are the lists of others.
     lists = {path for path in paths if path.endswith(".json") and path not in deployed.get("files", [])}
     entries: dict[str, Entry | None] = {path: kept(path, text=path not in lists) for path in paths}
-    found = {path: kept(path) for path in host.drop_ins(deployed.get("units", []))}
+    found = {
+        path: kept(path) for path in host.overrides(deployed.get("units", []), deployed.get("files", []))
+    }
     # Not where they came from: an address may hold a password.
     models = [
         {**one, "files": [{key: file[key] for key in ("file", "size", "sha256")} for file in one["files"]]}
@@ -106,6 +109,22 @@ def record(deployed: Mapping[str, Any], state: Path, *, dry_run: bool) -> dict[s
     return {"changed": True, "diff": diff}
 
 
+def renew(build: str, state: Path) -> bool:
+    """Take what lies in the folder of one build into the record: its releases changed places.
+
+    Returns whether the record changed; never where it does not know the build. Raises OSError.
+    """
+    manifest = read_json(state / MANIFEST)
+    if manifest.get("version") != VERSION or build not in manifest["deployed"].get("builds", []):
+        return False
+    others = {path: entry for path, entry in manifest["entries"].items() if not path.startswith(f"{build}/")}
+    fresh = {**manifest, "entries": others | manifest_of({"builds": [build]})["entries"]}
+    if fresh == manifest:
+        return False
+    write_json(state / MANIFEST, fresh)
+    return True
+
+
 def lines(manifest: Mapping[str, Any]) -> str:
     """A manifest for --diff, without the texts."""
     entries = {**manifest.get("entries", {}), **manifest.get("drop_ins", {}), **manifest.get("tables", {})}
@@ -127,7 +146,7 @@ def check(state: Path, *, full: bool, day: int | None = None) -> tuple[dict[str,
         raise CouldNotLook(f"{state / MANIFEST} does not say what was deployed; fix: run site.yml")
     deployed, blocks = manifest["deployed"], read_json(state / BLOCKS)
     units = deployed.get("units", [])
-    overrides = host.drop_ins(units)
+    overrides = host.overrides(units, deployed.get("files", []))
     kernel = Path("/proc/cmdline").read_text(encoding="utf-8", errors="replace").split()
     held = deployed.get("held_packages", [])
     now = time.time()
@@ -228,7 +247,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="exit codes: 0 as deployed, 1 something differs, 2 could not look",
         allow_abbrev=False,
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="check|record")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="check|record|renew")
     looking = verbs.add_parser("check", help="name each difference", allow_abbrev=False)
     looking.add_argument(
         "--models", choices=["sampled", "full"], default="sampled", help="how much is read of them"
@@ -239,6 +258,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "record", help="keep what was deployed, told on standard input", allow_abbrev=False
     )
     keeping.add_argument("--dry-run", action="store_true", help="only say whether it differs")
+    renewing = verbs.add_parser(
+        "renew", help="keep where the releases of one build lead now", allow_abbrev=False
+    )
+    renewing.add_argument("build", metavar="DIRECTORY", help="the folder of the build")
     return parser.parse_args(argv)
 
 
@@ -248,6 +271,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.verb == "record":
             print(json.dumps(record(json.load(sys.stdin), STATE, dry_run=options.dry_run)))
+            return AS_DEPLOYED
+        if options.verb == "renew":
+            renew(options.build, STATE)
             return AS_DEPLOYED
         report, blocks = check(STATE, full=options.models == "full")
         if options.keep:

@@ -9,7 +9,7 @@ import os
 import pwd
 import stat
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -177,15 +177,21 @@ def unit_states(units: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dic
     return states
 
 
-def drop_ins(units: Sequence[Mapping[str, Any]]) -> dict[str, Entry | None]:
-    """The drop-ins of the units that lie anywhere but in a package's folder.
+def overrides(
+    units: Sequence[Mapping[str, Any]], deployed: Container[str] = frozenset()
+) -> dict[str, Entry | None]:
+    """Drop-ins of the units, and whole units of their names, anywhere but in a package's folder.
 
-    Not that of a trial while it is held: it ends by itself, and its preset runs its own command then.
+    Not the units that were `deployed` themselves. Nor the drop-in of a trial while it is held: it ends by
+    itself, and its preset runs its own command then.
     """
     found: dict[str, Entry | None] = {}
     for unit in units:
         user = unit.get("user") or ""
         for folder in unit_folders(user):
+            whole = f"{folder}/{unit['unit']}"
+            if whole not in deployed and (entry := look(whole)):
+                found[whole] = entry
             for name in drop_in_folders(unit["unit"]):
                 for path in sorted(Path(folder, name).glob("*.conf")):
                     if not (path.name == TRIAL_DROP_IN and user and on_trial(user)):
