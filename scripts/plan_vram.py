@@ -33,7 +33,7 @@ from llama_common import fit
 from llama_common.derive import presets_plan
 from llama_common.dialect import Dialect
 from llama_common.flags import is_flag, normalize
-from llama_common.memory import CUDA, MIB, Estimate, NotPredicted, Settings
+from llama_common.memory import CUDA, MIB, UNMODELLED_FLAGS, Estimate, NotPredicted, Settings, estimate
 from llama_common.model import Model
 
 from scripts import _command
@@ -133,8 +133,18 @@ def fit_command(command: Sequence[str], server: Dialect, estimator: Dialect) -> 
     return words
 
 
+def untold(command: Sequence[str], estimator: Dialect) -> list[str]:
+    """Flags of a llama-server command line that take or move memory, and that llama-fit-params has not."""
+    of_memory = UNMODELLED_FLAGS - {"--spec-type"}  # of a draft: `ask` sees to it
+    flags = [normalize(word) for word in command if is_flag(word)]
+    return [flag for flag in flags if flag in of_memory and not estimator.knows(flag)]
+
+
 def ask(host: Host, box: LlmBox, models: dict[str, Model], preset: str) -> Estimate:
-    """What the host's own llama-fit-params says. Raises Unreachable, NoFigure."""
+    """What the host's own llama-fit-params says, and of a draft, of which it knows nothing, the header.
+
+    Raises Unreachable, NoFigure, NotPredicted.
+    """
     entry = box.config.llama_presets[preset]
     release = f"{box.builds_root}/{entry.build}/current"
     user = f"sudo -n -u {shlex.quote(box.user)} "
@@ -143,15 +153,26 @@ def ask(host: Host, box: LlmBox, models: dict[str, Model], preset: str) -> Estim
     plan = presets_plan(
         box.config, models_dir=box.models_dir, releases_root=box.builds_root, dialects={entry.build: server}
     )
-    words = fit_command(plan[preset]["command"], Dialect.from_help(server), Dialect.from_help(estimator))
+    command, dialect = plan[preset]["command"], Dialect.from_help(estimator)
+    if missing := untold(command, dialect):
+        raise NoFigure(f"llama-fit-params has no {missing[0]}, which takes or moves memory")
+    fit.refuse_mtp(box.config, preset)
+    gpu = CUDA if box.config.llama_presets_gpu_memory_mib else None
+    words = fit_command(command, Dialect.from_help(server), dialect)
     said = parse_fit(run(host, user + shlex.join(words)))
-    if entry.model not in models or box.config.draft(preset):
-        return said
+    drafts = box.config.models_of(preset)[1:]
     try:
         settings = Settings.of(entry.model_dump())
     except NotPredicted:
+        if drafts:
+            raise
         return said
-    gpu = CUDA if box.config.llama_presets_gpu_memory_mib else None
+    for draft in drafts:
+        if draft not in models:
+            raise NotPredicted(f"no header of {draft} is known")
+        said += estimate(models[draft], fit.as_draft(settings), gpu)
+    if entry.model not in models or drafts:
+        return said
     return as_served(said, models[entry.model], settings, gpu)
 
 
@@ -166,7 +187,7 @@ def plan_host(host: Host, *, offline: bool) -> list[Plan]:
         if not offline:
             try:
                 taken, source = ask(host, box, models, name), "llama-fit-params"
-            except (Unreachable, NoFigure) as error:
+            except (Unreachable, NoFigure, NotPredicted) as error:
                 print(f"plan_vram: {host.name}: {name}: {error}; using the header", file=sys.stderr)
         if taken is None:
             try:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import http.server
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from llama_common import fit
 from llama_common.dialect import Dialect
-from llama_common.memory import MIB, NotPredicted, Settings
+from llama_common.draft import MTP, SIMPLE, Draft
+from llama_common.memory import MIB, Estimate, NotPredicted, Settings, Use
 from llama_common.model import Model
 from llama_common.presets import HostConfig
 
 from scripts import _tiny_models, plan_vram
+from scripts._ask_host import Unreachable
 from scripts._header import NoHeader, client, read_file, read_url
+from scripts._inventory import Host
+from scripts._llm_box import LlmBox
+from scripts._server_memory import NoFigure
 
 SHA = "a" * 64
 
@@ -141,6 +147,101 @@ def test_the_estimator_gets_the_flags_that_it_knows() -> None:
     assert plan_vram.fit_command(command, server, estimator) == [
         *("/r/bin/llama-fit-params", "--fit-print", "on", "--model", "/m.gguf", "-ub", "64")
     ]
+
+
+class Asked:
+    """A host that answers as llama-fit-params does, and a box with the preset p on it."""
+
+    said = "CUDA0 100 20 3\nHost 40 0 5\n"
+    estimator = "--model, -m FNAME  its file\n-ot, --override-tensor WORDS  where\n"
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.known = {name: Model.from_facts(header(name, folder)) for name in ("qwen3moe", "qwen3")}
+        self.commands: list[str] = []
+        self.words: list[str] = []
+        monkeypatch.setattr(plan_vram, "run", self.run)
+        monkeypatch.setattr(plan_vram, "presets_plan", lambda *_, **__: {"p": {"command": self.words}})
+
+    def run(self, _: object, command: str) -> str:
+        self.commands.append(command)
+        if command.endswith("help.txt"):
+            return "--model, -m FNAME  its file\n"
+        return self.estimator if command.endswith("--help") else self.said
+
+    def ask(self, words: Sequence[str] = (), draft: Draft | None = None, **preset: Any) -> Estimate:
+        self.words = ["/r/bin/llama-server", "--model", "/m.gguf", *words]
+        entry = config(600, {}, **preset).llama_presets["p"]
+        told = SimpleNamespace(
+            llama_presets={"p": entry},
+            llama_presets_gpu_memory_mib=600,
+            draft=lambda _: draft,
+            models_of=lambda _: ["qwen3moe", *([draft.model] if draft and draft.model else [])],
+        )
+        box = SimpleNamespace(config=told, user="llm", builds_root="/b", models_dir="/m")
+        return plan_vram.ask(cast(Host, None), cast(LlmBox, box), self.known, "p")
+
+
+@pytest.fixture
+def host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    return Asked(folder, monkeypatch)
+
+
+def test_what_the_estimator_says_counts(host: Asked) -> None:
+    said = host.ask()
+    assert (said.gpu, said.cpu) == (Use(100 * MIB, 20 * MIB, 3 * MIB), Use(40 * MIB, 0, 5 * MIB))
+    assert host.ask(["-ot", "exps=CPU"], extra_args=["-ot", "exps=CPU"]) == said, "the estimator knows it"
+
+
+def test_to_what_the_estimator_says_comes_the_draft_of_which_it_knows_nothing(host: Asked) -> None:
+    words = ["--spec-type", "draft-simple", "--spec-draft-model", "/d.gguf"]
+    said = host.ask(words, Draft(SIMPLE, "qwen3"), kv_cache_type="q8_0")
+    entry = config(600, {}).llama_presets["p"].model_copy(update={"kv_cache_type": "f16"})
+    assert said == host.ask() + fit.preset_estimate(entry, ["qwen3"], host.known)
+    assert said.gpu.cache > 21 * MIB
+    with pytest.raises(NotPredicted, match="no header of other"):
+        host.ask(words, Draft(SIMPLE, "other"))
+    with pytest.raises(NotPredicted, match="-ot"):
+        host.ask(words, Draft(SIMPLE, "qwen3"), extra_args=["-ot", "exps=CPU"])
+    with pytest.raises(NotPredicted, match="head"):
+        host.ask(["--spec-type", "draft-mtp"], Draft(MTP))
+
+
+@pytest.mark.parametrize("flag", ["--mmproj", "--mmproj-url"])
+def test_where_the_estimator_lacks_a_flag_that_takes_memory_it_is_not_asked(host: Asked, flag: str) -> None:
+    with pytest.raises(NoFigure, match=f"no {flag}"):
+        host.ask([flag, "x"])
+    assert not [command for command in host.commands if "--fit-print" in command]
+
+
+def test_what_the_estimator_cannot_tell_is_worked_out_from_the_header_or_named(
+    host: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = config(600, {})
+    box = SimpleNamespace(config=made)
+    monkeypatch.setattr(plan_vram.LlmBox, "of", lambda _: box)
+    monkeypatch.setattr(plan_vram, "headers", lambda _: {})
+    for error in (Unreachable("gone"), NoFigure("nothing"), NotPredicted("a head")):
+
+        def fails(*_: object, error: Exception = error) -> Estimate:
+            raise error
+
+        monkeypatch.setattr(plan_vram, "ask", fails)
+        (plan,) = plan_vram.plan_host(Host("box", variables={}), offline=False)
+        assert plan.taken is None and "the lock has no header of m" in plan.problem
+        assert f"box: p: {error}; using the header" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "code"), [([1], 0), ([], 0), ([1, 601], 1), ([1, None], 2), ([601, None], 2)]
+)
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, gpus: list[int | None], code: int) -> None:
+    plans = [
+        plan_vram.Plan("box", "p", 600, None if gpu is None else Estimate(Use(gpu)), problem="why")
+        for gpu in gpus
+    ]
+    monkeypatch.setattr(plan_vram, "load", lambda *_, **__: [Host("box", groups=frozenset({"llama_hosts"}))])
+    monkeypatch.setattr(plan_vram, "plan_host", lambda *_, **__: plans)
+    assert plan_vram.main(["--inventory", "x"]) == code
 
 
 def test_a_plan_names_everything(folder: Path) -> None:

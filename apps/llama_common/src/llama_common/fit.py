@@ -73,18 +73,26 @@ def preset_estimate(
     settings = Settings.of(preset.model_dump())
     device = {} if gpu else {"gpu": None}
     total = estimate(known[names[0]], settings, **device)
-    for name in names[
-        1:
-    ]:  # a draft model has the same context, an unquantized cache and no experts of its own
-        total += estimate(known[name], replace(settings, kv_cache_type="f16", n_cpu_moe=0), **device)
+    for name in names[1:]:
+        total += estimate(known[name], as_draft(settings), **device)
     return total
+
+
+def as_draft(settings: Settings) -> Settings:
+    """Those of a draft model beside these: the same context, an unquantized cache, no experts of its own."""
+    return replace(settings, kv_cache_type="f16", n_cpu_moe=0)
+
+
+def refuse_mtp(config: HostConfig, name: str) -> None:
+    """Raises NotPredicted for a preset whose draft is a head that predicts further tokens."""
+    draft = config.draft(name)
+    if draft and draft.type == MTP:
+        raise NotPredicted(f"the memory of a head that predicts further tokens ({MTP}) is not predicted")
 
 
 def estimate_of(config: HostConfig, name: str, known: Mapping[str, Model], *, gpu: bool = True) -> Estimate:
     """The memory of a preset with the draft that it is started with. Raises NotPredicted."""
-    draft = config.draft(name)
-    if draft and draft.type == MTP:
-        raise NotPredicted(f"the memory of a head that predicts further tokens ({MTP}) is not predicted")
+    refuse_mtp(config, name)
     return preset_estimate(config.llama_presets[name], config.models_of(name), known, gpu)
 
 
