@@ -20,8 +20,10 @@ NOISY = 0.03  # with a larger spread than this the verdict says what it can stil
 LEAST_CHANGE = 0.06  # what is called a change, however quiet the box is
 # Standard errors to the threshold, and from there to the slowdown that nine of ten comparisons show (normal
 # quantile 0.90). tests/unit/test_statistics.py holds both against runs recorded on a real box.
-Z_ALARM, Z_POWER = 3.0, 1.28
+Z_ALARM, Z_POWER = 2.6, 1.28
 MAD_TO_SIGMA = 1.4826  # of a normal distribution: 1 / its 0.75 quantile
+MOST = 0.7  # of the runs: what they span counts as well
+MOST_TO_MAD = 0.3254  # of a normal distribution: its 0.75 quantile / (2 x its 0.85 quantile)
 # Variance of the Hodges-Lehmann estimate from n normal values in units of sigma²/n, asymptotically (Hodges &
 # Lehmann 1963); the median's is pi/2, the mean's 1.
 LEVEL_VARIANCE = math.pi / 3
@@ -30,7 +32,7 @@ BOOTSTRAPS = 2000
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a box did before: level, and spread (median absolute deviation as a share of the median).
+    """What a box did before: level, and spread (see there) as a share of it.
 
     `wander` is the standard deviation, as a share, of the level of RECENT runs in a row. On a box that others
     use slow runs follow each other, and it is larger than the spread of single runs explains.
@@ -48,7 +50,7 @@ class Baseline:
         if not newest or min(newest) <= 0:
             raise ValueError("a baseline needs positive values")
         rows = [level(newest[at : at + RECENT]) for at in range(len(newest) - RECENT + 1)]
-        middle, wander = level(newest), MAD_TO_SIGMA * spread(rows) if rows else 0.0
+        middle, wander = level(newest), MAD_TO_SIGMA * _deviation(rows) if rows else 0.0
         if rows and spread(newest) > NOISY:  # few and far between, what disturbs a box escapes every median
             wander = max(wander, max(abs(row / middle - 1) for row in rows) / 2)
         return cls(middle, spread(newest), len(newest), wander)
@@ -116,7 +118,18 @@ class Ratio:
 
 
 def spread(values: Sequence[float]) -> float:
-    """The median absolute deviation from the median, as a share of it. Raises ValueError without values."""
+    """The median absolute deviation (MAD) from the median, as a share of it. Raises ValueError: no values.
+
+    Or what the middle MOST of them span, as the MAD of a normal distribution that spans as much, if that is
+    more: of a box with two speeds the median is one of them, and the MAD does not see the other.
+    """
+    middle, ascending = median(values), sorted(values)
+    tail = round((1 - MOST) / 2 * (len(ascending) - 1))
+    span = ascending[-1 - tail] - ascending[tail]
+    return max(_deviation(values), MOST_TO_MAD * span / middle)
+
+
+def _deviation(values: Sequence[float]) -> float:
     middle = median(values)
     return median([abs(value - middle) for value in values]) / middle
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Measure real updates of llama.cpp and the way back, on the LLM box of a lab.
 
-    scripts/bench_update.py [--inventory DIR] [--slower OPTION=VALUE] [--output DIR]
+    scripts/bench_update.py [--inventory DIR] [--slower OPTION=VALUE[,…]] [--output DIR]
 
 playbooks/update_llama_cpp.yml runs for three new releases of the first preset's build, from the same old one
-each time: the same commit built again, the commit of another build, and the same commit with a CMake option
-that makes it slow. What it measured and decided is its own output. Then a release that serves is rolled back
+each time: the same commit built again, the commit of another build, and the same commit with CMake options
+that make it slow. What it measured and decided is its own output. Then a release that serves is rolled back
 with playbooks/rollback_llama_cpp.yml while a client asks. Afterwards the box is as it was. Writes update.md
 and update.png. Exit codes: 0 written, 2 could not measure (one line says why).
 """
@@ -45,7 +45,8 @@ from scripts.bench_gateway import Box
 UPDATE, ROLLBACK = "playbooks/update_llama_cpp.yml", "playbooks/rollback_llama_cpp.yml"
 PLAY_S = 7200.0
 ROLLBACKS, ROLLBACK_BAR_S = 3, 60.0
-SLOWER, SLOW_BAR = "GGML_AVX2=OFF", 0.70  # a CMake option, and how slow it makes the new release at least
+# CMake options, and how slow they make the new release at least: any of them left on brings AVX with it.
+SLOWER, SLOW_BAR = "GGML_AVX=OFF,GGML_AVX2=OFF,GGML_FMA=OFF,GGML_F16C=OFF", 0.70
 CLIENT_PAUSE_S = 0.1
 SWITCHED = {"ON": True, "OFF": False}  # as an inventory writes them
 UNUSED_OPTION = "LLMBOX_BENCH"  # no tree knows it: another release, and nothing differs for the compiler
@@ -99,21 +100,22 @@ def cases(builds: Mapping[str, Any], build: str, slower: str) -> list[Case]:
     other = next((one for name, one in builds.items() if name != build), None)
     if other is None:
         raise NoMeasurement(f"llama_cpp_builds has only {build}: a second one gives another commit")
-    option, _, value = slower.partition("=")
+    options = dict(item.partition("=")[::2] for item in slower.split(","))
+    throttled = {option: SWITCHED.get(value, value) for option, value in options.items()}
 
-    def variant(option: str, value: str | bool, **more: Any) -> dict[str, Any]:
+    def variant(options: Mapping[str, str | bool], **more: Any) -> dict[str, Any]:
         data = {**copy.deepcopy(dict(mine)), **more}
-        data["cmake_options"] = {**data.get("cmake_options", {}), option: value}
+        data["cmake_options"] = {**data.get("cmake_options", {}), **options}
         return data
 
     token = secrets.token_hex(4)  # a release that was rejected or built before would be no new one
     return [
-        Case("the same commit, built again", variant(UNUSED_OPTION, token), "keep"),
+        Case("the same commit, built again", variant({UNUSED_OPTION: token}), "keep"),
         Case(
             "another commit",
-            variant(UNUSED_OPTION, token, repo=other["repo"], commit=other["commit"]),
+            variant({UNUSED_OPTION: token}, repo=other["repo"], commit=other["commit"]),
         ),
-        Case(f"built with {slower}", variant(option, SWITCHED.get(value, value)), "roll back"),
+        Case(f"built with {slower}", variant(throttled), "roll back"),
     ]
 
 
@@ -354,7 +356,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--inventory", default="inventory/lab", metavar="DIR")
     parser.add_argument(
-        "--slower", default=SLOWER, metavar="OPTION=VALUE", help=f"makes a slow release (default {SLOWER})"
+        "--slower", default=SLOWER, metavar="OPTION=VALUE[,…]", help=f"make a slow release (default {SLOWER})"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks", metavar="DIR")
     return parser.parse_args(argv)
