@@ -65,6 +65,14 @@ def test_a_part_of_the_card_stays_free(folder: Path) -> None:
     assert "llama_presets_gpu_reserved_mib" in problem.message
 
 
+def test_a_draft_takes_its_part_with_a_cache_of_its_own(folder: Path) -> None:
+    known = {name: Model.from_facts(header(name, folder)) for name in ("qwen3moe", "qwen3")}
+    preset = config(600, {}, kv_cache_type="q8_0", n_cpu_moe=1).llama_presets["p"]
+    alone = fit.preset_estimate(preset, ["qwen3moe"], known)
+    draft = fit.preset_estimate(preset.model_copy(update={"kv_cache_type": "f16"}), ["qwen3"], known)
+    assert fit.preset_estimate(preset, ["qwen3moe", "qwen3"], known) == alone + draft
+
+
 def test_without_a_gpu_nothing_is_checked(folder: Path) -> None:
     assert fit.check(config(0, header("qwen3moe", folder))) == ([], [])
 
