@@ -226,7 +226,7 @@ def test_what_the_estimator_cannot_tell_is_worked_out_from_the_header_or_named(
 ) -> None:
     made = config(600, {})
     box = SimpleNamespace(config=made)
-    monkeypatch.setattr(plan_vram.LlmBox, "of", lambda _: box)
+    monkeypatch.setattr(LlmBox, "of", lambda _: box)
     monkeypatch.setattr(plan_vram, "headers", lambda _: {})
     for error in (Unreachable("gone"), NoFigure("nothing"), NotPredicted("a head")):
 
