@@ -66,8 +66,11 @@ class History:
     def append(self, run: Run) -> None:
         """Keep a run; the oldest go when there are more than LIMIT. Raises OSError."""
         with self._locked():
-            with self.file.open("a") as file:
-                file.write(json.dumps(asdict(run)) + "\n")
+            with self.file.open("a+b") as file:
+                text = json.dumps(asdict(run)) + "\n"
+                if file.tell() and self.file.read_bytes()[-1:] != b"\n":  # the last one was torn by a crash
+                    text = f"\n{text}"
+                file.write(text.encode())
             lines = self.file.read_text().splitlines(keepends=True)
             if len(lines) > LIMIT + SLACK:
                 new = self.file.with_suffix(".new")

@@ -40,7 +40,7 @@ from scripts import _command
 from scripts._ask_host import Unreachable, explain
 from scripts._chart import Bar, bar_chart
 from scripts._header import NoHeader, client, read_url
-from scripts._inventory import Host, load
+from scripts._inventory import Host, InventoryUnreadable, load
 from scripts._llm_box import LlmBox
 from scripts._screen import table
 from scripts._server_memory import NoFigure, as_served, parse_fit
@@ -243,6 +243,8 @@ def report(args: argparse.Namespace) -> int:
         if each is not None:
             ensure_writable(each)
     hosts = [host for host in load(args.inventory, limit=args.limit) if GROUP in host.groups]
+    if not hosts:
+        raise InventoryUnreadable(f"{args.inventory}: none of the hosts is in the group {GROUP}")
     plans = [plan for host in hosts for plan in plan_host(host, offline=args.offline)]
     reports = [
         HostReport(host.name, tuple(plan.check for plan in plans if plan.host == host.name)) for host in hosts

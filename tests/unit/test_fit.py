@@ -252,6 +252,14 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, gpus: list[int | None], cod
     assert plan_vram.main(["--inventory", "x"]) == code
 
 
+def test_no_host_at_all_is_no_plan_that_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan_vram, "load", lambda *_, **__: [Host("mac", groups=frozenset({"clients"}))])
+    assert plan_vram.main(["--inventory", "x"]) == 2
+    assert "none of the hosts is in the group llama_hosts" in capsys.readouterr().err
+
+
 def test_a_plan_names_everything(folder: Path) -> None:
     box = config(480, header("qwen3moe", folder))
     taken = fit.preset_estimate(box.llama_presets["p"], ["m"], fit.models(box))

@@ -47,6 +47,16 @@ def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
     assert history.runs() == [RUN, RUN]
 
 
+def test_a_run_that_follows_a_torn_line_is_not_lost_with_it(tmp_path: Path) -> None:
+    history = History(tmp_path / "box.jsonl")
+    history.append(RUN)
+    with history.file.open("a") as file:
+        file.write('{"time": "torn')
+    history.append(RUN)
+    history.append(RUN)
+    assert history.runs() == [RUN] * 3
+
+
 def test_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_history, "LIMIT", 10)
     monkeypatch.setattr(_history, "SLACK", 3)
