@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from llmbox.gateway.requests import ROUTES, Route, read_body
-from llmbox.gateway.usage import TAIL_BYTES, WHOLE_BYTES, usage_of
+from llmbox.gateway.usage import TAIL_BYTES, WHOLE_BYTES, Tail, usage_of
 
 from tests.unit.fake_box import FakeBox
 from tests.unit.gateway_place import ADDRESS, ANTHROPIC, KEY, OPENAI, Answer, Place
@@ -522,3 +522,11 @@ def test_a_client_that_leaves_while_it_waits_waits_no_longer(tmp_path: Path) -> 
         assert (told["status"], told["error"], told["preset"]) == (499, "the client went away", None)
 
     asyncio.run(test())
+
+
+def test_an_event_begins_its_line() -> None:
+    """A text about events has "data: " in it, and is not charged for each."""
+    tail = Tail()
+    tail.add(b'data: {"content": "data: one data: two\\ndata: three"}\n\n')
+    tail.add(b'data: {"content": "x"}\n\nevent: ping\ndata: {}\n\n')
+    assert tail.events == 3

@@ -6,10 +6,12 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -359,6 +361,52 @@ def test_an_accepted_release_is_current_and_serves(two: module.Host) -> None:
     assert links(two) == ("new", "old")
     assert (result["restarted"], result["removed"], two.restarts) == ("coder", ["older"], ["new"])  # type: ignore[attr-defined]
     assert module.rejection(two.root / "up", "new") is None
+
+
+def test_there_is_no_moment_without_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, seen, replace = tmp_path / "current", [], Path.replace
+    module.point(link, "a")
+
+    def watched(self: Path, target: Any) -> Path:
+        seen.append(module.link_target(link))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    module.point(link, "b")
+    assert (seen, module.link_target(link)) == (["a"], "b")
+
+
+def test_killed_in_a_rollback_what_was_left_does_not_come_back(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    two.accept("up", "new")
+    monkeypatch.setattr(module.Host, "_change", killed)
+    with pytest.raises(KeyboardInterrupt):
+        two.roll_back("up")
+    assert "rolled back to old" in (module.rejection(two.root / "up", "new") or "")
+
+
+@pytest.mark.parametrize(("phase", "ignored"), [("accept", True), ("roll_back", True), ("probe", False)])
+def test_who_hangs_up_does_not_end_the_swap(
+    monkeypatch: pytest.MonkeyPatch, phase: str, ignored: bool
+) -> None:
+    now: dict[int, Any] = {}
+    seen: list[dict[int, Any]] = []
+
+    def swap(*_: object) -> dict[str, Any]:
+        seen.append(dict(now))
+        return {}
+
+    params = {"phase": phase, "build": "up", "release": "r"}
+    fake = SimpleNamespace(params=params, check_mode=False, exit_json=lambda **_: None)
+    monkeypatch.setattr(module.signal, "signal", now.__setitem__)
+    monkeypatch.setattr(module, "AnsibleModule", lambda **_: fake)
+    monkeypatch.setattr(module, "Host", lambda _: SimpleNamespace(**{phase: swap}))
+    module.main()
+    assert seen == [dict.fromkeys((signal.SIGHUP, signal.SIGTERM), signal.SIG_IGN) if ignored else {}]
 
 
 @pytest.mark.parametrize("code", [0, 1])

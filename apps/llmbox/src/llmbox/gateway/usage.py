@@ -53,7 +53,8 @@ class Tail:
         """Take in the next piece."""
         if len(self._head) < HEAD_BYTES:
             self._head = (self._head + chunk)[:HEAD_BYTES]
-        self.events += chunk.count(b"data: ")
+        # At the head of a line: a text that tells of events has none there, as JSON escapes its line breaks.
+        self.events += chunk.count(b"\ndata: ") + chunk.startswith(b"data: ")
         self._chunks.append(chunk)
         self._size += len(chunk)
         while self._size - len(self._chunks[0]) >= TAIL_BYTES:
