@@ -294,6 +294,14 @@ def test_the_longest_wait_of_several_budgets_is_told(place: Place) -> None:
     assert 86400 <= int(refusal.headers["Retry-After"]) <= 86400 * (1 + 1 / BUCKETS)
 
 
+def test_the_longest_wait_is_told_whichever_budget_comes_first(place: Place) -> None:
+    place.write(entry(requests_per_day=1, tokens_per_minute=1))
+    alice = place.load().identify(bearer(KEY), "")
+    alice.admit()
+    alice.spend(5)
+    assert "requests_per_day" in breach(alice).message
+
+
 def test_tokens_that_are_spent_stop_the_next_request(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     place.write(entry(tokens_per_minute=100, tokens_per_day=150))
     accounts = place.load()

@@ -8,7 +8,7 @@ import json
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -375,3 +375,57 @@ def test_a_wrong_setting_is_one_line(forge: Forge, tmp_path: Path) -> None:
         assert "max_body = -1: " in said and "llm_server.yml" in said and said.count("\n") == 1
     finally:
         gateway.close()
+
+
+@pytest.fixture
+def answering(tmp_path: Path) -> Iterator[StubLlamaServer]:
+    """A llama-server for a gateway of a test's own."""
+    stub = StubLlamaServer(tmp_path / "server.sock")
+    yield stub
+    stub.close()
+
+
+def test_a_card_out_of_service_is_not_ready(forge: Forge, tmp_path: Path, answering: StubLlamaServer) -> None:
+    def control(gateway: Gateway, **said: str) -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(15)
+            sock.connect(str(gateway.folder / "control.sock"))
+            sock.sendall(json.dumps(said).encode() + b"\n")
+            assert json.loads(sock.makefile().readline())
+
+    with running(forge, tmp_path) as gateway:
+        control(gateway, do="block", reason="the card is hot")
+        status, _, body = ask(gateway, "/ready")
+        assert (status, body["reason"]) == (503, "the card is hot")
+        control(gateway, do="unblock")
+        assert ask(gateway, "/ready")[0] == 200
+
+
+def test_a_key_in_a_path_is_in_no_log(forge: Forge, tmp_path: Path, answering: StubLlamaServer) -> None:
+    with running(forge, tmp_path) as gateway:
+        assert ask(gateway, "/llmbox-secret/v1/models")[0] == 404
+        assert ask(gateway, "/llmbox-secret", b"{}")[0] == 404
+        assert "secret" not in (tmp_path / "audit.jsonl").read_text() + gateway.log.read_text()
+
+
+def test_health_needs_no_key(forge: Forge, tmp_path: Path, answering: StubLlamaServer) -> None:
+    with running(forge, tmp_path, keys=KEYS) as gateway:
+        assert [ask(gateway, path)[0] for path in ("/health", "/v1/health", "/ready")] == [200, 200, 401]
+
+
+def test_new_keys_are_in_force_and_what_was_used_is_written_without_a_restart(
+    forge: Forge, tmp_path: Path, answering: StubLlamaServer
+) -> None:
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 15
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with running(forge, tmp_path, keys=[{**KEYS[0], "requests_per_day": 5}]) as gateway:
+        assert ask(gateway, CHAT, {}, authorization=KEY)[0] == 200
+        until((tmp_path / "usage.json").exists)
+        new = tmp_path / "new"
+        new.write_text(json.dumps({"version": 1, "keys": [{**KEYS[0], "sha256": "0" * 64}]}))
+        new.replace(tmp_path / "keys.json")
+        until(lambda: ask(gateway, CHAT, {}, authorization=KEY)[0] == 401)

@@ -7,7 +7,7 @@ import json
 import random
 import re
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -356,5 +356,38 @@ def test_a_socket_that_is_not_there_is_a_server_that_is_down(tmp_path: Path) -> 
         place = Place(tmp_path)
         place.board.serving = Seen("ready", "coder", 1)
         assert value(await place.page(), "llmbox_llama_server_up") == 0
+
+    run(test)
+
+
+def test_who_went_at_once_has_waited_for_no_time(tmp_path: Path) -> None:
+    async def test() -> None:
+        place = Place(tmp_path)
+        place.metrics.observe(Entry("/v1/messages", preset="coder", status=200))
+        assert value(await place.page(), "llmbox_hold_seconds_count") == 1
+
+    run(test)
+
+
+def test_a_scrape_leaves_no_connection_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FETCH_TIMEOUT_S", 0.1)
+
+    async def test() -> None:
+        place, left = Place(tmp_path), asyncio.Event()
+        place.board.serving = Seen("ready", "coder", 1)
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nx")
+            await writer.drain()
+            with suppress(ConnectionError):
+                await reader.read(1)
+            left.set()
+
+        server = await asyncio.start_unix_server(serve, place.socket)
+        await place.page()
+        async with asyncio.timeout(2):
+            await left.wait()
+        server.close()
 
     run(test)

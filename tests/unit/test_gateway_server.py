@@ -704,3 +704,97 @@ def test_the_port_and_the_control_socket_are_told_apart() -> None:
         for wrong in ([unix], [four, unix, unix]):
             with pytest.raises(UsageError, match=r"UNIX"):
                 server.split(wrong)
+
+
+def test_an_answer_that_takes_longer_than_the_patience_with_slow_clients_outlives_a_stop(
+    forge: Forge, tmp_path: Path, stub: StubLlamaServer
+) -> None:
+    with running(forge, tmp_path) as gateway:  # request_timeout is 0.4 s, twice that the patience
+        with connect(gateway) as sock:
+            sock.sendall(chat(stub={"delay": 1.5}))
+            until(lambda: stub.bodies)
+            gateway.signal(signal.SIGTERM)
+            status, headers, _ = read_answer(sock)
+            assert status == 200 and headers["connection"] == "close" and sock.recv(1) == b""
+        assert gateway.wait() == 0
+
+
+def test_a_held_request_outlives_a_stop_for_as_long_as_its_preset_loads(
+    forge: Forge, tmp_path: Path, stub: StubLlamaServer
+) -> None:
+    with running(forge, tmp_path, {"load_s": 1.5}) as gateway:
+        with connect(gateway) as sock:
+            sock.sendall(chat(model="smol"))
+            time.sleep(0.1)
+            gateway.signal(signal.SIGTERM)
+            status, headers, _ = read_answer(sock)
+            assert status == 200 and headers["connection"] == "close"
+        assert gateway.wait() == 0
+
+
+def serving(tmp_path: Path, **changed: object) -> server.Server:
+    """A server of this process, whose application never gets a request."""
+    settings = Settings.model_validate({**SETTINGS, **dict.fromkeys(FILES, str(tmp_path)), **changed})
+    web = server.Server(lambda *_: None, settings, lambda: False)
+    web.config.load()
+    web.lifespan = web.config.lifespan_class(web.config)
+    return web
+
+
+def test_surplus_connections_are_told_so_again_and_again_but_not_any_number_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "TURNED_AWAY_LIMIT", 2)
+
+    async def told(reader: asyncio.StreamReader) -> bool:
+        try:
+            async with asyncio.timeout(5):
+                return b" 503 " in await reader.readline()
+        except ConnectionError:
+            return False
+
+    async def body() -> None:
+        web = serving(tmp_path, max_connections=1)
+        listener = socket.create_server(("127.0.0.1", 0))
+        place = listener.getsockname()
+        await web.startup([listener])
+        _, first = await asyncio.open_connection(*place)
+        await asyncio.sleep(0.05)
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection(*place)
+            assert await told(reader)
+            writer.close()
+            await asyncio.sleep(0.05)
+        many = [await asyncio.open_connection(*place) for _ in range(4)]
+        assert [await told(reader) for reader, _ in many].count(True) == 2
+        for _, writer in many:
+            writer.close()
+        first.close()
+        await asyncio.sleep(0.05)
+        await web.shutdown([listener])
+
+    asyncio.run(body())
+
+
+def test_a_client_that_was_refused_and_stays_is_closed_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "LINGER_S", 0.2)
+
+    async def body() -> None:
+        web = serving(tmp_path)
+        listener = socket.create_server(("127.0.0.1", 0))
+        await web.startup([listener])
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"nonsense\r\n\r\n")
+        assert b" 400 " in await reader.readline()
+        await reader.read()
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(5):
+                while True:
+                    writer.write(b"x")
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
+        await web.shutdown([listener])
+
+    asyncio.run(body())
