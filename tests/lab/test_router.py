@@ -132,6 +132,16 @@ def test_the_models_are_those_of_the_inventory_and_both_protocols_answer(place: 
         assert reply.status_code == 200 and reply.json()["content"][0]["text"], reply.text
         streamed = http.post("/v1/messages", json={**body, "stream": True}).text
         assert "event: message_stop" in streamed
+        counted = http.post("/v1/messages/count_tokens", json=body)
+        assert counted.status_code == 200 and counted.json()["input_tokens"] > 0, counted.text
+        for path in ("/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"):
+            for other in ("cloud", "anthropic/claude-haiku-4-5", f"{PRESET},{PRESET}"):
+                refused = http.post(path, json={**body, "model": other})
+                assert refused.status_code == 404 and "no such model" in refused.text, (
+                    path,
+                    other,
+                    refused.text,
+                )
         assert http.get("/ui").status_code == http.get("/model/info").status_code == 404
     with client(place, "unknown") as http:
         assert ask(http).status_code == 401

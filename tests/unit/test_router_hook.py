@@ -101,6 +101,59 @@ def lines(world: Any, name: str = "requests.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@pytest.mark.parametrize("key", ["me", "cloudy"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(
+            "anthropic/claude-haiku-4-5",
+            "coder,cloud",
+            "coder,coder",
+            "openai/coder",
+            "coder@messages",
+            "cloud@messages",
+        ),
+        *("*", " coder", ["coder"], {"a": 1}, "x" * 5000),
+    ],
+)
+def test_a_model_is_one_of_the_list_and_nothing_else_that_litellm_would_take(
+    world: Any, key: str, model: Any
+) -> None:
+    with pytest.raises(HTTPException) as refused:
+        begin(world, key, model=model)
+    assert refused.value.status_code == 404 and len(refused.value.detail) < 200
+
+
+def counted(world: Any, key: str, content: bytes) -> None:
+    async def body() -> bytes:
+        return content
+
+    where = types.SimpleNamespace(path="/v1/messages/count_tokens")
+    asked = types.SimpleNamespace(url=where, headers={"x-api-key": key}, body=body)
+    asyncio.run(world.module.authenticate(asked, ""))
+
+
+def test_tokens_are_counted_for_presets_only_and_each_count_is_a_request(world: Any) -> None:
+    counted(world, "k1", b'{"model": "coder", "messages": []}')
+    for key in ("k1", "k2"):
+        for wrong, status in (
+            (b'{"model": "cloud"}', 404),
+            (b'{"model": "anthropic/claude-haiku-4-5"}', 404),
+            (b'{"model": ["coder"]}', 404),
+            (b"[]", 404),
+            (b"nonsense", 400),
+        ):
+            with pytest.raises(HTTPException) as refused:
+                counted(world, key, wrong)
+            assert refused.value.status_code == status
+    counted(world, "k3", b'{"model": "coder"}')
+    with pytest.raises(HTTPException) as refused:
+        counted(world, "k3", b'{"model": "coder"}')
+    assert refused.value.status_code == 429
+    statuses = [line["status"] for line in lines(world)]
+    assert statuses == [200, 404, 404, 404, 404, 404, 404, 404, 404, 200, 429]
+
+
 def test_a_good_answer_is_left_alone_and_written_down(world: Any) -> None:
     assert whole(world, begin(world, tools=TOOLS), GOOD) is GOOD
     (line,) = lines(world)

@@ -27,7 +27,7 @@ from llm_router.answers import Answer, fault
 from llm_router.gate import Ask, Bounds, Verdict, guarded
 from llm_router.health import Watch
 from llm_router.ledger import Key, Ledger, Log, Refused, Settings
-from llm_router.serve import PATHS, SETTINGS, shown_key
+from llm_router.serve import COUNT, PATHS, SETTINGS, shown_key
 
 MESSAGES = "@messages"  # the same presets, asked in Anthropic's protocol
 CHAT = ("completion", "acompletion")
@@ -96,7 +96,7 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
             self._refuse_inside(key, model, sent)
             self.ledger.admit(key)
         except Refused as error:
-            self._write(self._line(key, str(data.get("model")), status=error.status, error=str(error)))
+            self._write(self._line(key, model[:100], status=error.status, error=str(error)))
             raise answer_of(error) from None
         for name in set(sent) - FIELDS - KEPT:
             data.pop(name, None)
@@ -115,13 +115,35 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         """Raises Refused for what only the router itself may say, and for a request that names no model."""
         if not model:
             raise Refused(400, "the request names no model; /v1/models lists them")
-        if MESSAGES in model or (model == self.settings.cloud and not self.ledger.may_leave(key)):
-            raise Refused(404, f"{model}: no such model; /v1/models lists them")
+        # LiteLLM takes more for a model: a deployment's own name, several at once.
+        if model not in self.settings.models and not (
+            model == self.settings.cloud and self.ledger.may_leave(key)
+        ):
+            raise Refused(404, f"{model[:100]}: no such model; /v1/models lists them")
         inside = sorted(
             name for name in set(sent) - KEPT if name in INSIDE or str(name).startswith("litellm")
         )
         if inside:
             raise Refused(400, f"{inside[0]}: not for clients of this router")
+
+    async def count(self, key: Key, request: Request) -> None:
+        """A count of tokens, which no other hook sees: only for a preset, so that the prompt stays here.
+
+        Raises Refused.
+        """
+        model = ""
+        try:
+            asked = json.loads(await request.body())
+            model = str(asked.get("model") or "") if isinstance(asked, dict) else ""
+            if model not in self.settings.models:
+                raise Refused(404, f"{model[:100]}: no such model to count for; /v1/models lists them")
+            self.ledger.admit(key)
+        except ValueError:
+            raise Refused(400, "the body is no JSON object") from None
+        except Refused as error:
+            self._write(self._line(key, model[:100], status=error.status, error=str(error)))
+            raise
+        self._write(self._line(key, model, status=200, error="", protocol="anthropic", counted=True))
 
     async def async_filter_deployments(
         self,
@@ -343,6 +365,8 @@ async def authenticate(request: Request, api_key: str) -> Any:
         if request.url.path not in PATHS:
             raise Refused(404, f"{request.url.path}: not for clients of this router")
         key = router_hook.ledger.key(shown_key(request.headers))
+        if request.url.path == COUNT:
+            await router_hook.count(key, request)
     except Refused as error:
         raise answer_of(error) from None
     return UserAPIKeyAuth(api_key=f"sha256-{key.sha256}", key_alias=key.name, models=[])

@@ -25,11 +25,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SETTINGS = "LLM_ROUTER_SETTINGS"
-PATHS = frozenset(
-    {
-        *("/v1/chat/completions", "/chat/completions", "/v1/messages", "/v1/messages/count_tokens"),
-    }
-)
+COUNT = "/v1/messages/count_tokens"
+PATHS = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/messages", COUNT})
 # LiteLLM fetches price lists, news and templates at its start otherwise.
 QUIET = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
