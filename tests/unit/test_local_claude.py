@@ -225,6 +225,14 @@ def test_settings_of_the_caller_are_kept_and_ours_win(serving: Callable[..., Scr
     assert settings["env"]["ANTHROPIC_BASE_URL"].endswith(str(server.port))
 
 
+def test_fetching_a_page_tells_nobody_else_its_host(serving: Callable[..., ScriptedLlm]) -> None:
+    server = serving(scripted_llm.gateway())
+    given = {"skipWebFetchPreflight": False, "model": "x"}
+    became = started("--port", str(server.port), "--", "--settings", json.dumps(given))
+    settings = json.loads(Path(became.command[2]).read_text())
+    assert settings["skipWebFetchPreflight"] is True and settings["model"] == "x"
+
+
 # --- what is imported before claude runs ---
 
 
@@ -268,6 +276,7 @@ def test_limits_follow_from_the_real_context(context: int, output: str, window: 
     [
         ("CLAUDE_CODE_ATTRIBUTION_HEADER", "0"),  # it differs each time, at the head of the prompt
         ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1"),
+        ("CLAUDE_CODE_DISABLE_OFFICIAL_MARKETPLACE_AUTOINSTALL", "1"),
         ("DISABLE_AUTOUPDATER", "1"),
         ("ANTHROPIC_API_KEY", ""),
         ("CLAUDE_CODE_SUBAGENT_MODEL", "m"),

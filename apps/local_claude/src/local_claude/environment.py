@@ -38,6 +38,8 @@ SLIM = {
     "CLAUDE_CODE_DISABLE_CRON": "1",
     "CLAUDE_CODE_DISABLE_ARTIFACT": "1",
 }
+# Settings that no variable stands for: WebFetch asks Anthropic about the name of each host that it goes to.
+SETTINGS = {"skipWebFetchPreflight": True}
 # Each of these sends requests, or what is in them, somewhere else. Blank counts as not set.
 BLANK = (
     "ANTHROPIC_API_KEY",
@@ -61,6 +63,7 @@ def variables(url: str, key: str, model: str, context: int, *, chat_only: bool =
         **dict.fromkeys(MODEL_VARIABLES, model),
         **dict.fromkeys(BLANK, ""),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "CLAUDE_CODE_DISABLE_OFFICIAL_MARKETPLACE_AUTOINSTALL": "1",  # the line above leaves it on
         "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
         "DISABLE_AUTOUPDATER": "1",
         "API_TIMEOUT_MS": str(REQUEST_TIMEOUT_MS),
@@ -141,7 +144,7 @@ def settings_file(folder: Path, wanted: Mapping[str, str], given: Mapping[str, A
     """
     own = {name: value for name, value in wanted.items() if _may_lie_on_disk(name, value)}
     theirs = given.get("env")
-    content = {**given, "env": {**(theirs if isinstance(theirs, dict) else {}), **own}}
+    content = {**given, **SETTINGS, "env": {**(theirs if isinstance(theirs, dict) else {}), **own}}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / "local-claude" / f"settings-{digest}.json"
     try:
