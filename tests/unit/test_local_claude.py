@@ -233,6 +233,21 @@ def test_fetching_a_page_tells_nobody_else_its_host(serving: Callable[..., Scrip
     assert settings["skipWebFetchPreflight"] is True and settings["model"] == "x"
 
 
+def test_a_chat_gets_its_key_without_a_question_and_without_a_file(
+    serving: Callable[..., ScriptedLlm], monkeypatch: pytest.MonkeyPatch, world: Path
+) -> None:
+    """--bare takes no token; about a key in ANTHROPIC_API_KEY claude asks, and suggests not to use it."""
+    monkeypatch.setenv("LLMBOX_KEY", "hush-hush")
+    became = started("--chat-only", "--port", str(serving(scripted_llm.gateway()).port))
+    settings = json.loads(Path(became.command[2]).read_text())
+    assert became.variables["ANTHROPIC_API_KEY"] == settings["env"]["ANTHROPIC_API_KEY"] == ""
+    helper = settings["apiKeyHelper"].split()
+    told = subprocess.run(helper, env=became.variables, capture_output=True, check=True)
+    assert told.stdout == b"hush-hush\n"
+    written = [path for path in (world / "claude-local").rglob("*") if path.is_file()]
+    assert written and all("hush-hush" not in path.read_text() for path in written)
+
+
 # --- what is imported before claude runs ---
 
 

@@ -40,6 +40,8 @@ SLIM = {
 }
 # Settings that no variable stands for: WebFetch asks Anthropic about the name of each host that it goes to.
 SETTINGS = {"skipWebFetchPreflight": True}
+# With --bare the token does not count. In ANTHROPIC_API_KEY claude would ask about it, and keep a part of it.
+CHAT_SETTINGS = {"apiKeyHelper": "printenv ANTHROPIC_AUTH_TOKEN"}
 # Each of these sends requests, or what is in them, somewhere else. Blank counts as not set.
 BLANK = (
     "ANTHROPIC_API_KEY",
@@ -54,12 +56,11 @@ BLANK = (
 )
 
 
-def variables(url: str, key: str, model: str, context: int, *, chat_only: bool = False) -> dict[str, str]:
+def variables(url: str, key: str, model: str, context: int) -> dict[str, str]:
     """The variables for one server and model."""
-    token = key or PLACEHOLDER
     found = {
         "ANTHROPIC_BASE_URL": url,
-        "ANTHROPIC_AUTH_TOKEN": token,
+        "ANTHROPIC_AUTH_TOKEN": key or PLACEHOLDER,
         **dict.fromkeys(MODEL_VARIABLES, model),
         **dict.fromkeys(BLANK, ""),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
@@ -74,8 +75,6 @@ def variables(url: str, key: str, model: str, context: int, *, chat_only: bool =
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context),
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(max(512, min(MAX_OUTPUT, context // 8))),
     }
-    if chat_only:
-        found["ANTHROPIC_API_KEY"] = token  # what counts with --bare
     if context >= COMPACT_FLOOR:
         found["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(context)
     return found
@@ -136,7 +135,9 @@ def write(path: Path, content: object) -> None:
         raise
 
 
-def settings_file(folder: Path, wanted: Mapping[str, str], given: Mapping[str, Any]) -> Path:
+def settings_file(
+    folder: Path, wanted: Mapping[str, str], given: Mapping[str, Any], *, chat_only: bool = False
+) -> Path:
     """Write the file for --settings and return its path. `given` is what the caller wanted there besides.
 
     Its name follows from its content, so that sessions side by side do not disturb each other. A real key
@@ -144,7 +145,12 @@ def settings_file(folder: Path, wanted: Mapping[str, str], given: Mapping[str, A
     """
     own = {name: value for name, value in wanted.items() if _may_lie_on_disk(name, value)}
     theirs = given.get("env")
-    content = {**given, **SETTINGS, "env": {**(theirs if isinstance(theirs, dict) else {}), **own}}
+    content = {
+        **given,
+        **SETTINGS,
+        **(CHAT_SETTINGS if chat_only else {}),
+        "env": {**(theirs if isinstance(theirs, dict) else {}), **own},
+    }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / "local-claude" / f"settings-{digest}.json"
     try:

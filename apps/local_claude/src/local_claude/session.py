@@ -57,9 +57,7 @@ def run(wanted: Options) -> int:
 
         server = found.server
         variables = environment.kept(
-            environment.variables(
-                server.url, server.key, model.name, context or ASSUMED_CONTEXT, chat_only=chat_only
-            ),
+            environment.variables(server.url, server.key, model.name, context or ASSUMED_CONTEXT),
             os.environ,
         )
         for line in environment.overriding(folder, here(), variables, server.key):
@@ -67,7 +65,7 @@ def run(wanted: Options) -> int:
         around = environment.past_proxies(server.host, os.environ)
         if around:
             say(f"a proxy is set in the environment: {server.host} goes past it", wanted)
-        settings = environment.settings_file(folder, variables, given)
+        settings = environment.settings_file(folder, variables, given, chat_only=chat_only)
         shared = (
             not chat_only and not wanted.print_env and launch.knows(program, launch.SHARED_PROMPT, folder)
         )
