@@ -290,3 +290,35 @@ def test_who_ends_it_while_its_server_loads_leaves_nothing(
         one.kill()
     left = {path.suffix for path in (world / "claude-local/local-claude").iterdir()}
     assert ".log" not in left
+
+
+@pytest.mark.parametrize("asked", ["ssh", "claude"])
+def test_who_is_killed_while_it_asks_leaves_no_one_that_it_asks(asked: str, world: Path) -> None:
+    """The survey of another host, and claude's own options: both are asked before anything is started."""
+    told = world / "pid"
+    (world / f"bin/{asked}").write_text(f"#!/bin/sh\necho $$ > {told}\nexec sleep 600\n")
+    (world / f"bin/{asked}").chmod(0o755)
+    with scripted_llm.ScriptedLlm(scripted_llm.gateway()) as server:
+        words = {
+            "ssh": ["--backend", "remote-llama", "--host", "box"],
+            "claude": ["--port", str(server.port), "--skip-checks"],
+        }[asked]
+        one = subprocess.Popen(
+            [sys.executable, "-m", "local_claude.cli", *words, "-p", "x"],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            until = time.monotonic() + START_S
+            while not (told.exists() and told.read_text().strip()):
+                assert one.poll() is None and time.monotonic() < until
+                time.sleep(0.02)
+        finally:
+            one.kill()
+            one.wait()
+        left = int(told.read_text())
+        try:
+            gone(left)
+        finally:
+            if alive(left):
+                os.kill(left, signal.SIGKILL)

@@ -366,6 +366,31 @@ def test_the_doctor_of_a_broken_world(
     assert found == code and any(line.startswith(part) and "; fix: " in line for line in lines), lines
 
 
+def hangs_up(_body: Any) -> Answer:
+    """A server that ends the connection without an answer."""
+    raise ConnectionAbortedError
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at the first message", "after the model has worked"])
+def test_the_doctor_of_a_server_that_hangs_up(
+    later: bool, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers: dict[str, Answer] = {"/v1/models": scripted_llm.models({"id": "a"}), "/v1/messages": hangs_up}
+    if later:
+        answers = scripted_llm.gateway()
+    with ScriptedLlm(answers) as server:
+
+        def works(body: Any) -> Answer:
+            server.answers["/v1/models"] = hangs_up
+            return working(body)
+
+        if later:
+            server.answers["/v1/messages"] = works
+        code, lines = doctor(capsys, "--port", str(server.port))
+    assert code == 71 and "recommended:" in lines[-1], lines
+    assert any(line.startswith("FAIL server: ") and "without an answer; fix: " in line for line in lines)
+
+
 def test_the_doctor_touches_nothing(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(world.rglob("*"))
     with ScriptedLlm(scripted_llm.gateway() | {"/v1/messages": working}) as server:

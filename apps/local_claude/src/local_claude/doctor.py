@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from local_claude import checks, environment, launch, lmstudio, machine, servers, session
-from local_claude.backends import BACKENDS
+from local_claude.backends import BACKENDS, Backend
 from local_claude.checks import Result
 from local_claude.errors import EXIT_TOOLS, LocalClaudeError, shown
 from local_claude.options import Options
@@ -78,7 +78,8 @@ def results(wanted: Options) -> Iterator[Result]:
     yield Result("model", "ok", f"{model.name}{f' ({known})' if known else ''}")
     if found.kind.name == "lmstudio" and found.server.local:
         yield from lmstudio.traps()
-    if not servers.speaks_messages(found):
+    backend = BACKENDS[wanted.backend]
+    if not session.speaks_messages(found, backend):
         yield Result(
             "protocol",
             "warn",
@@ -86,13 +87,13 @@ def results(wanted: Options) -> Iterator[Result]:
             "look whether it is installed: litellm --version",
         )
         return
-    yield from _working(found, model, chat_only=wanted.chat_only)
+    yield from _working(found, model, backend, chat_only=wanted.chat_only)
 
 
-def _working(found: Found, model: Model, *, chat_only: bool) -> Iterator[Result]:
+def _working(found: Found, model: Model, backend: Backend, *, chat_only: bool) -> Iterator[Result]:
     """From here on the model works, which takes as long as it does."""
     trip = checks.round_trip(found, model.name)  # loads the model, where that is still to be done
-    tokens = servers.context_of(servers.identify(found.server), model)
+    tokens = servers.context_of(session.recognise(found.server, backend), model)
     context = checks.context(found, tokens, chat_only=chat_only)
     yield context
     if tokens is not None:

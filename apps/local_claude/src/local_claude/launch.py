@@ -118,6 +118,9 @@ def knows(program: Path, option: str, folder: Path) -> bool:
         return option in kept["help"].split()
     import subprocess  # not at every start
 
+    from local_claude import keeper
+
+    me = os.getpid()
     try:
         asked = subprocess.run(
             [str(program), "--help"],
@@ -126,6 +129,7 @@ def knows(program: Path, option: str, folder: Path) -> bool:
             timeout=HELP_TIMEOUT_S,
             check=False,
             stdin=subprocess.DEVNULL,
+            preexec_fn=lambda: keeper.die_with(me),
             env={
                 **os.environ,
                 "CLAUDE_CONFIG_DIR": str(folder),

@@ -148,13 +148,17 @@ def recognise(server: Server, backend: Backend) -> Found:
     return found
 
 
+def speaks_messages(found: Found, backend: Backend) -> bool:
+    """Whether Claude Code can talk to it directly. Raises LocalClaudeError."""
+    try:
+        return servers.speaks_messages(found)
+    except Trouble as trouble:
+        raise unreachable(found.server, trouble, backend.to_start) from None
+
+
 def in_front(found: Found, model: Model, wanted: Options, folder: Path, kept: list[Kept]) -> Found:
     """The server itself, or LiteLLM in front of one that does not speak Anthropic's API."""
-    try:
-        direct = servers.speaks_messages(found)
-    except Trouble as trouble:
-        raise unreachable(found.server, trouble, BACKENDS[wanted.backend].to_start) from None
-    if direct:
+    if speaks_messages(found, BACKENDS[wanted.backend]):
         return found
     from local_claude import translator
 

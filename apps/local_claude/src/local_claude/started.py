@@ -219,6 +219,7 @@ def far_survey(to: str) -> dict[str, Any]:
         "server": os.environ.get("LOCAL_CLAUDE_REMOTE_LLAMA_SERVER", ""),
         "folder": os.environ.get("LOCAL_CLAUDE_REMOTE_MODELS", ""),
     }
+    me = os.getpid()
     try:
         done = subprocess.run(
             [*ssh(), "--", to, far_command()],
@@ -228,6 +229,7 @@ def far_survey(to: str) -> dict[str, Any]:
             errors="replace",
             timeout=SURVEY_TIMEOUT_S,
             check=False,
+            preexec_fn=lambda: keeper.die_with(me),
         )
         found = json.loads(done.stdout) if done.returncode == 0 else None
     except FileNotFoundError:
