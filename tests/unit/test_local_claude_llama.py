@@ -173,6 +173,18 @@ def test_the_survey_reads_headers(models: Path) -> None:
     assert GgufFile.of(found["files"][0]).context == 4096
 
 
+def test_a_split_model_is_as_large_as_all_its_parts(tmp_path: Path) -> None:
+    """Else the largest model of all, whose first part is a header, is the smallest draft."""
+    for number in (1, 2, 3):
+        gguf(tmp_path / f"big-0000{number}-of-00003.gguf", general__architecture="qwen3")
+    with (tmp_path / "big-00003-of-00003.gguf").open("ab") as file:
+        file.truncate(10_000)
+    gguf(tmp_path / "mixture-of-experts.gguf", general__architecture="qwen3")
+    small = (tmp_path / "mixture-of-experts.gguf").stat().st_size
+    found = {Path(entry["path"]).name: entry["size"] for entry in survey.survey("", str(tmp_path))["files"]}
+    assert found == {"big-00001-of-00003.gguf": 10_000 + 2 * small, "mixture-of-experts.gguf": small}
+
+
 def test_the_survey_is_the_same_on_the_other_side(
     models: Path, monkeypatch: pytest.MonkeyPatch, world: Path
 ) -> None:

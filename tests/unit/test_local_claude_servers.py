@@ -420,6 +420,17 @@ def test_nothing_breaks_a_line(breaks: str) -> None:
     assert breaks[0] not in shown(f"a{breaks}b")
 
 
+def test_a_server_s_names_write_no_line_of_their_own(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, build = "a\nlocal-claude: ok   everything", "b1\x1b[2J\u202e"
+    listed = scripted_llm.models({"id": name, "owned_by": "llamacpp"})
+    with ScriptedLlm(scripted_llm.gateway(build=build) | {"/v1/models": listed}) as server:
+        _, lines = doctor(capsys, "--port", str(server.port))
+        cli.main(["--port", str(server.port), "--print-env"])
+    said = [*lines, *capsys.readouterr().err.splitlines()]
+    assert any("a\\u000alocal-claude" in line for line in said), said
+    assert all(line.isprintable() and not line.startswith("local-claude: ok   everything") for line in said)
+
+
 def test_a_key_is_in_no_text() -> None:
     server = Server("http", "127.0.0.1", 1234, "hush")
     assert "hush" not in repr(server) + str(Found(server, servers.KINDS["llama"], "", ()))

@@ -163,6 +163,18 @@ def drip(connection: socket.socket) -> None:
             pass
 
 
+def drip_head(connection: socket.socket) -> None:
+    """A head that comes a byte at a time and has no end."""
+    with connection:
+        try:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            for _ in range(400):
+                connection.sendall(b"x")
+                threading.Event().wait(TIMEOUT_S / 30)
+        except OSError:
+            pass
+
+
 def flood(connection: socket.socket) -> None:
     """More than anybody wants to read."""
     with connection:
@@ -179,11 +191,12 @@ def flood(connection: socket.socket) -> None:
     [
         (lambda connection: None, "no answer within"),
         (drip, "no answer within"),
+        (drip_head, "no answer within"),
         (flood, "larger than 8 MiB"),
         (lambda connection: connection.close(), "closes the connection"),
         (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH\r\n\r\n") or connection.close(), "no HTTP"),
     ],
-    ids=["hangs", "drips", "floods", "hangs up", "no HTTP"],
+    ids=["hangs", "drips", "drips its head", "floods", "hangs up", "no HTTP"],
 )
 def test_a_port_with_something_else_behind_it(
     talk: Raw,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from local_claude.errors import EXIT_DENIED, EXIT_WRONG_SERVER, LocalClaudeError, shown
+from local_claude.errors import EXIT_DENIED, EXIT_WRONG_SERVER, LocalClaudeError, one_line, shown
 from local_claude.wire import Reply, Server, Trouble
 
 APPLE_CONTEXT = 4096
@@ -209,7 +209,8 @@ def _number(value: object) -> int | None:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) and 0 < len(value) <= MAX_NAME else ""
+    """A name as it may go to a terminal; one that would do something there is of no use as a name either."""
+    return one_line(value) if isinstance(value, str) and 0 < len(value) <= MAX_NAME else ""
 
 
 def _named(entries: list[dict[str, Any]], key: str = "id") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,6 +7,7 @@ of llama_common.gguf. Standard library only.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ MAX_DEPTH = 4
 HELP_TIMEOUT_S = 20
 NO_LLM = ("clip", "mmproj", "bert", "nomic-bert")
 SHORT = (str, int, float, bool)
+PART = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.gguf$")
 
 
 def survey(server: str, folder: str) -> dict[str, Any]:
@@ -99,9 +101,20 @@ def _below(top: Path) -> Iterator[Path]:
         if len(Path(place).relative_to(top).parts) >= MAX_DEPTH:
             folders.clear()
         for name in names:
-            later_part = "-of-" in name and "-00001-of-" not in name
-            if name.endswith(".gguf") and not later_part and "mmproj" not in name.lower():
+            part = PART.search(name)
+            first = part is None or int(part[1]) == 1
+            if name.endswith(".gguf") and first and "mmproj" not in name.lower():
                 yield Path(place) / name
+
+
+def size_of(path: Path) -> int:
+    """What the model takes on disk: of a split one all parts, since the first may be its header alone."""
+    part = PART.search(path.name)
+    if part is None:
+        return path.stat().st_size
+    parts = range(1, int(part[2]) + 1)
+    paths = [path.with_name(f"{path.name[: part.start()]}-{one:05}-of-{part[2]}.gguf") for one in parts]
+    return sum(one.stat().st_size for one in paths if one.is_file())
 
 
 def describe(path: Path) -> dict[str, Any] | None:
@@ -115,6 +128,7 @@ def describe(path: Path) -> dict[str, Any] | None:
                 return file.read(end - start)
 
             header = gguf.read(fetch, size)
+        whole = size_of(path)
     except (OSError, gguf.HeaderError):
         return None
     if not header.architecture or header.architecture in NO_LLM:
@@ -126,4 +140,4 @@ def describe(path: Path) -> dict[str, Any] | None:
         for key, value in header.metadata.items()
         if isinstance(value, gguf.Length)
     }
-    return {"path": str(path), "size": size, "values": texts, "lengths": lengths}
+    return {"path": str(path), "size": whole, "values": texts, "lengths": lengths}

@@ -6,6 +6,7 @@ http.client instead of a library: it is there already, and everything imported h
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import re
 import socket
@@ -21,6 +22,29 @@ _HOST = re.compile(
 )
 _URL = re.compile(r"^(?P<scheme>https?)://(?P<rest>[^/?#@\s]+)/?(?P<path>v1/?)?$")
 _PORT = re.compile(r"^(?P<host>.+?):(?P<port>[0-9]{1,5})$")
+
+
+class _ByDeadline(io.RawIOBase):
+    """What a socket says until the deadline: one that drips a byte a second is silent too."""
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._socket = connection
+        self._raw = connection.makefile("rb", buffering=0)
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class Trouble(Exception):
@@ -91,13 +115,21 @@ class Server(NamedTuple):
         kind = http.client.HTTPSConnection if self.scheme == "https" else http.client.HTTPConnection
         connection = kind(self.host, self.port, timeout=min(timeout_s, LOOK_TIMEOUT_S))
         deadline = time.monotonic() + timeout_s
+
+        def answer_by(sock: Any, *words: Any, **more: Any) -> http.client.HTTPResponse:
+            answer = http.client.HTTPResponse(sock, *words, **more)
+            answer.fp.close()
+            answer.fp = io.BufferedReader(_ByDeadline(sock, deadline))
+            return answer
+
+        connection.response_class = answer_by  # type: ignore[assignment]
         try:
             connection.connect()
             if connection.sock is not None:
                 connection.sock.settimeout(timeout_s)
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
-            raw = self._read(answer, connection, deadline)
+            raw = self._read(answer)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _trouble(error, timeout_s) from None
         finally:
@@ -110,8 +142,7 @@ class Server(NamedTuple):
         return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, data, text)
 
     @staticmethod
-    def _read(answer: http.client.HTTPResponse, connection: Any, deadline: float) -> bytes:
-        """The body, by a deadline: a server that drips one byte a second is silent too."""
+    def _read(answer: http.client.HTTPResponse) -> bytes:
         pieces: list[bytes] = []
         size = 0
         while piece := answer.read1(65536):
@@ -119,11 +150,6 @@ class Server(NamedTuple):
             size += len(piece)
             if size > MAX_ANSWER_BYTES:
                 raise Trouble("large", f"its answer is larger than {MAX_ANSWER_BYTES // 2**20} MiB")
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            if connection.sock is not None:
-                connection.sock.settimeout(left)
         return b"".join(pieces)
 
 
