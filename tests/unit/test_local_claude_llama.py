@@ -19,6 +19,7 @@ from local_claude.llama import GgufFile
 
 from tests.support import ROOT
 from tests.unit import scripted_llm
+from tests.unit.test_local_claude import started as claude
 from tests.unit.test_local_claude import world as world  # the fixture
 from tests.unit.test_local_claude_keeper import GONE_S, alive, gone
 
@@ -302,6 +303,45 @@ def test_who_ends_it_while_its_server_loads_leaves_nothing(
         one.kill()
     left = {path.suffix for path in (world / "claude-local/local-claude").iterdir()}
     assert ".log" not in left
+
+
+SERVES = """\
+#!{python}
+import os, signal, sys
+if "--help" in sys.argv:
+    sys.exit(print("--jinja   use jinja"))
+sys.path.insert(0, {root!r})
+from tests.unit import scripted_llm
+answers = scripted_llm.gateway()
+called = answers["/v1/messages"]
+
+def counted(body):
+    with open({asked!r}, "a") as file:
+        print(os.getpid(), file=file)
+    return called(body)
+
+listed = scripted_llm.models({{"id": "one", "owned_by": "llamacpp"}})
+answers |= {{"/health": (200, {{}}), "/v1/models": listed, "/v1/messages": counted}}
+server = scripted_llm.ScriptedLlm(answers, int(sys.argv[sys.argv.index("--port") + 1]))
+signal.pause()
+"""
+
+
+def test_what_was_checked_is_found_again_on_another_port(
+    models: Path, monkeypatch: pytest.MonkeyPatch, world: Path
+) -> None:
+    asked = models / "asked"
+    asked.touch()
+    script = SERVES.format(python=sys.executable, root=str(ROOT), asked=str(asked))
+    (models / "llama-server").write_text(script)
+    monkeypatch.setenv("LOCAL_CLAUDE_LLAMA_SERVER", str(models / "llama-server"))
+    monkeypatch.setenv("LOCAL_CLAUDE_MODELS", str(models / "m"))
+    urls = set()
+    for context, trips in (("40960", 1), ("40960", 1), ("49152", 2)):  # another command is another server
+        became = claude("--backend", "llama", "--model", "one", "--context", context)
+        urls.add(became.variables["ANTHROPIC_BASE_URL"])
+        assert len(asked.read_text().split()) == 2 * trips
+    assert len(urls) == 3
 
 
 @pytest.mark.parametrize("asked", ["ssh", "claude"])

@@ -225,11 +225,14 @@ class Kept:
         self.now = now
 
     @staticmethod
-    def key(found: Found, model: str) -> str:
-        """Server, model and version; "" where the server does not tell its version: nothing is kept then."""
+    def key(found: Found, model: str, what: str = "") -> str:
+        """Server, model and version; "" where the server does not tell its version: nothing is kept then.
+
+        `what` stands for the address of a server that gets another port at each start.
+        """
         if not found.version:
             return ""
-        said = json.dumps([found.server.url, found.kind.name, found.version, model])
+        said = json.dumps([what or found.server.url, found.kind.name, found.version, model])
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 
     def find(self, key: str) -> list[Result] | None:

@@ -27,7 +27,10 @@ STOP_TIMEOUT_S = 6.0
 
 @dataclass(frozen=True)
 class Order:
-    """What to start: its name, its words, variables that nobody else may see, its log, files to remove."""
+    """What to start: its name, its words, variables that nobody else may see, its log, files to remove.
+
+    `what` is the same for the same server on another port; "" when that matters to nobody.
+    """
 
     name: str
     argv: tuple[str, ...]
@@ -35,6 +38,7 @@ class Order:
     log: Path | None = None
     first_line: str | None = field(default=None, repr=False)
     remove: tuple[Path, ...] = ()
+    what: str = ""
 
 
 class Kept:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,6 +80,12 @@ class Plan:
     draft: str | None
     dialect: Dialect
     notes: tuple[str, ...]
+    size: int
+
+    @property
+    def what(self) -> str:
+        """What it is wherever it listens: another file of the same name is another size."""
+        return f"{shlex.join(self.command('127.0.0.1:1'))} # {self.size}"
 
     def command(self, listen: str) -> list[str]:
         """The whole command line. Raises LocalClaudeError when this binary lacks what the preset needs."""
@@ -134,6 +141,7 @@ def plan(
         draft.path if draft else None,
         Dialect.from_help(found["help"]),
         (*notes, why),
+        model.size,
     )
 
 

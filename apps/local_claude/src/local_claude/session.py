@@ -50,10 +50,11 @@ def run(wanted: Options) -> int:
 
     with stopped_unless_claude_runs() as kept:
         found = find(wanted, folder, kept)
+        what = kept[0].order.what if kept else ""
         model = choose_model(found, wanted)
         chat_only = wanted.chat_only or found.kind.name == "apfel"
         found = in_front(found, model, wanted, folder, kept)
-        context = look(found, model, wanted, folder, chat_only=chat_only)
+        context = look(found, model, wanted, folder, what, chat_only=chat_only)
 
         server = found.server
         variables = environment.kept(
@@ -218,7 +219,9 @@ def _ask_which(found: Found, ready: list[Model]) -> Model:
     return found.models[picked]
 
 
-def look(found: Found, model: Model, wanted: Options, folder: Path, *, chat_only: bool) -> int | None:
+def look(
+    found: Found, model: Model, wanted: Options, folder: Path, what: str, *, chat_only: bool
+) -> int | None:
     """All checks, a line each; returns the context. Raises LocalClaudeError at the first that fails."""
     context = servers.context_of(found, model)
     if wanted.skip_checks:
@@ -228,7 +231,7 @@ def look(found: Found, model: Model, wanted: Options, folder: Path, *, chat_only
     if chat_only:
         return context
     kept = checks.Kept(folder)
-    key = checks.Kept.key(found, model.name)
+    key = checks.Kept.key(found, model.name, what)
     earlier = None if wanted.recheck else kept.find(key)
     if earlier is None:
         say("checking tool calls and prompt cache (once for each server, model and version) ...", wanted)

@@ -80,7 +80,13 @@ def here(wanted: Options, folder: Path, tell: Tell) -> tuple[Kept, Server]:
     port, key = free_port(), secrets.token_hex(16)
     command = plan.command(f"{LOCAL}:{port}")
     show(plan.notes, command, tell)
-    order = Order("llama-server", tuple(command), {"LLAMA_API_KEY": key}, log_file(folder, "llama-server"))
+    order = Order(
+        "llama-server",
+        tuple(command),
+        {"LLAMA_API_KEY": key},
+        log_file(folder, "llama-server"),
+        what=plan.what,
+    )
     return started(order, Server("http", LOCAL, port, key), tell)
 
 
@@ -109,6 +115,7 @@ def there(wanted: Options, folder: Path, tell: Tell) -> tuple[Kept, Server]:
         (*ssh(), *forward, "--", to, far_command()),
         log=log_file(folder, "ssh"),
         first_line=json.dumps(orders),
+        what=f"{to}: {plan.what}",
     )
     return started(order, Server("http", LOCAL, port, key), tell)
 
