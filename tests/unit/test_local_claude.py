@@ -180,6 +180,18 @@ def test_a_passed_check_is_not_repeated(serving: Callable[..., ScriptedLlm]) -> 
     assert sum(path == "/v1/messages" for _, path, _ in server.asked) == 3 * asked
 
 
+@pytest.mark.parametrize("at", ['"x"', "null", "[]"])
+def test_a_damaged_file_of_checks_is_no_harm(
+    at: str, serving: Callable[..., ScriptedLlm], world: Path
+) -> None:
+    file = world / "claude-local/local-claude/checks.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(f'{{"a": {{"at": {at}}}}}')
+    server = serving(scripted_llm.gateway())
+    started("--port", str(server.port), "-p", "hi")
+    assert '"a"' not in file.read_text() and "tool calls" in file.read_text()
+
+
 def test_the_key_goes_to_the_server_and_nowhere_else(
     serving: Callable[..., ScriptedLlm],
     monkeypatch: pytest.MonkeyPatch,

@@ -258,7 +258,12 @@ class Kept:
 
     def _all(self) -> dict[str, Any]:
         found = environment.read_object(self.path)
-        return {key: entry for key, entry in found.items() if isinstance(entry, dict)}
+        return {key: entry for key, entry in found.items() if _is_entry(entry)}
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether it can be sorted by its age: a file that somebody else wrote is no reason to fail."""
+    return isinstance(entry, dict) and isinstance(entry.get("at"), int | float)
 
 
 def find_model(found: Found, wanted: str) -> Model | None:
