@@ -402,7 +402,7 @@ def test_who_hangs_up_does_not_end_the_swap(
 
     params = {"phase": phase, "build": "up", "release": "r"}
     fake = SimpleNamespace(params=params, check_mode=False, exit_json=lambda **_: None)
-    monkeypatch.setattr(module.signal, "signal", now.__setitem__)
+    monkeypatch.setattr(signal, "signal", now.__setitem__)
     monkeypatch.setattr(module, "AnsibleModule", lambda **_: fake)
     monkeypatch.setattr(module, "Host", lambda _: SimpleNamespace(**{phase: swap}))
     module.main()
