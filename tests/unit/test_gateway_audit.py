@@ -173,6 +173,9 @@ def test_strangers_do_not_push_out_the_lines_of_those_with_a_key(
     told = [json.loads(text)["id"] for text in audit.path.read_text().splitlines()]
     assert told == [*(f"stranger {number}" for number in range(STRANGERS)), "alice's"] * 2
     assert len(caplog.records) == 2 and audit.lost == 0
+    for _ in range(2 * STRANGERS):  # of a client that may ask, for what is not there
+        audit.write(entry(key="", id="typo", status=404))
+    assert audit.path.read_text().count('"typo"') == 2 * STRANGERS
 
 
 # --- a disk that fails ---

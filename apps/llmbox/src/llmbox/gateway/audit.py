@@ -18,8 +18,9 @@ from llmbox.gateway.usage import Usage
 
 ERROR_LIMIT = 500  # characters
 LOG_AGAIN_S = 60.0  # between two log lines about a file that cannot be written
-# Lines in STRANGERS_S that have no key: whoever guesses keys must not push out what those with one did.
+# Lines in STRANGERS_S about who has no key: whoever guesses must not push out what those with one did.
 STRANGERS, STRANGERS_S = 10, 60.0
+REFUSED = (401, 403)
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Audit:
 
     def write(self, entry: Entry, body: bytes = b"") -> None:
         """Write an entry, and the request's body if one is given. Requests go on when that fails."""
-        if not entry.key and not self._admits_stranger():
+        if entry.status in REFUSED and not entry.key and not self._admits_stranger():
             return
         try:
             self._append(line(entry, body))
