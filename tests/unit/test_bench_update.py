@@ -34,10 +34,10 @@ def read(said: str, case: bench.Case, *, kept: bool = False) -> bench.Outcome:
 
 
 def test_the_new_releases_differ_from_the_old_one_in_what_they_say() -> None:
-    again, other, slow = bench.cases(BUILDS, "one", "GGML_AVX2=OFF")
+    again, other, slow = bench.cases(BUILDS, "one", "GGML_AVX2=OFF,GGML_FMA=OFF")
     assert again.data["commit"] == "a" * 40 and again.data["cmake_options"] != BUILDS["one"]["cmake_options"]
     assert (other.data["repo"], other.data["commit"]) == ("git://b", "b" * 40)
-    assert slow.data == {**BUILDS["one"], "cmake_options": {"GGML_AVX2": False}}
+    assert slow.data == {**BUILDS["one"], "cmake_options": {"GGML_AVX2": False, "GGML_FMA": False}}
     assert (again.right, other.right, slow.right) == ("keep", "", "roll back")
     with pytest.raises(NoMeasurement, match="only one"):
         bench.cases({"one": BUILDS["one"]}, "one", "X=Y")

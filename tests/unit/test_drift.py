@@ -459,17 +459,27 @@ def test_an_update_renews_the_record_of_its_build_and_of_nothing_else(
     box.make_release("two")
     relink(box.build / "current", "releases/two")
     (box.build / "previous").symlink_to("releases/one")
-    (box.folder / "llama.cpp/up").mkdir()  # its name is the beginning of the other's
     box.unit.write_text("other\n")
     paths = {path for path, _, _ in box.found()}
     assert {"llama.cpp/upstream/current", "llama.cpp/upstream/previous"} < paths
-    for unknown in (f"{box.folder}/llama.cpp/up", f"{box.folder}/llama.cpp"):
-        assert not cli.renew(unknown, box.state)
+    assert not cli.renew(f"{box.folder}/llama.cpp", box.state), "no build was deployed there"
     assert cli.main(["renew", str(box.build)]) == 0
     assert [path for path, _, _ in box.found()] == ["units/llama-coder.service"]
     assert not cli.renew(str(box.build), box.state)
     write(box.build / "releases/two/bin/llama-server", b"rotten")
     assert "llama.cpp/upstream/releases/two/bin/llama-server" in {path for path, _, _ in box.found()}
+
+
+def test_a_build_whose_name_begins_another_s_is_renewed_alone(box: Box) -> None:
+    shorter = box.build.with_name("up")
+    (shorter / "releases").mkdir(parents=True)
+    (shorter / "current").symlink_to("releases/one")
+    box.deployed["builds"].append(str(shorter))
+    assert box.record()
+    relink(shorter / "current", "releases/two")
+    relink(box.build / "current", "releases/three")
+    assert cli.renew(str(shorter), box.state)
+    assert ("llama.cpp/upstream/current", "target releases/one", "target releases/three") in box.found()
 
 
 def test_a_box_without_a_record_has_nothing_to_renew(tmp_path: Path) -> None:
