@@ -19,7 +19,7 @@ OTHER = ["/opt/llama.cpp/up/releases/new/bin/llama-server", "-c", "4096"]
 
 
 class Box:
-    """A service manager and lmswitch in one: units run what their drop-in says at their last start."""
+    """A service manager and lmswitch in one: units run what their drop-in said when it was last read."""
 
     def __init__(self, runtime: Path, up: str = "a") -> None:
         fields = {"description": "d", "build": "up", "model": "m", "context": 4096, "command": OWN}
@@ -36,7 +36,7 @@ class Box:
         self.failing: list[str] | None = None  # the command that does not start
         self.journal: list[str] = []
         self.did: list[str] = []
-        self.reloaded = True
+        self.read: dict[str, str] = {}  # drop-ins by preset, as of the last reload
         if up:
             self.start(up)
 
@@ -49,7 +49,8 @@ class Box:
         }
 
     def reload(self) -> None:
-        self.reloaded = True
+        paths = {name: self.folder(name) / DROP_IN for name in "ab"}
+        self.read = {name: path.read_text() for name, path in paths.items() if path.exists()}
 
     def restarts(self, unit: str) -> int:
         return 3
@@ -58,7 +59,6 @@ class Box:
         return self.journal
 
     def switch(self, words: Sequence[str], timeout_s: float) -> dict[str, Any]:
-        assert self.reloaded, "systemd has not read the drop-in"
         self.did.append(" ".join(words))
         if words[0] == "off":
             self.up = ""
@@ -67,8 +67,7 @@ class Box:
         return {"ok": True, "message": "ready"}
 
     def start(self, name: str) -> bool:
-        path = self.folder(name) / DROP_IN
-        command = path.read_text().rpartition("ExecStart=")[2].split() if path.exists() else OWN
+        command = self.read[name].rpartition("ExecStart=")[2].split() if name in self.read else OWN
         self.up = "" if command == self.failing else name
         self.pid += 1
         process = self.proc / str(self.pid)

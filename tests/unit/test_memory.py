@@ -88,6 +88,56 @@ def test_more_context_and_wider_caches_take_more(tiny: dict[str, Model]) -> None
     assert total(kv_cache_type="q4_0") < total(kv_cache_type="q8_0") < total() < total(context=131_072)
 
 
+@pytest.mark.parametrize(
+    ("keys", "slot", "tokens"),
+    [
+        ({}, 65_536, 512),
+        ({"ubatch": 64}, 65_536, 64),
+        ({"batch": 256}, 65_536, 256),
+        ({"context": 256}, 256, 256),
+        ({"context": 1000}, 1024, 512),
+        ({"context": 1024}, 1024, 512),
+        ({"parallel": 3}, 22_016, 513),  # 21,845 tokens a slot; of a batch as many from each
+        ({"context": 512, "parallel": 4, "ubatch": 4096}, 256, 1024),
+    ],
+)
+def test_slots_and_batches_are_rounded_as_llama_cpp_does(
+    keys: dict[str, int], slot: int, tokens: int
+) -> None:
+    settings = replace(Settings(65_536), **keys)  # type: ignore[arg-type]
+    assert (settings.slot_context, settings.tokens) == (slot, tokens)
+
+
+def test_what_predicts_further_tokens_takes_nothing_while_it_is_not_used(tiny: dict[str, Model]) -> None:
+    """A last block of that kind is in the file and among its layers, and in no buffer."""
+    plain = tiny["qwen35"]
+    spare = {name.replace("blk.5.", "blk.6."): weight for name, weight in plain.weights.items()}
+    numbers = {**plain.numbers, "block_count": 7, "nextn_predict_layers": 1}
+    headed = replace(plain, numbers=numbers, weights={**spare, **plain.weights})
+    assert len(headed.weights) > len(plain.weights)
+    for gpu in (CUDA, None):
+        assert estimate(headed, Settings(65_536), gpu) == estimate(plain, Settings(65_536), gpu)
+
+
+def test_gemma_4_with_embeddings_of_each_layer_is_not_guessed_at(tiny: dict[str, Model]) -> None:
+    numbers = {**tiny["gemma4"].numbers, "embedding_length_per_layer_input": 256}
+    with pytest.raises(NotPredicted, match="embedding_length_per_layer_input"):
+        estimate(replace(tiny["gemma4"], numbers=numbers), Settings(4096))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "copies"), [("gemma3", 0, 0), ("gemma3", 99, 1), ("gemma4", 0, 1), ("gemma4", 99, 1)]
+)
+def test_an_embedding_that_the_output_shares_is_copied_to_where_that_is(
+    tiny: dict[str, Model], name: str, layers: int, copies: int
+) -> None:
+    """Gemma 4's output is made first, so that even on the CPU there are two."""
+    said = estimate(tiny[name], Settings(4096, n_gpu_layers=layers))
+    weights = tiny[name].weights
+    one, all_of_them = weights["token_embd.weight"].size, sum(weight.size for weight in weights.values())
+    assert said.gpu.weights + said.cpu.weights == all_of_them + copies * one
+
+
 def test_an_unknown_architecture_is_named(tiny: dict[str, Model]) -> None:
     with pytest.raises(NotPredicted, match="architecture falcon-h9 is not known"):
         estimate(replace(tiny["llama"], architecture="falcon-h9"), Settings(4096))

@@ -207,6 +207,12 @@ def test_a_flat_surface_keeps_the_setting_in_use() -> None:
     assert found.setting == {"n_cpu_moe": 20}
 
 
+@pytest.mark.parametrize(("share", "moved"), [(0.004, False), (0.006, True)])
+def test_what_two_runs_of_one_setting_differ_by_is_no_reason_to_move(share: float, moved: bool) -> None:
+    bench = Bench(lambda setting: 50.0 if setting["n_cpu_moe"] == 20 else 50.0 * (1 + share))
+    assert (search((LAYERS,), {"n_cpu_moe": 20}, bench).setting != {"n_cpu_moe": 20}) is moved
+
+
 def test_a_peak_at_either_end() -> None:
     for best in (0, 48):
 

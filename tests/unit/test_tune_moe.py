@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from llama_common import fit
+from llama_common.memory import Estimate, Use
 from llama_common.model import Model
 from llama_common.presets import HostConfig
 from PIL import Image
@@ -281,6 +283,34 @@ def test_experts_on_a_gpu_come_first(moe: Model) -> None:
             axes(preset, model, 1000, (6, 12), {"n_cpu_moe": []})
 
 
+def test_a_layer_that_only_predicts_further_tokens_is_no_value(moe: Model) -> None:
+    preset = box_data().config.llama_presets["one"]
+    headed = replace(moe, numbers={**moe.numbers, "nextn_predict_layers": 1})
+    for model, most in ((moe, moe.layers), (headed, moe.layers - 1)):
+        made, _ = axes(preset, model, 1000, (6, 12), {"n_cpu_moe": []})
+        assert made[0].values == tuple(range(most + 1))
+
+
+def test_a_file_is_written_with_the_mode_that_it_has_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "presets.yml"
+    file.write_text("before\n")
+    for mode in (0o640, 0o604):
+        file.chmod(mode)
+        tune_moe.put(file, f"{mode}\n")
+        assert (file.read_text(), file.stat().st_mode & 0o7777) == (f"{mode}\n", mode)
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        tune_moe.put(file, "after\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["presets.yml"]
+    assert file.read_text() == f"{0o604}\n"
+
+
 def test_a_setting_becomes_a_command_line_and_a_prediction(moe: Model) -> None:
     box = box_data(card=300)
     command = Commands(box, "one", "")({"n_cpu_moe": 2, "threads": 5, "ubatch": 64})
@@ -298,6 +328,13 @@ def test_a_setting_becomes_a_command_line_and_a_prediction(moe: Model) -> None:
     needs = [judge({"n_cpu_moe": value}) for value in (0, 6)]
     assert needs[0] == "" and too_large(box_data(card=10).config, "one", {"small": moe})({"ubatch": 64})
     assert too_large(box_data().config, "one", {})({"ubatch": 64}) == ""
+
+
+def test_a_setting_that_fills_the_card_to_the_last_byte_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = box_data(card=300).config
+    for more, said in ((0, ""), (1, "needs 0.29 GiB of 0.29 GiB")):
+        monkeypatch.setattr(fit, "estimate_of", lambda *_, more=more: Estimate(Use(config.gpu_room + more)))
+        assert too_large(config, "one", {})({"ubatch": 64}) == said
 
 
 def test_what_a_head_takes_is_not_guessed(moe: Model) -> None:

@@ -96,7 +96,7 @@ class Builder:
 
     def _placed(self, weight: Weight, name: str, layer: int | None) -> Tensor:
         if layer is None:
-            device = self.cpu if name.startswith(("token_embd", "per_layer_token")) else self.device(-1)
+            device = self.cpu if name.startswith("token_embd") else self.device(-1)
         else:
             expert = "exps." in name
             device = self.cpu if expert and layer < self.moe_on_cpu else self.device(layer)
