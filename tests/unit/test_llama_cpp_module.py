@@ -389,6 +389,62 @@ def test_killed_in_a_rollback_what_was_left_does_not_come_back(
     assert "rolled back to old" in (module.rejection(two.root / "up", "new") or "")
 
 
+class Killed(BaseException):
+    """As kill -9: nothing is put back."""
+
+
+@pytest.mark.parametrize("step", ["reject", "previous", "current", "restart"])
+def test_a_rollback_that_was_killed_anywhere_is_completed_by_the_next_one(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    two.accept("up", "new")
+    serves = ["new"]
+    monkeypatch.setattr(module, "in_use", lambda *_: set(serves))
+    point, reject, restart = module.point, module.reject, module.restart_serving
+
+    def restarted(user: str, build: str) -> str | None:
+        serves[:] = [str(module.link_target(two.root / "up/current"))]
+        return restart(user, build)
+
+    def at(name: str) -> None:
+        if name == step:
+            raise Killed
+
+    def rejecting(*args: Any) -> None:
+        reject(*args)
+        at("reject")
+
+    def pointing(link: Path, release: str) -> None:
+        point(link, release)
+        at(link.name)
+
+    with monkeypatch.context() as killing:
+        killing.setattr(module, "reject", rejecting)
+        killing.setattr(module, "point", pointing)
+        killing.setattr(module, "restart_serving", lambda *_: at("restart"))
+        with pytest.raises(Killed):
+            two.roll_back("up")
+    monkeypatch.setattr(module, "restart_serving", restarted)
+    result = two.roll_back("up")
+    assert (result["release"], result["former"], result["restarted"]) == ("old", "new", "coder")
+    assert links(two) == ("old", "new") and serves == ["old"]
+    assert "rolled back to old" in (module.rejection(two.root / "up", "new") or "")
+    with pytest.raises(module.HostError, match="new was rejected"):
+        two.roll_back("up")
+
+
+def test_a_killed_rollback_whose_target_does_not_serve_leaves_the_links_as_before_it(
+    two: module.Host,
+) -> None:
+    two.accept("up", "new")
+    module.reject(two.root / "up", "new", "rolled back to old")
+    module.point(two.root / "up/previous", "new")
+    two.broken = {"old"}  # type: ignore[attr-defined]
+    with pytest.raises(module.HostError, match="old does not serve: coder failed; new is current again"):
+        two.roll_back("up")
+    assert links(two) == ("new", "old")
+
+
 @pytest.mark.parametrize(("phase", "ignored"), [("accept", True), ("roll_back", True), ("probe", False)])
 def test_who_hangs_up_does_not_end_the_swap(
     monkeypatch: pytest.MonkeyPatch, phase: str, ignored: bool
@@ -529,7 +585,10 @@ def test_a_build_that_is_not_there_is_named_with_those_that_are(two: module.Host
 def test_with_nothing_to_go_back_to_nothing_happens(host: module.Host) -> None:
     make_release(host.root / "up" / "releases", "new")
     module.point(host.root / "up" / "current", "new")
-    with pytest.raises(module.HostError, match="no release to go back to; current is new"):
+    with pytest.raises(module.HostError, match=r"no release to go back to; current is new; fix: .*\.up"):
+        host.roll_back("up")
+    module.point(host.root / "up" / "previous", "new")  # an update was killed between its two links
+    with pytest.raises(module.HostError, match="no release to go back to; current is new; fix: "):
         host.roll_back("up")
 
 

@@ -142,6 +142,7 @@ LMSWITCH = "/usr/local/bin/lmswitch"
 DRIFT = "/usr/local/bin/llmbox-drift"
 SERVER = "llama-server"
 RESTART_TIMEOUT_S = 900
+ROLLED_BACK = "rolled back to "
 LOCK_PATIENCE_S, LOCK_PAUSE_S = 120.0, 1.0
 WHOLE = ("probe", "prepare", "remove")
 OF_A_BUILD = ("start", "follow", "activate")
@@ -541,6 +542,12 @@ def reject(directory: Path, release: str, reason: str) -> None:
     fresh.replace(path)
 
 
+def rolled_back_to(directory: Path, release: str) -> str | None:
+    """The release that a rollback from this one leads, or was to lead, to."""
+    _, found, target = (rejection(directory, release) or "").rpartition(f": {ROLLED_BACK}")
+    return target if found else None
+
+
 def restart_serving(user: str, build: str) -> str | None:
     """Restart the preset that serves with this build, if any. Returns its name. Raises HostError."""
     try:
@@ -871,11 +878,21 @@ class Host:
             raise HostError(f"build = {name!r}: no such build below {self.root}; fix: {' or '.join(there)}")
         with one_play():
             current, previous = (link_target(directory / link) for link in ("current", "previous"))
+            if current and current == previous and (target := rolled_back_to(directory, current)):
+                # A rollback was killed between its two links: as before it.
+                point(directory / "previous", target)
+                previous = target
             if not current or not previous or current == previous:
                 raise HostError(
-                    f"{directory}/previous: there is no release to go back to; current is {current}"
+                    f"{directory}/previous: there is no release to go back to; current is {current};"
+                    f" fix: an older commit in llama_cpp_builds.{name}, then playbooks/update_llama_cpp.yml"
                 )
             reason = rejection(directory, previous)
+            if rolled_back_to(directory, previous) == current and still_served(directory):
+                # It was killed before its restart, which is all that is left of it.
+                restarted = self._change(directory, current, current)
+                renew_record(directory)
+                return {"changed": True, "release": current, "former": previous, "restarted": restarted}
             if reason:
                 raise HostError(
                     f"{directory}/previous: {previous} was rejected ({reason}), and nothing older stands"
@@ -884,7 +901,7 @@ class Host:
                 )
             self._refuse_damaged(directory, previous)
             # First, or a play that ends between the two would find it not rejected and go to it again.
-            reject(directory, current, f"rolled back to {previous}")
+            reject(directory, current, f"{ROLLED_BACK}{previous}")
             try:
                 restarted = self._change(directory, previous, current)
             except HostError:
