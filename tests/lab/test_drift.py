@@ -19,7 +19,7 @@ Playbook = Callable[..., PlaybookRun]
 USER_SYSTEMCTL = "sudo -u llm XDG_RUNTIME_DIR=/run/user/$(id -u llm) systemctl --user"
 UNITS = "/home/llm/.config/systemd/user"
 DROP_IN = f"{UNITS}/llama-smol.service.d/50-own.conf"
-RELEASE = "$(realpath /opt/llama.cpp/upstream/current)"
+RELEASE, OTHER_RELEASE = (f"$(realpath /opt/llama.cpp/{build}/current)" for build in ("upstream", "tq3"))
 VENV = "$(realpath /opt/llmbox)"
 SMOL, GEMMA = (
     f"/home/llm/models/gguf/{name}.gguf" for name in ("smollm2-135m-instruct-q4_1", "gemma-3-270m-q4_k_m")
@@ -50,6 +50,12 @@ DRIFTS: dict[str, tuple[str, str, str, str]] = {
         f"{RELEASE}/bin/llama-bench",
         "sha256 ",
         "sha256 ",
+    ),
+    "a backend is put beside a release's programs": (
+        f"touch {OTHER_RELEASE}/bin/libggml-mine.so",
+        f"{OTHER_RELEASE}/bin/libggml-mine.so",
+        "nothing",
+        "a file",
     ),
     "current leads elsewhere": (
         "ln -sfn releases/mine /opt/llama.cpp/tq3/current",

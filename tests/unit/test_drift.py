@@ -315,6 +315,10 @@ DRIFTS: dict[str, tuple[Callable[[Box], object], tuple[str, str, str]]] = {
         lambda box: (box.release / "bin").chmod(0o744),
         ("llama.cpp/upstream/releases/one/bin", "executable by everybody", "executable by some only"),
     ),
+    "a backend beside a release's programs that nobody built": (
+        lambda box: write(box.release / "bin/libggml-mine.so", b"\x7fELF"),
+        ("llama.cpp/upstream/releases/one/bin/libggml-mine.so", "nothing", "a file"),
+    ),
     "the stamp of a release": (
         lambda box: (box.release / "release.json").write_text("{}"),
         ("llama.cpp/upstream/releases/one/release.json", "sha256 ", f"sha256 {sha256(b'{}')}"),

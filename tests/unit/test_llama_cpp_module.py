@@ -310,6 +310,47 @@ def test_activation_points_current_at_the_release_and_keeps_the_former_one(host:
     assert host.activate(host.builds["up"])["changed"] is False
 
 
+def test_what_is_put_beside_the_programs_is_removed(host: module.Host, tmp_path: Path) -> None:
+    directory = host.root / "up"
+    for age, name in enumerate(("new", "old", "older")):
+        make_release(directory / "releases", name, finished_at=1000.0 - age)
+    module.point(directory / "current", "new")
+    module.point(directory / "previous", "old")
+    host.params = {**host.params, "keep_releases": 3}
+    assert host._probe_build(host.builds["up"], False)["action"] == "none"
+    backend, link, folder, foreign = (
+        directory / "releases" / name
+        for name in ("new/bin/libggml-mine.so", "old/bin/.link", "old/bin/folder", "older/bin/other")
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("kept")
+    backend.write_bytes(b"library")
+    link.symlink_to(elsewhere)
+    (folder / "in").mkdir(parents=True)
+    foreign.touch()
+    probed = host._probe_build(host.builds["up"], False)
+    assert probed["action"] == "activate"
+    assert probed["reason"] == f"to be removed: {backend}, {link}, {folder}"
+    assert host.activate(host.builds["up"])["removed"] == [str(path) for path in (backend, link, folder)]
+    assert foreign.exists() and elsewhere.exists(), "nobody serves from there"
+    assert host._probe_build(host.builds["up"], False)["action"] == "none"
+    assert module.damage(directory / "releases/new") is None
+
+
+def test_a_folder_of_programs_that_leads_elsewhere_is_not_tidied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = make_release(tmp_path, "r")
+    (release / "bin/mine").touch()
+    assert [path.name for path in module.strangers(release)] == ["mine"]
+    with monkeypatch.context() as other:
+        other.setattr(os, "geteuid", lambda: release.stat().st_uid + 1)
+        assert module.strangers(release) == []
+    (release / "bin").rename(tmp_path / "elsewhere")
+    (release / "bin").symlink_to(tmp_path / "elsewhere")
+    assert module.strangers(release) == []
+
+
 # -- an update: a release beside the current one, then kept, rejected or gone back from
 
 

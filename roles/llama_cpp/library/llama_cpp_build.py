@@ -339,6 +339,21 @@ def wrong_access(info: os.stat_result, owner: int, program: bool = False) -> str
     return None
 
 
+def strangers(release: Path) -> list[Path]:
+    """What lies beside the programs of a release and is not of it: ggml would load a backend from there.
+
+    Only of a release that is root's: in another one `bin` may be a link to anywhere.
+    """
+    folder = release / "bin"
+    try:
+        files = json.loads((release / STAMP).read_text(encoding="utf-8"))["files"]
+        if release.lstat().st_uid != os.geteuid() or folder.is_symlink():
+            return []
+        return sorted(path for path in folder.iterdir() if f"bin/{path.name}" not in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # damaged, which is told elsewhere
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -714,7 +729,7 @@ class Host:
             return {**entry, "action": "activate", "reason": "still owned by the build user"}
         if current != release:
             return {**entry, "action": "none", "reason": f"built; current is {current}"}
-        stale = self._stale(directory, release)
+        stale = self._stale(directory, release) + [str(path) for path in self._strangers(directory)]
         if stale:
             return {**entry, "action": "activate", "reason": f"to be removed: {', '.join(stale)}"}
         return {**entry, "action": "none", "reason": "built and current"}
@@ -842,6 +857,9 @@ class Host:
                     point(directory / "current", release)
                     changed = True
                 stale = self._prune(directory, release)
+            for path in self._strangers(directory):
+                _remove(path)
+                stale.append(str(path))
             self._sweep(build)
         return {"changed": changed or bool(stale), "removed": stale, "former": former}
 
@@ -968,6 +986,11 @@ class Host:
             if name not in used
         ]
 
+    def _strangers(self, directory: Path) -> list[Path]:
+        """What is in a release that serves or may be gone back to, and not of it."""
+        names = {link_target(directory / link) for link in ("current", "previous")} - {None}
+        return [path for name in sorted(map(str, names)) for path in strangers(directory / "releases" / name)]
+
     def _stop_unwanted(self) -> list[str]:
         """Stop builds that this host's data no longer asks for: they would only be in the way."""
         wanted = {unit_of(self.release(build)) for build in self.builds.values()}
@@ -1052,7 +1075,7 @@ class Host:
                 shutil.rmtree(path)
         if not running and (directory / "build").is_dir():
             for path in (directory / "build").iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                _remove(path)
 
 
 def _available_memory() -> int:
@@ -1067,6 +1090,11 @@ def _size(directory: Path) -> int:
     return sum(
         os.lstat(f"{folder}/{name}").st_size for folder, _, names in os.walk(directory) for name in names
     )
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _built_at(release: Path) -> float:

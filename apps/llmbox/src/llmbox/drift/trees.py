@@ -49,7 +49,9 @@ def tree_differences(manifest: Mapping[str, Any]) -> Iterator[Difference]:
             listing = trusted(f"{folder}/release.json", entries)
             if listing is not None:
                 members = release_members(folder, listing)
-                found = {path: look(path, None) for path in members}
+                # A file more beside the programs is no dead weight: ggml loads backends from there.
+                paths = {*members, *below(f"{folder}/bin")}
+                found = {path: look(path, None) for path in paths}
                 yield from tree_difference(folder, members, found)
 
 
