@@ -398,3 +398,16 @@ def test_the_bait_works(tmp_path: Path, bait: Bait) -> None:
     with pytest.raises(Exception, match="timed out"):
         ansible_playbook(playbook, *arguments, inventory=tmp_path / "inventory", timeout=4)
     assert any(sign.startswith("connection from") for sign in bait.touched())
+
+
+@pytest.mark.parametrize("name", ["update", "rollback"])
+def test_an_ocr_box_is_refused_where_releases_are_compared(name: str, bait: Bait) -> None:
+    done = ansible_playbook(
+        f"playbooks/{name}_llama_cpp.yml",
+        *("--limit", "ocr-box", "--extra-vars", f"ansible_ssh_executable={bait.ssh}"),
+        inventory=ROOT / "inventory/production",
+        timeout=TIMEOUT_S,
+    )
+    assert done.rc == 2 and "ocr-box is an OCR box: " in done.stdout, done.tail()
+    assert "fix: write the commit that it should run into llama_cpp_builds, then site.yml" in done.stdout
+    assert bait.touched() == []
