@@ -5,8 +5,9 @@
 
 A host that can be asked runs its own llama-fit-params with the preset's exact flags. For the others, and with
 --offline, the figures come from the header of the model: the one in the lock, else read by HTTP ranges (at
-most 32 MiB). An architecture that is not known is named, never guessed at. --chart writes a PNG. Exit codes:
-0 every preset fits, 1 one does not, 2 one could not be worked out.
+most 32 MiB). An architecture that is not known is named, never guessed at. Main memory is held against what
+the inventory declares of it, and where it declares nothing, not checked. --chart writes a PNG. Exit codes: 0
+every preset fits, 1 one does not, 2 one could not be worked out.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from llama_common import fit
 from llama_common.derive import presets_plan
 from llama_common.dialect import Dialect
 from llama_common.flags import is_flag, normalize
-from llama_common.memory import CUDA, MIB, UNMODELLED_FLAGS, Estimate, NotPredicted, Settings, estimate
+from llama_common.memory import CUDA, MIB, UNMODELLED_FLAGS, Estimate, NotPredicted, Settings, Use, estimate
 from llama_common.model import Model
 
 from scripts import _command
@@ -49,6 +50,7 @@ from scripts.verify_health import Check, HostReport, as_json, ensure_writable, n
 ASK_TIMEOUT_S = 120
 PARTS = ("weights", "KV cache", "compute buffers")
 GROUP = "llama_hosts"
+NO_GPU, NOT_CHECKED = "no GPU", "not checked"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Plan:
 
     host: str
     preset: str
-    card: int  # bytes that presets may take of the GPU's memory, 0 without one
+    room: fit.Room
     taken: Estimate | None = None
     source: str = ""
     problem: str = ""
@@ -65,23 +67,29 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether it is known and fits."""
-        return self.taken is not None and (not self.card or self.taken.gpu.total <= self.card)
+        return self.taken is not None and not self.room.lacking(self.taken)
+
+    def free(self, place: fit.Place, otherwise: str) -> str:
+        """The MiB that stay free somewhere; something else where nobody said how much there is."""
+        room = self.room.at(place)
+        if self.taken is None or not room:
+            return otherwise
+        return f"{(room - fit.use_of(self.taken, place).total) / MIB:.0f}"
 
     @property
     def check(self) -> Check:
         """The entry in the JSON report, in MiB."""
+        card = round(self.room.gpu / MIB)
         if self.taken is None:
-            return Check(self.preset, False, None, "MiB", round(self.card / MIB), self.problem)
+            return Check(self.preset, False, None, "MiB", card, self.problem)
         gpu, cpu = self.taken.gpu, self.taken.cpu
         detail = (
             f"{self.source}: GPU weights {gpu.weights / MIB:.0f}, cache {gpu.cache / MIB:.0f}, "
             f"compute {gpu.compute / MIB:.0f}; CPU weights {cpu.weights / MIB:.0f}, "
             f"cache {cpu.cache / MIB:.0f}, compute {cpu.compute / MIB:.0f}; "
-            f"margin {(self.card - gpu.total) / MIB:.0f}"
+            f"margin {self.free('gpu', NO_GPU)}, in main memory {self.free('cpu', NOT_CHECKED)}"
         )
-        return Check(
-            self.preset, self.fits, round(gpu.total / MIB), "MiB", round(self.card / MIB) or None, detail
-        )
+        return Check(self.preset, self.fits, round(gpu.total / MIB), "MiB", card or None, detail)
 
 
 def headers(box: LlmBox) -> dict[str, Model]:
@@ -179,7 +187,7 @@ def ask(host: Host, box: LlmBox, models: dict[str, Model], preset: str) -> Estim
 def plan_host(host: Host, *, offline: bool) -> list[Plan]:
     """The plans of every preset of a host. Raises InventoryError."""
     box = LlmBox.of(host.variables)
-    card = box.config.gpu_room
+    room = fit.Room.of(box.config)
     models = headers(box)
     plans = []
     for name in box.config.llama_presets:
@@ -191,10 +199,10 @@ def plan_host(host: Host, *, offline: bool) -> list[Plan]:
                 print(f"plan_vram: {host.name}: {name}: {error}; using the header", file=sys.stderr)
         if taken is None:
             try:
-                taken = fit.estimate_of(box.config, name, models, gpu=bool(card))
+                taken = fit.estimate_of(box.config, name, models, gpu=bool(room.gpu))
             except NotPredicted as error:
                 problem = str(error)
-        plans.append(Plan(host.name, name, card, taken, source if taken else "", problem))
+        plans.append(Plan(host.name, name, room, taken, source if taken else "", problem))
     return plans
 
 
@@ -205,34 +213,39 @@ def screen(plans: Sequence[Plan]) -> str:
         if plan.taken is None:
             continue
         gpu, cpu = plan.taken.gpu, plan.taken.cpu
-        figures = (gpu.weights, gpu.cache, gpu.compute, gpu.total, cpu.weights, cpu.cache, cpu.compute)
-        margin = f"{(plan.card - gpu.total) / MIB:.0f}" if plan.card else "no GPU"
-        verdict = "ok" if plan.fits else "does not fit"
         rows.append(
             (
                 plan.host,
                 plan.preset,
-                *(f"{value / MIB:.0f}" for value in figures),
-                margin,
+                *_columns(gpu),
+                plan.free("gpu", NO_GPU),
+                *_columns(cpu),
+                plan.free("cpu", NOT_CHECKED),
                 plan.source,
-                verdict,
+                "ok" if plan.fits else "does not fit",
             )
         )
-    names = ("host", "preset", "GPU weights", "KV", "compute", "sum", "CPU weights", "KV", "compute")
-    lines = [table((*names, "free", "from", "MiB"), rows)] if rows else []
+    parts = ("KV", "compute", "sum", "free")
+    names = ("host", "preset", "GPU weights", *parts, "CPU weights", *parts, "from", "MiB")
+    lines = [table(names, rows)] if rows else []
     return "\n".join(
         lines + [f"{plan.host}: {plan.preset}: {plan.problem}" for plan in plans if plan.problem]
     )
+
+
+def _columns(use: Use) -> tuple[str, ...]:
+    """The parts and their sum, in MiB."""
+    return tuple(f"{value / MIB:.0f}" for value in (use.weights, use.cache, use.compute, use.total))
 
 
 def chart(plans: Sequence[Plan]) -> bytes:
     """Stacked bars of the GPU's memory, a line at what presets may take of it. Raises ValueError."""
     bars = []
     for plan in plans:
-        if plan.taken is not None and plan.card:
+        if plan.taken is not None and plan.room.gpu:
             gpu = plan.taken.gpu
             parts = tuple(part / 2**30 for part in (gpu.weights, gpu.cache, gpu.compute))
-            bars.append(Bar(f"{plan.host} {plan.preset}", parts, limit=plan.card / 2**30))
+            bars.append(Bar(f"{plan.host} {plan.preset}", parts, limit=plan.room.gpu / 2**30))
     return bar_chart("GPU memory of each preset, and what it may take of the card", "GiB", bars, PARTS)
 
 

@@ -86,7 +86,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if self._unchecked:
             reason = self._unchecked[0].replace(LOCK_COMMAND, command)
             more = f" (+{len(self._unchecked) - 1} more)" if len(self._unchecked) > 1 else ""
-            Display().warning(f"whether it fits into the GPU's memory is not checked: {reason}{more}")
+            Display().warning(f"whether it fits into the memory is not checked: {reason}{more}")
         if lines:
             more = f" (+{len(lines) - 1} more)" if len(lines) > 1 else ""
             display = Display()

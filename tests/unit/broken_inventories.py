@@ -583,6 +583,14 @@ CASES = (
         "write the MiB that stay free",
         shown="1024",
     ),
+    Case(
+        "nothing-left-of-main-memory",
+        both(put("llama_presets_main_memory_mib", 4096), put("llama_presets_main_reserved_mib", 4096)),
+        "llama_presets_main_reserved_mib",
+        "leaves nothing of main memory's 4096 MiB",
+        "write the MiB that stay free",
+        shown="4096",
+    ),
     Case("fit-on", extra("--fit", "on"), f"{EXTRA}.0", "--fit off", "remove it", gate=True),
     Case(
         "secret-argument",

@@ -85,11 +85,11 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change_of_each_key(folde
     assert problem.path == ("llama_presets", "p", "context")
     assert "weights 0.05 GiB, KV cache 0.38 GiB" in problem.message
     assert problem.fix.startswith("write n_cpu_moe: ")
-    changes = list(fit.changes(tight.llama_presets["p"], ["m"], fit.models(tight), 480 * MIB))
+    changes = list(fit.changes(tight.llama_presets["p"], ["m"], fit.models(tight), fit.Room.of(tight)))
     assert [change.key for change in changes] == ["n_cpu_moe", "context", "kv_cache_type"]
     step = {"n_cpu_moe": -1, "context": 256}
     for change in changes:
-        assert change.gpu_bytes <= 480 * MIB
+        assert change.taken <= 480 * MIB
         if change.key in step:
             before = change.value + step[change.key]  # type: ignore[operator]
             preset = tight.llama_presets["p"].model_copy(update={change.key: before})
@@ -105,6 +105,50 @@ def test_a_dense_model_is_offered_fewer_layers_on_the_gpu(folder: Path) -> None:
 def test_an_agent_keeps_its_context(folder: Path) -> None:
     problems, _ = fit.check(config(120, header("qwen3", folder)))
     assert "context: " not in problems[0].fix
+
+
+def least(lock: dict[str, Any], card: int, **preset: Any) -> dict[str, int | str]:
+    """What each key would have to be for a preset to fit into so many bytes."""
+    box = config(600, lock, **preset)
+    found = fit.changes(box.llama_presets["p"], ["m"], fit.models(box), fit.Room(card))
+    return {change.key: change.value for change in found}
+
+
+def takes(lock: dict[str, Any], **preset: Any) -> int:
+    """The bytes that a preset takes of the GPU."""
+    box = config(600, lock, **preset)
+    return fit.estimate_of(box, "p", fit.models(box)).gpu.total
+
+
+def test_an_agent_keeps_its_context_in_each_of_its_slots(folder: Path) -> None:
+    lock = header("llama", folder)
+    two = {"context": 131_072, "parallel": 2}
+    enough = takes(lock, **{**two, "context": 65_536})
+    assert least(lock, enough, **two)["context"] == 65_536
+    assert "context" not in least(lock, enough - 1, **two)
+    chat = least(lock, enough - 1, **two, agent=False)["context"]
+    assert chat == 65_536 - 512, "a step of 256 tokens for each slot"
+
+
+def test_what_takes_exactly_the_card_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = header("qwen3moe", folder)
+    for layers in (1, 3, 6):  # the first change that is tried, one between, the last
+        card = takes(lock, n_cpu_moe=layers)
+        assert least(lock, card)["n_cpu_moe"] == layers
+        assert least(lock, card - 1).get("n_cpu_moe") == (layers + 1 if layers < 6 else None)
+    for more, refused in ((0, 0), (1, 1)):
+        monkeypatch.setattr(fit, "estimate_of", lambda *_, more=more, **__: Estimate(Use(600 * MIB + more)))
+        assert len(fit.check(config(600, lock))[0]) == refused
+        assert plan_vram.Plan("box", "p", fit.Room(600 * MIB), Estimate(Use(600 * MIB + more))).fits == (
+            not refused
+        )
+
+
+def test_without_flash_attention_no_quantized_cache_is_offered(folder: Path) -> None:
+    lock = header("llama", folder)
+    card = takes(lock, kv_cache_type="q8_0")
+    assert least(lock, card)["kv_cache_type"] == "q8_0"
+    assert "kv_cache_type" not in least(lock, takes(lock, flash_attention=False) - 1, flash_attention=False)
 
 
 def test_what_cannot_fit_says_so(folder: Path) -> None:
@@ -126,6 +170,87 @@ def test_what_cannot_be_checked_is_named(folder: Path, change: dict[str, str] | 
     assert not problems
     assert unchecked[0].preset == "p"
     assert reason in unchecked[0].reason
+
+
+# --- main memory ---
+
+
+def with_main(box: HostConfig, mib: int) -> HostConfig:
+    """The same host with so much of its main memory for presets."""
+    return box.model_copy(
+        update={"llama_presets_main_memory_mib": mib and mib + box.llama_presets_main_reserved_mib}
+    )
+
+
+def test_what_takes_more_main_memory_than_there_is_is_refused(folder: Path) -> None:
+    lock = header("qwen3moe", folder)
+    box = config(600, lock, n_cpu_moe=6)
+    taken = fit.estimate_of(box, "p", fit.models(box))
+    need = -(-taken.cpu.total // MIB)
+    for mib in (need, 0):  # as much as it takes, and nobody knows how much
+        assert fit.check(with_main(box, mib)) == ([], [])
+    tight = with_main(box, need - 20)
+    (problem,) = fit.check(tight)[0]
+    assert problem.path == ("llama_presets", "p", "context")
+    assert "of main memory (weights 0.05 GiB" in problem.message
+    assert "llama_presets_main_memory_mib without llama_presets_main_reserved_mib" in problem.message
+    room = fit.Room.of(tight)
+    found = {
+        change.key: change
+        for change in fit.changes(box.llama_presets["p"], ["m"], fit.models(box), room, "cpu")
+    }
+    assert problem.fix == "write " + ", or ".join(change.text for change in found.values())
+    layers = int(found["n_cpu_moe"].value)
+    assert layers < 6
+
+    def on_the_cpu(value: int) -> int:
+        preset = box.llama_presets["p"].model_copy(update={"n_cpu_moe": value})
+        return fit.preset_estimate(preset, ["m"], fit.models(box)).cpu.total
+
+    assert found["n_cpu_moe"].taken == on_the_cpu(layers) <= room.cpu < on_the_cpu(layers + 1)
+    all_of_them = config(600, lock, n_cpu_moe=99)
+    assert "write n_cpu_moe: 5 " in fit.check(with_main(all_of_them, need - 1))[0][0].fix
+
+
+def test_without_a_gpu_main_memory_is_all_there_is(folder: Path) -> None:
+    box = with_main(config(0, header("qwen3moe", folder), n_cpu_moe=6), 400)
+    (problem,) = fit.check(box)[0]
+    assert "KV cache 0.38 GiB" in problem.message, "all of it is on the CPU"
+    assert "kv_cache_type: q8_0" in problem.fix
+    assert "n_cpu_moe" not in problem.fix and "n_gpu_layers" not in problem.fix
+
+
+def test_a_dense_model_is_offered_more_layers_on_the_gpu(folder: Path) -> None:
+    box = config(600, header("qwen3", folder), n_gpu_layers=3)
+    taken = fit.estimate_of(box, "p", fit.models(box))
+    (problem,) = fit.check(with_main(box, taken.cpu.total // MIB - 1))[0]
+    assert "n_gpu_layers: 4 " in problem.fix
+
+
+@pytest.mark.parametrize(("place", "layers"), [("gpu", 0), ("cpu", 6)])
+def test_no_fix_is_what_the_other_memory_cannot_take(folder: Path, place: fit.Place, layers: int) -> None:
+    box = config(0, header("qwen3moe", folder), n_cpu_moe=layers)
+    known, preset = fit.models(box), box.llama_presets["p"]
+    taken = fit.preset_estimate(preset, ["m"], known)
+    gpu, cpu = taken.gpu.total, taken.cpu.total
+    for other, offered in ((2**40, True), (cpu if place == "gpu" else gpu, False)):
+        room = fit.Room(gpu - 1, other) if place == "gpu" else fit.Room(other, cpu - 1)
+        keys = {change.key for change in fit.changes(preset, ["m"], known, room, place)}
+        assert ("n_cpu_moe" in keys) is offered
+        assert "context" in keys, "it takes less of both"
+
+
+def test_a_plan_tells_whether_main_memory_is_checked() -> None:
+    taken = Estimate(Use(100 * MIB), Use(300 * MIB))
+    for room, fits, said in (
+        (fit.Room(600 * MIB, 300 * MIB), True, "in main memory 0"),
+        (fit.Room(600 * MIB, 299 * MIB), False, "in main memory -1"),
+        (fit.Room(600 * MIB), True, "in main memory not checked"),
+        (fit.Room(0), True, "margin no GPU, in main memory not checked"),
+    ):
+        plan = plan_vram.Plan("box", "p", room, taken, "header")
+        assert plan.fits is fits and plan.check.detail.endswith(said)
+        assert ("not checked" in plan_vram.screen([plan])) is (not room.cpu)
 
 
 # --- scripts/plan_vram.py ---
@@ -244,7 +369,7 @@ def test_what_the_estimator_cannot_tell_is_worked_out_from_the_header_or_named(
 )
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, gpus: list[int | None], code: int) -> None:
     plans = [
-        plan_vram.Plan("box", "p", 600, None if gpu is None else Estimate(Use(gpu)), problem="why")
+        plan_vram.Plan("box", "p", fit.Room(600), None if gpu is None else Estimate(Use(gpu)), problem="why")
         for gpu in gpus
     ]
     monkeypatch.setattr(plan_vram, "load", lambda *_, **__: [Host("box", groups=frozenset({"llama_hosts"}))])
@@ -263,13 +388,13 @@ def test_no_host_at_all_is_no_plan_that_fits(
 def test_a_plan_names_everything(folder: Path) -> None:
     box = config(480, header("qwen3moe", folder))
     taken = fit.preset_estimate(box.llama_presets["p"], ["m"], fit.models(box))
-    plan = plan_vram.Plan("box", "p", 480 * MIB, taken, "header")
+    plan = plan_vram.Plan("box", "p", fit.Room(480 * MIB), taken, "header")
     assert not plan.fits
     assert plan.check.limit == 480
     assert plan.check.value == round(taken.gpu.total / MIB)
     assert "does not fit" in plan_vram.screen([plan])
     assert plan_vram.chart([plan]).startswith(b"\x89PNG")
-    unknown = plan_vram.Plan("box", "q", 1, problem="the architecture x is not known")
+    unknown = plan_vram.Plan("box", "q", fit.Room(1), problem="the architecture x is not known")
     assert "box: q: the architecture x is not known" in plan_vram.screen([unknown])
     assert not unknown.check.ok
 

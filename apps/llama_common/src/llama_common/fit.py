@@ -1,4 +1,4 @@
-"""Whether presets fit into the GPU's memory, and the smallest change with which one would.
+"""Whether presets fit into the GPU's memory and the host's, and the smallest change with which one would.
 
 Works on the facts of the lock alone: no file is read and no host is asked.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
 from llama_common.draft import MTP
 from llama_common.fields import AGENT_CONTEXT_FLOOR
@@ -16,6 +16,7 @@ from llama_common.memory import (
     Estimate,
     NotPredicted,
     Settings,
+    Use,
     estimate,
 )
 from llama_common.model import Model
@@ -37,16 +38,50 @@ class Unchecked:
 
 @dataclass(frozen=True)
 class Change:
-    """One key of a preset that makes it fit, and what it takes of the GPU then, in bytes."""
+    """One key of a preset that makes it fit, and what it takes then of what was too small, in bytes."""
 
     key: str
     value: int | str
-    gpu_bytes: int
+    taken: int
 
     @property
     def text(self) -> str:
         """`n_cpu_moe: 18 (15.2 GiB)`."""
-        return f"{self.key}: {self.value} ({gib(self.gpu_bytes)})"
+        return f"{self.key}: {self.value} ({gib(self.taken)})"
+
+
+Place = Literal["gpu", "cpu"]
+PLACES: Final[Mapping[Place, tuple[str, str]]] = {
+    "gpu": ("the GPU", "llama_presets_gpu"),
+    "cpu": ("main memory", "llama_presets_main"),
+}
+"""What each is called, and how the keys begin that declare it."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """The bytes that presets may take of the GPU's memory and of the host's; 0: none, or nobody said."""
+
+    gpu: int
+    cpu: int = 0
+
+    @classmethod
+    def of(cls, config: HostConfig) -> Room:
+        """That of a host."""
+        return cls(config.gpu_room, config.main_room)
+
+    def at(self, place: Place) -> int:
+        """That of one place."""
+        return self.gpu if place == "gpu" else self.cpu
+
+    def lacking(self, taken: Estimate) -> list[Place]:
+        """Where a preset does not fit."""
+        return [place for place in PLACES if self.at(place) and use_of(taken, place).total > self.at(place)]
+
+
+def use_of(taken: Estimate, place: Place) -> Use:
+    """What a preset takes of one place."""
+    return taken.gpu if place == "gpu" else taken.cpu
 
 
 def gib(count: int) -> str:
@@ -97,76 +132,102 @@ def estimate_of(config: HostConfig, name: str, known: Mapping[str, Model], *, gp
 
 
 def check(config: HostConfig) -> tuple[list[Problem], list[Unchecked]]:
-    """The presets that do not fit, and those that cannot be checked. Nothing without a GPU's memory."""
+    """The presets that do not fit, and those that cannot be checked. Nothing where no memory is declared."""
     problems: list[Problem] = []
     unchecked: list[Unchecked] = []
-    card = config.gpu_room
-    if not card:
+    room = Room.of(config)
+    if room == Room(0, 0):
         return problems, unchecked
     known = models(config)
     for name, preset in config.llama_presets.items():
         names = config.models_of(name)
         try:
-            taken = estimate_of(config, name, known)
+            taken = estimate_of(config, name, known, gpu=bool(room.gpu))
         except NotPredicted as error:
             unchecked.append(Unchecked(name, str(error)))
             continue
-        if taken.gpu.total <= card:
-            continue
-        found = list(changes(preset, names, known, card))
-        use = taken.gpu
-        problems.append(
-            Problem(
-                ("llama_presets", name, "context"),
-                preset.context,
-                f"the preset takes {gib(use.total)} of the GPU (weights {gib(use.weights)}, KV cache "
-                f"{gib(use.cache)}, compute buffers {gib(use.compute)}); it has {gib(card)} for "
-                "them (llama_presets_gpu_memory_mib without llama_presets_gpu_reserved_mib)",
-                "write " + ", or ".join(change.text for change in found)
-                if found
-                else "choose a smaller model, or a smaller quantization of it",
+        for place in room.lacking(taken):
+            found = list(changes(preset, names, known, room, place))
+            problems.append(
+                Problem(
+                    ("llama_presets", name, "context"),
+                    preset.context,
+                    _excess(place, taken, room),
+                    "write " + ", or ".join(change.text for change in found)
+                    if found
+                    else "choose a smaller model, or a smaller quantization of it",
+                )
             )
-        )
     return problems, unchecked
 
 
-def changes(preset: Preset, names: Sequence[str], known: Mapping[str, Model], card: int) -> Iterator[Change]:
-    """For each key that helps, the smallest change of it alone that fits the preset into `card` bytes."""
+def _excess(place: Place, taken: Estimate, room: Room) -> str:
+    """What a preset takes, and what there is for it."""
+    use, (called, key) = use_of(taken, place), PLACES[place]
+    return (
+        f"the preset takes {gib(use.total)} of {called} (weights {gib(use.weights)}, KV cache "
+        f"{gib(use.cache)}, compute buffers {gib(use.compute)}); it has {gib(room.at(place))} for "
+        f"them ({key}_memory_mib without {key}_reserved_mib)"
+    )
+
+
+def changes(
+    preset: Preset, names: Sequence[str], known: Mapping[str, Model], room: Room, place: Place = "gpu"
+) -> Iterator[Change]:
+    """For each key that helps, the smallest change of it alone that fits the preset into one place.
+
+    None that moves so much to the other one that it does not fit there.
+    """
+
+    def estimated(**keys: int | str) -> Estimate:
+        return preset_estimate(preset.model_copy(update=keys), names, known, bool(room.gpu))
 
     def taken(**keys: int | str) -> int:
-        return preset_estimate(preset.model_copy(update=keys), names, known).gpu.total
+        return use_of(estimated(**keys), place).total
 
-    model = known[names[0]]
-    if model.number("expert_count"):
-        yield from _first("n_cpu_moe", range(preset.n_cpu_moe + 1, model.layers + 1), taken, card)
+    before = room.lacking(estimated())
+    for key, values in _smaller(preset, known[names[0]], place):
+        for change in _first(key, values, taken, room.at(place)):
+            if all(each in before for each in room.lacking(estimated(**{key: change.value}))):
+                yield change
+
+
+def _smaller(preset: Preset, model: Model, place: Place) -> Iterator[tuple[str, Sequence[int | str]]]:
+    """Values of each key, each of which takes less of that place than the one before."""
+    experts = bool(model.number("expert_count"))
+    if experts:
+        more = range(preset.n_cpu_moe + 1, model.layers + 1)
+        fewer = range(min(preset.n_cpu_moe, model.layers) - 1, -1, -1)
+        yield "n_cpu_moe", more if place == "gpu" else fewer
     step = CONTEXT_STEP * preset.parallel
     floor = AGENT_CONTEXT_FLOOR * preset.parallel if preset.agent else step
-    yield from _first("context", range(preset.context - step, floor - 1, -step), taken, card)
+    yield "context", range(preset.context - step, floor - 1, -step)
     if preset.flash_attention and preset.kv_cache_type in KV_STEPS:
-        smaller = KV_STEPS[KV_STEPS.index(preset.kv_cache_type) + 1 :]
-        yield from _first("kv_cache_type", smaller, taken, card)
-    if not model.number("expert_count"):
-        most = min(preset.n_gpu_layers, model.layers + 1)
-        yield from _first("n_gpu_layers", range(most - 1, -1, -1), taken, card)
+        yield "kv_cache_type", KV_STEPS[KV_STEPS.index(preset.kv_cache_type) + 1 :]
+    most = min(preset.n_gpu_layers, model.layers + 1)
+    if place == "gpu" and not experts:
+        yield "n_gpu_layers", range(most - 1, -1, -1)
+    if place == "cpu":
+        yield "n_gpu_layers", range(most + 1, model.layers + 2)
 
 
-def _first(key: str, values: Sequence[int | str], taken: Callable[..., int], card: int) -> Iterator[Change]:
+def _first(key: str, values: Sequence[int | str], taken: Callable[..., int], room: int) -> Iterator[Change]:
     """The first of the values, each of which takes less than the one before, that fits."""
     if not values:
         return
     low, high = 0, len(values) - 1
     least = taken(**{key: values[high]})
-    if least > card:
+    if least > room:
         return
     most = taken(**{key: values[low]})
-    if most <= card:
+    if most <= room:
         high, least = low, most
     # What a preset takes is nearly linear in each key: guessing by a straight line needs a few tries only.
     while high - low > 1:
-        guess = low + round((high - low) * (most - card) / (most - least)) if most > least else low
+        guess = low + round((high - low) * (most - room) / (most - least)) if most > least else low
         middle = min(max(guess, low + 1), high - 1)
         here = taken(**{key: values[middle]})
-        if here <= card:
+        if here <= room:
             high, least = middle, here
         else:
             low, most = middle, here

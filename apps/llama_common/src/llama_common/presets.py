@@ -51,7 +51,7 @@ from llama_common.translate import problems_of
 MAX_CONTEXT = 1_048_576
 MAX_FILE_BYTES = 2**42
 MAX_BUDGET = 10**12
-MAX_GPU_MEMORY_MIB = 2**24
+MAX_MEMORY_MIB = 2**24
 DEFAULT_LISTEN = "/run/user/1500/llama/server.sock"
 DEFAULT_FRONT = "0.0.0.0:1234"
 
@@ -372,15 +372,27 @@ class HostConfig(_Strict):
     llama_presets_gpu_memory_mib: int = Field(
         0,
         ge=0,
-        le=MAX_GPU_MEMORY_MIB,
+        le=MAX_MEMORY_MIB,
         description="Memory of the GPU in MiB, as nvidia-smi names it; 0: no GPU, nothing is checked.",
     )
     llama_presets_gpu_reserved_mib: int = Field(
         1024,
         ge=0,
-        le=MAX_GPU_MEMORY_MIB,
+        le=MAX_MEMORY_MIB,
         description="What of it presets leave free, for CUDA's own needs and for the desktop. The default is "
         "llama.cpp's own (--fit-target).",
+    )
+    llama_presets_main_memory_mib: int = Field(
+        0,
+        ge=0,
+        le=MAX_MEMORY_MIB,
+        description="Main memory that is built in, in MiB (32 GB: 32768); 0: not known, not checked.",
+    )
+    llama_presets_main_reserved_mib: int = Field(
+        4096,
+        ge=0,
+        le=MAX_MEMORY_MIB,
+        description="What of it presets leave free, for the firmware, the system and all other programs.",
     )
     llm_gateway_listen: list[Front] = Field(
         [DEFAULT_FRONT],
@@ -457,6 +469,11 @@ class HostConfig(_Strict):
     def gpu_room(self) -> int:
         """Bytes of the GPU's memory that presets may take; 0 without a GPU."""
         return max(0, self.llama_presets_gpu_memory_mib - self.llama_presets_gpu_reserved_mib) * 2**20
+
+    @property
+    def main_room(self) -> int:
+        """Bytes of main memory that a preset may take; 0 where nobody said how much there is."""
+        return max(0, self.llama_presets_main_memory_mib - self.llama_presets_main_reserved_mib) * 2**20
 
     def models_of(self, preset: str) -> list[str]:
         """The models that a preset is started with: its own, then its draft."""

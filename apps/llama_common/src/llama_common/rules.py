@@ -303,16 +303,20 @@ def expectations(config: HostConfig) -> Iterator[Problem]:
                 )
 
 
-def gpu_memory(config: HostConfig) -> Iterator[Problem]:
-    """Something of the GPU's memory is left for presets."""
-    if config.llama_presets_gpu_memory_mib and not config.gpu_room:
-        yield Problem(
-            ("llama_presets_gpu_reserved_mib",),
-            config.llama_presets_gpu_reserved_mib,
-            f"leaves nothing of the GPU's {config.llama_presets_gpu_memory_mib} MiB "
-            "(llama_presets_gpu_memory_mib)",
-            "write the MiB that stay free beside the presets",
-        )
+def memory(config: HostConfig) -> Iterator[Problem]:
+    """Something of the GPU's memory and of the host's is left for presets."""
+    for key, of, room in (
+        ("llama_presets_gpu", "the GPU's", config.gpu_room),
+        ("llama_presets_main", "main memory's", config.main_room),
+    ):
+        there, reserved = (getattr(config, f"{key}_{name}_mib") for name in ("memory", "reserved"))
+        if there and not room:
+            yield Problem(
+                (f"{key}_reserved_mib",),
+                reserved,
+                f"leaves nothing of {of} {there} MiB ({key}_memory_mib)",
+                "write the MiB that stay free beside the presets",
+            )
 
 
 def gateway_only(config: HostConfig) -> Iterator[Problem]:
@@ -452,7 +456,7 @@ RULES: Final[tuple[Rule, ...]] = (
     caches,
     extra_args,
     expectations,
-    gpu_memory,
+    memory,
     gateway_only,
     addresses,
     gateway_names,
