@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,15 +31,15 @@ def parser(description: str | None, exit_codes: str) -> argparse.ArgumentParser:
 
 def typed(text: str, inventory: Path) -> str:
     """A fix that names the command to lock models, with the folder that was given for its placeholder."""
-    return text.replace(LOCK_COMMAND, LOCK_COMMAND.replace("DIR", str(inventory)))
+    return text.replace(LOCK_COMMAND, LOCK_COMMAND.replace("DIR", shlex.quote(str(inventory))))
 
 
-def attempt(program: str, work: Callable[[], int]) -> int:
+def attempt(program: str, inventory: Path, work: Callable[[], int]) -> int:
     """The exit code of `work`; one line and 2 when the inventory or a file is out of its reach."""
     try:
         return work()
     except (InventoryUnreadable, InventoryError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {typed(str(error), inventory)}", file=sys.stderr)
         return COULD_NOT_RUN
 
 

@@ -30,7 +30,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -330,6 +330,14 @@ def choose_and_keep(host: Host, args: argparse.Namespace, command: str) -> HostR
         return HostReport(host.name, error=str(error))
 
 
+def typed(report: HostReport, inventory: Path) -> HostReport:
+    """The report with fixes that can be typed as they stand."""
+    checks = (replace(check, detail=_command.typed(check.detail, inventory)) for check in report.checks)
+    return replace(
+        report, error=report.error and _command.typed(report.error, inventory), checks=tuple(checks)
+    )
+
+
 def report(args: argparse.Namespace) -> int:
     """Choose for every host and show it. Raises InventoryUnreadable, InventoryError, OSError."""
     file = Path(args.json) if args.json and args.json != "-" else None
@@ -341,9 +349,8 @@ def report(args: argparse.Namespace) -> int:
         if name not in known:
             raise InventoryUnreadable(f"--preset {name}: no such preset; known: {', '.join(sorted(known))}")
     command = f"scripts/choose_draft.py --inventory {lockfile.shown(args.inventory)}"
-    reports = [choose_and_keep(host, args, command) for host in hosts]
-    text = "\n".join(told(reports))
-    print(as_json(reports) if args.json == "-" else _command.typed(text, args.inventory))
+    reports = [typed(choose_and_keep(host, args, command), args.inventory) for host in hosts]
+    print(as_json(reports) if args.json == "-" else "\n".join(told(reports)))
     if file is not None:
         with naming_the_option(file):
             file.write_text(as_json(reports))
@@ -359,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="measure what is decided too")
     parser.add_argument("--json", metavar="FILE", help="write the report there; - is standard output")
     args = parser.parse_args(argv)
-    return _command.attempt("choose_draft", lambda: report(args))
+    return _command.attempt("choose_draft", args.inventory, lambda: report(args))
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Show the screen."""
     args = parse(argv)
-    return _command.attempt("fleet", lambda: show(args))
+    return _command.attempt("fleet", args.inventory, lambda: show(args))
 
 
 def show(args: argparse.Namespace) -> int:

@@ -27,8 +27,8 @@ if __name__ == "__main__":
 import argparse
 import shlex
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from llama_common import fit
 from llama_common.derive import presets_plan
@@ -184,8 +184,8 @@ def ask(host: Host, box: LlmBox, models: dict[str, Model], preset: str) -> Estim
     return as_served(said, models[entry.model], settings, gpu)
 
 
-def plan_host(host: Host, *, offline: bool) -> list[Plan]:
-    """The plans of every preset of a host. Raises InventoryError."""
+def plan_host(host: Host, *, offline: bool, tell: Callable[[str], None]) -> list[Plan]:
+    """The plans of every preset of a host; `tell` hears why it was not asked. Raises InventoryError."""
     box = LlmBox.of(host.variables)
     room = fit.Room.of(box.config)
     models = headers(box)
@@ -196,7 +196,7 @@ def plan_host(host: Host, *, offline: bool) -> list[Plan]:
             try:
                 taken, source = ask(host, box, models, name), "llama-fit-params"
             except (Unreachable, NoFigure, NotPredicted) as error:
-                print(f"plan_vram: {host.name}: {name}: {error}; using the header", file=sys.stderr)
+                tell(f"{host.name}: {name}: {error}; using the header")
         if taken is None:
             try:
                 taken = fit.estimate_of(box.config, name, models, gpu=bool(room.gpu))
@@ -251,6 +251,10 @@ def chart(plans: Sequence[Plan]) -> bytes:
 
 def report(args: argparse.Namespace) -> int:
     """Work everything out and show it. Raises InventoryUnreadable, InventoryError, OSError."""
+
+    def tell(text: str) -> None:
+        print(f"plan_vram: {_command.typed(text, args.inventory)}", file=sys.stderr)
+
     file = Path(args.json) if args.json and args.json != "-" else None
     for each in (file, args.chart):
         if each is not None:
@@ -258,11 +262,15 @@ def report(args: argparse.Namespace) -> int:
     hosts = [host for host in load(args.inventory, limit=args.limit) if GROUP in host.groups]
     if not hosts:
         raise InventoryUnreadable(f"{args.inventory}: none of the hosts is in the group {GROUP}")
-    plans = [plan for host in hosts for plan in plan_host(host, offline=args.offline)]
+    plans = [
+        replace(plan, problem=_command.typed(plan.problem, args.inventory))
+        for host in hosts
+        for plan in plan_host(host, offline=args.offline, tell=tell)
+    ]
     reports = [
         HostReport(host.name, tuple(plan.check for plan in plans if plan.host == host.name)) for host in hosts
     ]
-    print(as_json(reports) if args.json == "-" else _command.typed(screen(plans), args.inventory))
+    print(as_json(reports) if args.json == "-" else screen(plans))
     if file is not None:
         with naming_the_option(file):
             file.write_text(as_json(reports))
@@ -283,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chart", type=Path, metavar="FILE", help="write a picture there (PNG)")
     parser.add_argument("--offline", action="store_true", help="ask no host: headers alone")
     args = parser.parse_args(argv)
-    return _command.attempt("plan_vram", lambda: report(args))
+    return _command.attempt("plan_vram", args.inventory, lambda: report(args))
 
 
 if __name__ == "__main__":

@@ -523,7 +523,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code."""
     args = parse(argv)
-    return _command.attempt("tune_moe", lambda: report(args))
+    return _command.attempt("tune_moe", args.inventory, lambda: report(args))
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the test."""
     options = parse(argv)
-    return _command.attempt("verify_agent", lambda: report(options))
+    return _command.attempt("verify_agent", options.inventory, lambda: report(options))
 
 
 def report(options: argparse.Namespace) -> int:

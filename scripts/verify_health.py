@@ -786,7 +786,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verification."""
     args = parse(argv)
-    return _command.attempt("verify_health", lambda: report(args))
+    return _command.attempt("verify_health", args.inventory, lambda: report(args))
 
 
 def report(args: argparse.Namespace) -> int:

@@ -11,10 +11,13 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from llama_common import fit
 from llama_common.derive import presets_plan
 from llama_common.dialect import Dialect
 from llama_common.draft import MTP, SIMPLE, Draft
+from llama_common.memory import Estimate, Use
 from llama_common.presets import DraftChoice, HostConfig
+from llama_common.rules import LOCK_COMMAND
 
 from scripts import _draft_choice, choose_draft
 from scripts._draft_choice import Judged, answers, judge, path_of, write
@@ -22,6 +25,7 @@ from scripts._inventory import Host, InventoryUnreadable
 from scripts._llm_box import LlmBox
 from scripts._measure import NotMeasured, Shape
 from scripts._verdict import Behaviour, Comparison
+from scripts.verify_health import Check, HostReport
 from tests.unit.test_draft import BOTH, HELP, OLD_HELP, SIZES, choice, config, header
 
 SHAPE = Shape("short", 1536, 400)
@@ -213,6 +217,23 @@ def test_a_draft_that_does_not_fit_the_card_is_never_started(
     monkeypatch.setattr(choose_draft, "too_large", lambda *_: "with it the preset takes 20.00 GiB of the GPU")
     made = decide(box(config(BOTH, SIZES)))
     assert (made.verdict, made.reason[:22], bench.seen) == ("rejected", "with it the preset tak", [])
+
+
+@pytest.mark.parametrize(("more", "refused"), [(0, False), (1, True)])
+def test_a_draft_with_which_the_card_is_full_to_the_last_byte_fits(
+    monkeypatch: pytest.MonkeyPatch, more: int, refused: bool
+) -> None:
+    data = config(BOTH, SIZES, llama_presets_gpu_memory_mib=2048)
+    monkeypatch.setattr(fit, "estimate_of", lambda *_: Estimate(Use(data.gpu_room + more)))
+    assert bool(choose_draft.too_large(data, "p")) is refused
+
+
+def test_fixes_of_a_report_can_be_typed_as_they_stand() -> None:
+    fix = f"run {LOCK_COMMAND}"
+    open_yet = Check("p.draft", False, None, "", None, fix)
+    for report in (HostReport("box", error=fix), HostReport("box", (open_yet,))):
+        (line,) = choose_draft.told([choose_draft.typed(report, Path("boxes"))])
+        assert line.endswith(": run scripts/lock_models.py --inventory boxes")
 
 
 # --- the file ---

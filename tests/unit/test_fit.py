@@ -16,6 +16,8 @@ from llama_common.draft import MTP, SIMPLE, Draft
 from llama_common.memory import MIB, Estimate, NotPredicted, Settings, Use
 from llama_common.model import Model
 from llama_common.presets import HostConfig
+from llama_common.problems import MISSING, InventoryError, Problem
+from llama_common.rules import LOCK_COMMAND
 
 from scripts import _tiny_models, plan_vram
 from scripts._ask_host import Unreachable
@@ -347,10 +349,11 @@ def test_where_the_estimator_lacks_a_flag_that_takes_memory_it_is_not_asked(host
 
 
 def test_what_the_estimator_cannot_tell_is_worked_out_from_the_header_or_named(
-    host: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    host: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = config(600, {})
     box = SimpleNamespace(config=made)
+    said: list[str] = []
     monkeypatch.setattr(LlmBox, "of", lambda _: box)
     monkeypatch.setattr(plan_vram, "headers", lambda _: {})
     for error in (Unreachable("gone"), NoFigure("nothing"), NotPredicted("a head")):
@@ -359,9 +362,9 @@ def test_what_the_estimator_cannot_tell_is_worked_out_from_the_header_or_named(
             raise error
 
         monkeypatch.setattr(plan_vram, "ask", fails)
-        (plan,) = plan_vram.plan_host(Host("box", variables={}), offline=False)
+        (plan,) = plan_vram.plan_host(Host("box", variables={}), offline=False, tell=said.append)
         assert plan.taken is None and "the lock has no header of m" in plan.problem
-        assert f"box: p: {error}; using the header" in capsys.readouterr().err
+        assert said.pop() == f"box: p: {error}; using the header"
 
 
 @pytest.mark.parametrize(
@@ -397,6 +400,37 @@ def test_a_plan_names_everything(folder: Path) -> None:
     unknown = plan_vram.Plan("box", "q", fit.Room(1), problem="the architecture x is not known")
     assert "box: q: the architecture x is not known" in plan_vram.screen([unknown])
     assert not unknown.check.ok
+
+
+def test_fixes_of_a_plan_can_be_typed_as_they_stand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Wherever they are told: in the table, in the report, and where the inventory itself is refused."""
+    command = "scripts/lock_models.py --inventory 'my boxes'"
+    broken = InventoryError([Problem(("llama_lock",), MISSING, "is missing", f"run {LOCK_COMMAND}")])
+    where: Any = {"config": config(600, {})}
+    asked: list[Exception] = [NotPredicted(f"run {LOCK_COMMAND}")]
+
+    def fails(*_: object) -> Estimate:
+        raise asked[0]
+
+    def of(_: object) -> SimpleNamespace:
+        if not where:
+            raise broken
+        return SimpleNamespace(**where)
+
+    monkeypatch.setattr(plan_vram, "load", lambda *_, **__: [Host("box", groups=frozenset({"llama_hosts"}))])
+    monkeypatch.setattr(LlmBox, "of", of)
+    monkeypatch.setattr(plan_vram, "headers", lambda _: {})
+    monkeypatch.setattr(plan_vram, "ask", fails)
+    report = tmp_path / "plan.json"
+    assert plan_vram.main(["--inventory", "my boxes", "--json", str(report)]) == 2
+    said = capsys.readouterr()
+    for text in (said.out, said.err, report.read_text()):
+        assert command in text and "--inventory DIR" not in text
+    where.clear()
+    assert plan_vram.main(["--inventory", "my boxes"]) == 2
+    assert f"plan_vram: {broken}".replace(LOCK_COMMAND, command) == capsys.readouterr().err.strip()
 
 
 def test_a_picture_that_cannot_be_written_is_told_before_any_work(
