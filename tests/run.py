@@ -316,10 +316,11 @@ def ocr() -> Outcome:
     """The OCR service with real servers on loopback."""
     from ocr_pipeline.synthetic import plates
 
-    from scripts import _second_plates
+    from scripts import _second_plates, _third_plates
 
     try:
-        packages.ensure(config.from_environment(), OCR_SERVERS | plates.PACKAGES | _second_plates.PACKAGES)
+        typefaces = plates.PACKAGES | _second_plates.PACKAGES | _third_plates.PACKAGES
+        packages.ensure(config.from_environment(), OCR_SERVERS | typefaces)
     except LabError as error:
         print(error, file=sys.stderr)
     return pytest("ocr", "tests/ocr", "-m", "not long", timeout=10 * MINUTE)

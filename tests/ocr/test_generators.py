@@ -1,26 +1,47 @@
-"""What both generators draw, and a plate found in a photo. `make test-ocr` installs their typefaces."""
+"""What the generators draw, and a plate found in a photo. `make test-ocr` installs their typefaces."""
 
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 from ocr_pipeline.detect import OnnxDetector
 from ocr_pipeline.geometry import Box
+from ocr_pipeline.reading import FIELDS
 from ocr_pipeline.stages import Deadline, PlateClass
 from ocr_pipeline.synthetic import plates
+from ocr_pipeline.synthetic.plates import Drawn, Value
 from ocr_pipeline.synthetic.scene import Sample, sample
 
 from lab import packages
-from scripts import _second_plates
+from scripts import _second_plates, _third_plates
 
 SEED, NEGATIVE = 5000, 5011  # neither trained on nor held out
+PACKAGES = plates.PACKAGES | _second_plates.PACKAGES | _third_plates.PACKAGES
+OTHERS = [
+    *(
+        pytest.param(partial(_second_plates.draw, english=english), id=f"second-{english}")
+        for english in (False, True)
+    ),
+    *(
+        pytest.param(
+            partial(_third_plates.draw, language=language, layout=layout), id=f"third-{language}-{layout}"
+        )
+        for language in _third_plates.LANGUAGES
+        for layout in _third_plates.LAYOUTS
+    ),
+]
+ALWAYS = {"fabricante", "potencia_kva", "numero_serie", "tensao_primaria", "tensao_secundaria", "fases"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def typefaces() -> None:
     """Skips where they are missing, with the packages' names."""
-    missing = packages.missing(plates.PACKAGES | _second_plates.PACKAGES)
+    missing = packages.missing(PACKAGES)
     if missing:
         pytest.skip(f"typefaces are not installed: {' '.join(missing)}")
 
@@ -36,14 +57,45 @@ def nameplate() -> Sample:
     return next(photo for photo in photos if photo.kind == "nameplate")
 
 
+def written(seed: int, language: str) -> dict[str, Value]:
+    """What stands on a plate of the third generator, without a picture."""
+    rng = random.Random(f"third {seed}")  # noqa: S311 - plates of a test
+    layout = rng.choice(tuple(_third_plates.LAYOUTS))
+    return _third_plates.content(rng, _third_plates.unit_of(rng, language), layout).values
+
+
+def read(name: str, printed: str, language: str) -> Any:
+    """A field as a person takes it from its own text; written apart from what writes it."""
+    words = _third_plates.WORDS[language]
+    if name in ("potencia_kva", "tensao_primaria", "tensao_secundaria"):
+        decimals = {",": "", ".": "."} if language == "English" else {".": "", ",": "."}
+        texts = re.findall(r"\d+(?:[.,]\d+)*", printed)
+        numbers = [float(text.translate(str.maketrans(decimals))) for text in texts]
+        if name == "potencia_kva":
+            return numbers[0]
+        volts = [round(number * 1000 if number < 100 else number) for number in numbers]
+        return volts[0] if name == "tensao_primaria" else "/".join(map(str, volts))
+    if name == "fases":
+        return words["phases"].index(printed) + 1 if printed in words["phases"] else int(printed[0])
+    if name == "autoprotegido":
+        return printed != words["self"][2]
+    if name == "data_fabricacao":
+        *rest, year = re.findall(r"\w+", printed)
+        century = "" if len(year) == 4 else "19" if year > "24" else "20"
+        months = {month: f"{at:02d}" for at, month in enumerate(words["months"], 1)}
+        return "-".join([century + year, *(months.get(text, text.zfill(2)) for text in reversed(rest))])
+    return printed
+
+
 def test_every_typeface_has_its_package() -> None:
     """What a package list leaves out is missing on somebody else's machine."""
-    first = {str(plates.FONT_ROOT / name) for name in plates.FONTS}
-    second = {
-        str(_second_plates.FOLDER / name) for name in (*_second_plates.PRINTED, *_second_plates.STAMPED)
+    used = {
+        (plates.FONT_ROOT, plates.FONTS),
+        (_second_plates.FOLDER, (*_second_plates.PRINTED, *_second_plates.STAMPED)),
+        (_third_plates.FOLDER, (*_third_plates.PRINTED, *_third_plates.STAMPED)),
     }
-    folders = {path.rpartition("/")[0] for path in plates.PACKAGES | _second_plates.PACKAGES}
-    assert {path.rpartition("/")[0] for path in first | second} == folders
+    drawn = {str((folder / name).parent) for folder, names in used for name in names}
+    assert drawn == {path.rpartition("/")[0] for path in PACKAGES}
 
 
 def test_it_finds_the_plate_in_a_photo(detector: OnnxDetector) -> None:
@@ -61,18 +113,46 @@ def test_it_finds_no_nameplate_where_there_is_none(detector: OnnxDetector) -> No
     assert PlateClass.IDENTIFICATION not in {plate.kind for plate in found}
 
 
-def test_a_seed_is_one_photo() -> None:
-    one, again, other = (sample(seed, "hard", scale=0.2) for seed in (SEED, SEED, SEED + 1))
+@pytest.mark.parametrize(
+    "make",
+    [partial(sample, scale=0.2), _second_plates.sample, _third_plates.sample],
+    ids=["first", "second", "third"],
+)
+def test_a_seed_is_one_photo(make: Callable[..., Sample]) -> None:
+    one, again, other = (make(seed, "medium") for seed in (SEED, SEED, SEED + 1))
     assert one.jpeg() == again.jpeg() != other.jpeg()
     assert one.values == again.values
 
 
-@pytest.mark.parametrize("english", [False, True])
-def test_every_value_of_the_other_generator_has_its_place(english: bool) -> None:
+@pytest.mark.parametrize("draw", OTHERS)
+def test_every_value_of_another_generator_has_its_place(draw: Callable[..., Drawn]) -> None:
     for seed in range(2):
-        drawn = _second_plates.draw(random.Random(f"{seed}"), english=english)  # noqa: S311 - plates of a test
+        drawn = draw(random.Random(f"{seed}"))  # noqa: S311 - plates of a test
         height, width = drawn.pixels.shape[:2]
         assert drawn.places.keys() == drawn.values.keys()
         for left, top, right, bottom in drawn.places.values():
             assert 0 <= left < right <= width
             assert 0 <= top < bottom <= height
+
+
+@pytest.mark.parametrize("language", _third_plates.LANGUAGES)
+def test_every_maker_and_every_field_of_the_third_generator_appears(language: str) -> None:
+    told = [written(seed, language) for seed in range(150)]
+    makers = {maker[0] for maker in _third_plates.WORDS[language]["makers"]}
+    assert {values["fabricante"].value for values in told} == makers
+    assert len(makers) >= 4
+    assert {name for values in told for name in values} == set(FIELDS)
+    assert {name for name in FIELDS if all(name in values for values in told)} == ALWAYS
+
+
+@pytest.mark.parametrize("language", _third_plates.LANGUAGES)
+def test_a_label_of_the_third_generator_is_what_its_plate_says(language: str) -> None:
+    for seed in range(150):
+        for name, value in written(seed, language).items():
+            assert read(name, value.printed, language) == value.value, (seed, name, value)
+
+
+def test_plates_of_the_third_generator_are_most_in_portuguese() -> None:
+    told = [_third_plates.language_of(seed) for seed in range(11000, 11045)]
+    assert 0.75 <= told.count("Portuguese") / len(told) <= 0.8
+    assert set(told) == set(_third_plates.LANGUAGES)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ocr_pipeline.synthetic import dataset, scene
 
 from lab import packages
-from scripts import _second_plates, bench_ocr, verify_ocr
+from scripts import _second_plates, _third_plates, bench_ocr, verify_ocr
 
 
 def measured(wrong: int, *, difficulty: str = "easy", review: bool = False) -> dict[str, Any]:
@@ -44,10 +45,43 @@ def test_hard_photos_have_a_bar_of_their_own() -> None:
     )
 
 
-def test_the_drop_and_the_languages_of_the_other_generator_are_told() -> None:
-    page = bench_ocr.page({"accuracy": measured(0), "second": measured(7)})
+def test_the_drop_is_held_against_the_generator_that_nothing_is_tuned_on() -> None:
+    page = bench_ocr.page({"accuracy": measured(0), "second": measured(30), "third": measured(7)})
     assert row(page, "another generator").endswith("| 7.0 | **not met** |")
-    assert "Portuguese 0.0% of 1, English 100.0% of 1" in page
+    assert "another generator" not in bench_ocr.page({"accuracy": measured(0), "second": measured(30)})
+
+
+@pytest.mark.parametrize(
+    ("part", "told", "languages"),
+    [
+        ("second", "tuned on this generator since", "Portuguese 0.0% of 1, English 100.0% of 1"),
+        ("third", "never tuned\non it", "Portuguese 50.0% of 2, Spanish 0.0% of 1, English 100.0% of 1"),
+    ],
+)
+def test_every_other_generator_has_its_section(part: str, told: str, languages: str) -> None:
+    counts = [[4, 1, 1], [5, 0, 1]] + ([[3, 1, 1], [7, 0, 1]] if part == "third" else [])
+    page = bench_ocr.page({part: measured(7) | {"counts": counts, "first": 100}})
+    assert f"## {bench_ocr.GENERATORS[part].title}\n\nSeeds 100 to 199 of `scripts/_{part}_plates.py`" in page
+    assert told in page
+    assert f"By the plate's language: {languages} printed fields." in page
+
+
+def test_a_part_reads_its_own_generator_from_its_own_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(packages, "ensure", lambda *_: None)
+    monkeypatch.setattr(dataset, "write", lambda *given: asked.append(given))
+    monkeypatch.setattr(verify_ocr, "labels", lambda folder: [])
+    monkeypatch.setattr(verify_ocr, "in_process", lambda _: None)
+    monkeypatch.setattr(verify_ocr, "run", lambda *_: [])
+    places = ["--work", str(tmp_path), "--output", str(tmp_path)]
+    assert bench_ocr.main(["accuracy", "second", "third", "--photos", "2", "--third", "3", *places]) == 0
+    assert asked == [
+        (tmp_path / "photos", 7000, 2, scene.sample),
+        (tmp_path / "second-photos", 9000, 45, _second_plates.sample),
+        (tmp_path / "third-photos", 11000, 3, _third_plates.sample),
+    ]
 
 
 def test_what_was_not_measured_is_not_on_the_page() -> None:
