@@ -344,9 +344,9 @@ def test_what_was_checked_is_found_again_on_another_port(
     assert len(urls) == 3
 
 
-@pytest.mark.parametrize("asked", ["ssh", "claude"])
+@pytest.mark.parametrize("asked", ["ssh", "claude", "llama-server"])
 def test_who_is_killed_while_it_asks_leaves_no_one_that_it_asks(asked: str, world: Path) -> None:
-    """The survey of another host, and claude's own options: both are asked before anything is started."""
+    """The survey of another host, and programs for their own options: before anything is started."""
     told = world / "pid"
     (world / f"bin/{asked}").write_text(f"#!/bin/sh\necho $$ > {told}\nexec sleep 600\n")
     (world / f"bin/{asked}").chmod(0o755)
@@ -354,6 +354,7 @@ def test_who_is_killed_while_it_asks_leaves_no_one_that_it_asks(asked: str, worl
         words = {
             "ssh": ["--backend", "remote-llama", "--host", "box"],
             "claude": ["--port", str(server.port), "--skip-checks"],
+            "llama-server": ["--backend", "llama"],
         }[asked]
         one = subprocess.Popen(
             [sys.executable, "-m", "local_claude.cli", *words, "-p", "x"],

@@ -221,6 +221,7 @@ def far_survey(to: str) -> dict[str, Any]:
             ("llama_common", ""),
             ("llama_common.gguf", inspect.getsource(gguf)),
             ("local_claude", ""),
+            ("local_claude.keeper", inspect.getsource(keeper)),
             ("local_claude.survey", inspect.getsource(survey)),
         ],
         "server": os.environ.get("LOCAL_CLAUDE_REMOTE_LLAMA_SERVER", ""),

@@ -1,7 +1,7 @@
 """What a machine has for a llama-server: the program, its flags, and GGUF files with what their headers say.
 
 It runs where the models are: here, or on the other side of SSH, where its source is sent together with that
-of llama_common.gguf. Standard library only.
+of the two modules that it imports. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_common import gguf
+
+from local_claude import keeper
 
 SERVERS = (
     "/opt/llama.cpp/*/current/bin/llama-server",
@@ -71,6 +73,7 @@ def help_of(program: str) -> str:
     """What the program says of its flags, "" when it does not run."""
     if not program:
         return ""
+    me = os.getpid()
     try:
         done = subprocess.run(
             [program, "--help"],
@@ -80,6 +83,7 @@ def help_of(program: str) -> str:
             errors="replace",
             timeout=HELP_TIMEOUT_S,
             check=False,
+            preexec_fn=lambda: keeper.die_with(me),
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
