@@ -30,6 +30,7 @@ from local_claude.wire import Reply, Trouble
 ANSWER_TIMEOUT_S = 600.0
 CHECK_TOKENS = 256
 KEPT_S = 30 * 24 * 3600
+NEVER_S = 1e12  # no time of a clock; and above it numbers may not fit into a float
 MAX_KEPT = 200
 LEAKED = (
     "<unused",
@@ -238,12 +239,13 @@ class Kept:
     def find(self, key: str) -> list[Result] | None:
         """What was found before, unless it is too old."""
         entry = self._all().get(key) if key else None
-        if not isinstance(entry, dict) or not 0 <= self.now() - entry.get("at", 0) < KEPT_S:
+        if entry is None or not 0 <= self.now() - entry["at"] < KEPT_S:
             return None
         try:
-            return [Result(**result) for result in entry["results"]]
+            results = [Result(**result) for result in entry["results"]]
         except (KeyError, TypeError):
             return None
+        return results if results and all(map(_passed, results)) else None
 
     def keep(self, key: str, results: list[Result]) -> None:
         """Remember results that let claude start. A disk that takes nothing is no reason not to."""
@@ -263,7 +265,14 @@ class Kept:
 
 def _is_entry(entry: object) -> bool:
     """Whether it can be sorted by its age: a file that somebody else wrote is no reason to fail."""
-    return isinstance(entry, dict) and isinstance(entry.get("at"), int | float)
+    at = entry.get("at") if isinstance(entry, dict) else None
+    return isinstance(at, int | float) and 0 <= at < NEVER_S
+
+
+def _passed(result: Result) -> bool:
+    """Whether it is one that is kept, in all its fields."""
+    texts = (result.name, result.detail, result.fix)
+    return all(isinstance(text, str) for text in texts) and result.state in ("ok", "warn")
 
 
 def find_model(found: Found, wanted: str) -> Model | None:
