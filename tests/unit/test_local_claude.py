@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,7 +182,7 @@ def test_a_passed_check_is_not_repeated(serving: Callable[..., ScriptedLlm]) -> 
     assert sum(path == "/v1/messages" for _, path, _ in server.asked) == 3 * asked
 
 
-@pytest.mark.parametrize("at", ['"x"', "null", "[]"])
+@pytest.mark.parametrize("at", ['"x"', "null", "[]", "1" + "0" * 400, "NaN", "-1"])
 def test_a_damaged_file_of_checks_is_no_harm(
     at: str, serving: Callable[..., ScriptedLlm], world: Path
 ) -> None:
@@ -190,6 +192,35 @@ def test_a_damaged_file_of_checks_is_no_harm(
     server = serving(scripted_llm.gateway())
     started("--port", str(server.port), "-p", "hi")
     assert '"a"' not in file.read_text() and "tool calls" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        *([], [5], ["x"], [{}], {"name": "x"}, 7, None),
+        *([{"state": state}] for state in ("weird", "fail", 5, None)),
+        *([{name: 5}] for name in ("name", "detail", "fix")),
+        [{"unknown": 1}],
+    ],
+    ids=repr,
+)
+def test_kept_results_of_another_shape_are_done_again(
+    results: Any, serving: Callable[..., ScriptedLlm], world: Path
+) -> None:
+    """Written by another version, or by hand: no traceback, and nothing that counts as passed."""
+    server = serving(scripted_llm.gateway())
+    words = ("--port", str(server.port), "-p", "hi")
+    started(*words)
+    file = world / "claude-local/local-claude/checks.json"
+    kept = json.loads(file.read_text())
+    (entry,) = kept.values()
+    if isinstance(results, list) and results and results[0] and isinstance(results[0], dict):
+        results = [entry["results"][0] | results[0]]
+    entry["results"] = results
+    file.write_text(json.dumps(kept))
+    asked = len(server.asked)
+    started(*words)
+    assert ("POST", "/v1/messages") in [one[:2] for one in server.asked[asked:]]
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(
@@ -203,7 +234,8 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     became = started("--port", str(server.port), "-p", "hi")
     assert became.variables["ANTHROPIC_AUTH_TOKEN"] == "hush-hush"
     assert all(headers["authorization"] == "Bearer hush-hush" for headers in server.headers)
-    assert cli.main(["--port", str(server.port), "--print-env"]) == 0
+    for words in ("--print-env", "--dry-run"):
+        assert cli.main(["--port", str(server.port), words]) == 0
     seen = capsys.readouterr()
     assert "hush-hush" not in seen.out + seen.err + " ".join(became.command)
     written = [path for path in (world / "claude-local").rglob("*") if path.is_file()]
@@ -260,6 +292,105 @@ def test_a_chat_gets_its_key_without_a_question_and_without_a_file(
     assert written and all("hush-hush" not in path.read_text() for path in written)
 
 
+@pytest.mark.parametrize(
+    ("key", "token", "code"), [("hush-hush", "hush-hush", 0), ("", "local-claude", 0), (None, "", 1)]
+)
+def test_what_is_printed_sets_the_same_in_a_shell(
+    key: str | None,
+    token: str,
+    code: int,
+    serving: Callable[..., ScriptedLlm],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    world: Path,
+) -> None:
+    """Pasted into a shell with the key it works; into one without it says so, and sets nothing instead."""
+    server = serving(scripted_llm.gateway())
+    monkeypatch.setenv("LLMBOX_KEY", "hush-hush" if key is None else key)
+    words = ["--port", str(server.port), "--model", "coder"]
+    became = started(*words)
+    capsys.readouterr()
+    assert cli.main([*words, "--print-env"]) == 0
+    lines = capsys.readouterr().out
+    assert all(line.startswith("export ") for line in lines.splitlines()), "and nothing is run"
+    given = {"PATH": "/usr/bin:/bin"} | ({} if key is None else {"LLMBOX_KEY": key})
+    shell = ["sh", "-ec", f"{lines}\nexec env -0"]
+    done = subprocess.run(shell, env=given, capture_output=True, text=True, check=False)
+    assert bool(done.returncode) == bool(code) and ("LLMBOX_KEY" in done.stderr) == bool(code), done.stderr
+    if not code:
+        found = dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
+        assert found["ANTHROPIC_AUTH_TOKEN"] == token
+        assert {name: found[name] for name in became.variables} == became.variables
+
+
+def test_a_key_that_is_nobody_s_is_not_printed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That of LiteLLM, say, which has ended by the time anybody could use it."""
+    monkeypatch.setenv("LLMBOX_KEY", "mine")
+    line = launch.exports({"ANTHROPIC_AUTH_TOKEN": "sk-random"})
+    assert line.startswith("# ANTHROPIC_AUTH_TOKEN ") and "sk-random" not in line and "\n" not in line
+
+
+def test_what_is_printed_as_a_command_is_what_would_run(
+    serving: Callable[..., ScriptedLlm], capsys: pytest.CaptureFixture[str], world: Path
+) -> None:
+    """Run by a shell, long after: claude gets the same words, and a file that is still there."""
+    server = serving(scripted_llm.gateway())
+    words = ["--port", str(server.port), "-p", "a 'b'\nc"]
+    became = started(*words)
+    capsys.readouterr()
+    assert cli.main(["--dry-run", *words]) == 0
+    lines = capsys.readouterr().out
+    age(world)
+    started(*words)
+    (world / "bin/claude").write_text('#!/bin/sh\nprintf "%s\\0" "$0" "$@"\n')
+    done = subprocess.run(["sh", "-ec", lines], capture_output=True, text=True, check=True)
+    ran = done.stdout.split("\0")[:-1]
+    assert (ran[:2], ran[3:]) == ([*became.command[:2]], [*became.command[3:]])
+    assert Path(ran[2]).read_text() == Path(became.command[2]).read_text()
+    assert ran[2] != became.command[2] and str(os.getpid()) not in ran[2], "it belongs to no session"
+
+
+# --- what a session leaves ---
+
+
+def age(world: Path, days: float = 2) -> None:
+    """As if all that was written in the folder of settings had been written days ago."""
+    for path in (world / "claude-local/local-claude").iterdir():
+        os.utime(path, (time.time() - days * 24 * 3600,) * 2)
+
+
+def test_settings_of_sessions_that_have_ended_are_removed(
+    serving: Callable[..., ScriptedLlm], world: Path
+) -> None:
+    words = ("--port", str(serving(scripted_llm.gateway()).port), "-p", "hi")
+    own = Path(started(*words).command[2])
+    assert own.stem.endswith(f"-{os.getpid()}")
+    with subprocess.Popen(["/bin/true"]) as ended:
+        ended.wait()
+    kinds = {
+        "settings-0123456789abcdef.json": True,  # as earlier versions named them
+        "settings-0123456789012345.json": True,
+        f"settings-0123456789abcdef-{ended.pid}.json": True,
+        f"litellm-{ended.pid}.yaml": True,
+        f"llama-server-{ended.pid}.log": True,
+        f"settings-0123456789abcdef-{os.getppid()}.json": False,  # runs
+        "settings-0123456789abcdef-1.json": False,  # somebody else's process
+        "claude-options.json": False,
+        "printed-0123456789abcdef.json": False,
+        "mine.json": False,
+    }
+    for name in kinds:
+        (own.parent / name).write_text("{}")
+    started(*words)
+    assert kinds.keys() <= {path.name for path in own.parent.iterdir()}, "what is new may be in use"
+    age(world)
+    started(*words)
+    left = {path.name for path in own.parent.iterdir()}
+    assert {name: name not in left for name in kinds} == kinds and own.name in left
+
+
 # --- what is imported before claude runs ---
 
 
@@ -289,7 +420,13 @@ def test_options_default_to_what_help_says() -> None:
 
 @pytest.mark.parametrize(
     ("context", "output", "window"),
-    [(32768, "4096", None), (98304, "12288", None), (262144, "16384", "262144")],
+    [
+        (2048, "512", None),
+        (32768, "4096", None),
+        (99_999, "12499", None),
+        (100_000, "12500", "100000"),
+        (262144, "16384", "262144"),
+    ],
 )
 def test_limits_follow_from_the_real_context(context: int, output: str, window: str | None) -> None:
     found = environment.variables("http://x", "", "m", context)
@@ -298,20 +435,46 @@ def test_limits_follow_from_the_real_context(context: int, output: str, window: 
     assert found.get("CLAUDE_CODE_AUTO_COMPACT_WINDOW") == window
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("CLAUDE_CODE_ATTRIBUTION_HEADER", "0"),  # it differs each time, at the head of the prompt
-        ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1"),
-        ("CLAUDE_CODE_DISABLE_OFFICIAL_MARKETPLACE_AUTOINSTALL", "1"),
-        ("DISABLE_AUTOUPDATER", "1"),
-        ("ANTHROPIC_API_KEY", ""),
-        ("CLAUDE_CODE_SUBAGENT_MODEL", "m"),
-        ("ANTHROPIC_DEFAULT_HAIKU_MODEL", "m"),
-    ],
-)
-def test_what_breaks_the_cache_or_leaves_the_network_is_off(name: str, value: str) -> None:
-    assert environment.variables("http://x", "", "m", 65536)[name] == value
+def test_the_whole_environment() -> None:
+    """Every name is written out: each is one that Claude Code reads, and one less lets something out."""
+    assert environment.variables("http://x", "", "m", 98304) == {
+        "ANTHROPIC_BASE_URL": "http://x",
+        "ANTHROPIC_AUTH_TOKEN": "local-claude",
+        "ANTHROPIC_MODEL": "m",
+        "ANTHROPIC_DEFAULT_OPUS_MODEL": "m",
+        "ANTHROPIC_DEFAULT_SONNET_MODEL": "m",
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": "m",
+        "ANTHROPIC_DEFAULT_FABLE_MODEL": "m",
+        "CLAUDE_CODE_SUBAGENT_MODEL": "m",
+        "ANTHROPIC_API_KEY": "",
+        "ANTHROPIC_CUSTOM_HEADERS": "",
+        "ANTHROPIC_SMALL_FAST_MODEL": "",
+        "ANTHROPIC_UNIX_SOCKET": "",
+        "CLAUDE_CODE_API_BASE_URL": "",
+        "CLAUDE_CODE_OAUTH_TOKEN": "",
+        "CLAUDE_CODE_USE_ANTHROPIC_AWS": "",
+        "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD": "",
+        "CLAUDE_CODE_USE_BEDROCK": "",
+        "CLAUDE_CODE_USE_FOUNDRY": "",
+        "CLAUDE_CODE_USE_GATEWAY": "",
+        "CLAUDE_CODE_USE_MANTLE": "",
+        "CLAUDE_CODE_USE_VERTEX": "",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "CLAUDE_CODE_DISABLE_OFFICIAL_MARKETPLACE_AUTOINSTALL": "1",
+        "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
+        "DISABLE_AUTOUPDATER": "1",
+        "API_TIMEOUT_MS": "1800000",
+        "API_FORCE_IDLE_TIMEOUT": "0",
+        "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1800000",
+        "CLAUDE_STREAM_FIRST_BYTE_TIMEOUT_MS": "1800000",
+        "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
+        "CLAUDE_CODE_DISABLE_BUNDLED_SKILLS": "1",
+        "CLAUDE_CODE_DISABLE_WORKFLOWS": "1",
+        "CLAUDE_CODE_DISABLE_CRON": "1",
+        "CLAUDE_CODE_DISABLE_ARTIFACT": "1",
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "98304",
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "12288",
+    }
 
 
 def test_what_is_a_matter_of_taste_stays_the_user_s() -> None:

@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 from local_claude import cli, environment, errors, wire
+from local_claude.backends import BACKENDS
 
 from tests.support import ROOT
 from tests.unit import scripted_llm
 from tests.unit.scripted_llm import Answer, ScriptedLlm
 from tests.unit.test_local_claude import started
 from tests.unit.test_local_claude import world as world  # the fixture
+from tests.unit.test_local_claude_servers import KINDS
 
 TIMEOUT_S = 0.3
 Raw = Callable[[socket.socket], None]
@@ -356,6 +358,75 @@ def test_managed_settings_that_nothing_overrides(
     with ScriptedLlm(Good()) as server:
         code, line = refused(capsys, "--port", str(server.port))
     assert code == 79 and str(managed) in line
+
+
+def test_managed_settings_in_the_folder_beside_that_file(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    managed = world / "managed-settings.d/50-company.json"
+    managed.parent.mkdir()
+    managed.write_text(json.dumps({"env": {"ANTHROPIC_MODEL": "theirs"}}))
+    monkeypatch.setattr(environment, "MANAGED", (str(world / "managed-settings.json"),))
+    with ScriptedLlm(Good()) as server:
+        code, line = refused(capsys, "--port", str(server.port))
+    assert code == 79 and f"{managed} sets ANTHROPIC_MODEL, which nothing overrides" in line
+
+
+PLACES = {
+    "project": "project/.claude/settings.json",
+    "project, own": "project/.claude/settings.local.json",
+    "folder": "claude-local/settings.json",
+    "managed": "managed-settings.json",
+    "managed, folder": "managed-settings.d/a.json",
+}
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_proxy_in_a_file_of_settings_is_gone_past(
+    place: str,
+    variable: str,
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Claude Code sets it for itself once it runs: what keeps it off must be where nothing overrides it."""
+    file = world / PLACES[place]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"env": {variable: "http://192.0.2.7:3128", "no_proxy": "a.example"}}))
+    monkeypatch.setattr(environment, "MANAGED", (str(world / "managed-settings.json"),))
+    monkeypatch.setenv("NO_PROXY", "b.example")
+    with ScriptedLlm(Good()) as server:
+        became = started("--port", str(server.port), "-p", "hi")
+    told = capsys.readouterr().err.splitlines()
+    assert f"local-claude: a proxy is set in {file}: 127.0.0.1 goes past it" in told
+    written = json.loads(Path(became.command[2]).read_text())["env"]
+    for name in ("NO_PROXY", "no_proxy"):
+        assert written[name] == became.variables[name] == "b.example,a.example,127.0.0.1"
+    warned = [line for line in told if f"{file} sets no_proxy, which nothing overrides; fix: " in line]
+    assert bool(warned) == place.startswith("managed") and not any("overridden" in line for line in told)
+
+
+def test_a_proxy_in_settings_on_the_command_line() -> None:
+    given = json.dumps({"env": {"HTTPS_PROXY": "http://192.0.2.7:3128"}})
+    with ScriptedLlm(Good()) as server:
+        became = started("--port", str(server.port), "-p", "hi", "--settings", given)
+    assert json.loads(Path(became.command[2]).read_text())["env"]["NO_PROXY"] == "127.0.0.1"
+
+
+def test_two_servers_want_one_port(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ollama and apfel have the same: the one that is there stays, and the other is not started beside it."""
+    (world / "bin/apfel").write_text(f"#!/bin/sh\ntouch {world}/started\n")
+    (world / "bin/apfel").chmod(0o755)
+    with ScriptedLlm(KINDS["Ollama"][0]) as server:
+        monkeypatch.setitem(BACKENDS, "apfel", BACKENDS["apfel"]._replace(port=server.port))
+        code, line = refused(capsys, "--backend", "apfel")
+        assert wire.Server("http", "127.0.0.1", server.port).get("/api/version").status == 200
+    assert code == 72 and not (world / "started").exists()
+    assert f"http://127.0.0.1:{server.port} is Ollama, not what --backend apfel means" in line
+    assert "; fix: --backend ollama or remote, or another --port" in line
 
 
 def test_a_proxy_is_gone_past(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from local_claude.errors import EXIT_SETTINGS, EXIT_USAGE, LocalClaudeError, shown
+from local_claude.wire import Server
 
 PLACEHOLDER = "local-claude"  # a server without keys takes any word, but not none
 REQUEST_TIMEOUT_MS = 1_800_000  # a long prompt on a slow machine: half an hour
@@ -21,6 +24,11 @@ MANAGED = (
     "/etc/claude-code/managed-settings.json",
     "/Library/Application Support/ClaudeCode/managed-settings.json",
 )
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+PAST_PROXIES = ("NO_PROXY", "no_proxy")
+# What a session leaves behind when it does not end well, or cannot remove because claude has its place.
+OF_SESSIONS = ("settings-*.json", "litellm-*.yaml", "*.log")
+KEPT_S = 24 * 3600
 MODEL_VARIABLES = (
     "ANTHROPIC_MODEL",
     "ANTHROPIC_DEFAULT_OPUS_MODEL",
@@ -50,8 +58,12 @@ BLANK = (
     "ANTHROPIC_UNIX_SOCKET",
     "CLAUDE_CODE_API_BASE_URL",
     "CLAUDE_CODE_OAUTH_TOKEN",
+    "CLAUDE_CODE_USE_ANTHROPIC_AWS",
+    "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD",
     "CLAUDE_CODE_USE_BEDROCK",
     "CLAUDE_CODE_USE_FOUNDRY",
+    "CLAUDE_CODE_USE_GATEWAY",
+    "CLAUDE_CODE_USE_MANTLE",
     "CLAUDE_CODE_USE_VERTEX",
 )
 
@@ -85,14 +97,24 @@ def kept(wanted: Mapping[str, str], environment: Mapping[str, str]) -> dict[str,
     return {**wanted, **{name: environment[name] for name in SLIM if name in environment}}
 
 
-def past_proxies(host: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that keep a proxy from getting between claude and the server; none where none is set."""
-    if not any(environment.get(name) for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")):
-        return {}
-    present = environment.get("NO_PROXY") or environment.get("no_proxy") or ""
-    listed = [name.strip() for name in present.split(",") if name.strip()]
-    together = ",".join(dict.fromkeys([*listed, host]))
-    return {"NO_PROXY": together, "no_proxy": together}
+def past_proxies(
+    host: str, folder: Path, project: Path, given: Mapping[str, Any]
+) -> tuple[dict[str, str], str]:
+    """Variables that keep a proxy from getting between claude and the server, and where one is set."""
+    sources: dict[str, Mapping[str, str]] = {
+        "the environment": os.environ,
+        "--settings": _strings(given.get("env")),
+        **{str(path): _env_of(path) for path in (*managed(), *beside(folder, project))},
+    }
+    where = next((name for name, env in sources.items() if any(map(env.get, PROXIES))), "")
+    if not where:
+        return {}, ""
+    listed = [name for env in sources.values() for no in PAST_PROXIES for name in _names(env.get(no, ""))]
+    return dict.fromkeys(PAST_PROXIES, ",".join(dict.fromkeys([*listed, host]))), where
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def check_folder(folder: Path, home: Path) -> None:
@@ -136,30 +158,63 @@ def write(path: Path, content: object) -> None:
 
 
 def settings_file(
-    folder: Path, wanted: Mapping[str, str], given: Mapping[str, Any], *, chat_only: bool = False
+    folder: Path,
+    wanted: Mapping[str, str],
+    given: Mapping[str, Any],
+    *,
+    chat_only: bool = False,
+    printed: bool = False,
 ) -> Path:
     """Write the file for --settings and return its path. `given` is what the caller wanted there besides.
 
-    Its name follows from its content, so that sessions side by side do not disturb each other. A real key
-    stays out of it: it is in the environment alone.
+    Its name follows from its content and from this process, so that sessions side by side do not disturb each
+    other. What is printed may go into a script: that file stays. A real key stays out of it: it is in the
+    environment alone.
     """
     own = {name: value for name, value in wanted.items() if _may_lie_on_disk(name, value)}
-    theirs = given.get("env")
     content = {
         **given,
         **SETTINGS,
         **(CHAT_SETTINGS if chat_only else {}),
-        "env": {**(theirs if isinstance(theirs, dict) else {}), **own},
+        "env": {**_strings(given.get("env")), **own},
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / "local-claude" / f"settings-{digest}.json"
+    name = f"printed-{digest}" if printed else f"settings-{digest}-{os.getpid()}"
+    path = folder / "local-claude" / f"{name}.json"
     try:
         write(path, content)
     except OSError as error:
         raise LocalClaudeError(
             EXIT_SETTINGS, f"{path} cannot be written ({error.strerror})", f"make {folder} yours"
         ) from None
+    forget_ended(path.parent)
     return path
+
+
+def forget_ended(place: Path) -> None:
+    """Remove what sessions that have ended left: claude has the number of the local-claude that it replaced.
+
+    Only what is a day old: a session in a container shares the folder perhaps, but not the numbers.
+    """
+    for pattern in OF_SESSIONS:
+        for path in place.glob(pattern):
+            with contextlib.suppress(OSError):
+                old = time.time() - path.stat().st_mtime > KEPT_S
+                if old and not _runs(path.stem.rpartition("-")[2]):
+                    path.unlink()
+
+
+def _runs(number: str) -> bool:
+    """Whether this process runs; earlier versions wrote no number."""
+    if not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _may_lie_on_disk(name: str, value: str) -> bool:
@@ -200,25 +255,45 @@ def _settings_of(value: str) -> dict[str, Any]:
     return found
 
 
-def overriding(folder: Path, project: Path, wanted: Mapping[str, str], key: str) -> list[str]:
-    """Lines about settings that are overridden. Raises LocalClaudeError for those that cannot be."""
+def managed() -> Iterator[Path]:
+    """The settings of whoever manages this machine, which nothing overrides: a file, and more in a folder."""
     for name in MANAGED:
-        for variable, value in _env_of(Path(name)).items():
-            if variable in wanted and value != wanted[variable]:
-                raise LocalClaudeError(
-                    EXIT_SETTINGS,
-                    f"{name} sets {variable}, which nothing overrides",
-                    "ask whoever manages this machine to take it out",
-                )
-    lines = []
-    for path in (
+        yield Path(name)
+        yield from sorted(Path(name).with_suffix(".d").glob("*.json"))
+
+
+def beside(folder: Path, project: Path) -> tuple[Path, ...]:
+    """The settings that claude reads besides, which those of --settings override."""
+    return (
         folder / "settings.json",
         project / ".claude/settings.json",
         project / ".claude/settings.local.json",
-    ):
+    )
+
+
+def overriding(folder: Path, project: Path, wanted: Mapping[str, str], server: Server) -> list[str]:
+    """Lines about settings that are overridden. Raises LocalClaudeError for those that cannot be."""
+    lines = []
+    for path in managed():
+        for variable, value in _env_of(path).items():
+            if variable in PAST_PROXIES and variable in wanted and server.host not in _names(value):
+                # It may mean the host in other words, a domain say.
+                lines.append(
+                    f"{path} sets {variable}, which nothing overrides; fix: if a proxy answers instead of "
+                    f"the server, ask whoever manages this machine to add {server.host}"
+                )
+            elif variable not in PAST_PROXIES and value != wanted.get(variable, value):
+                raise LocalClaudeError(
+                    EXIT_SETTINGS,
+                    f"{path} sets {variable}, which nothing overrides",
+                    "ask whoever manages this machine to take it out",
+                )
+    for path in beside(folder, project):
         found = _env_of(path)
-        both = sorted(name for name in found if name in wanted and found[name] != wanted[name])
-        if key and "ANTHROPIC_AUTH_TOKEN" in both:
+        both = sorted(
+            name for name in found.keys() - PAST_PROXIES if found[name] != wanted.get(name, found[name])
+        )
+        if server.key and "ANTHROPIC_AUTH_TOKEN" in both:
             raise LocalClaudeError(
                 EXIT_SETTINGS,
                 f"{path} sets ANTHROPIC_AUTH_TOKEN, which would be sent instead of LLMBOX_KEY",
@@ -240,5 +315,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _env_of(path: Path) -> dict[str, str]:
     """The `env` of a file of settings."""
-    found = read_object(path).get("env")
+    return _strings(read_object(path).get("env"))
+
+
+def _strings(found: object) -> dict[str, str]:
+    """Variables as claude sets them; none from what is no object."""
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}

@@ -34,16 +34,8 @@ class Launch(NamedTuple):
     variables: Mapping[str, str]
 
     def shell(self) -> str:
-        """The same as lines for a shell. A key is not shown."""
-        return "\n".join(
-            [
-                *(
-                    f"export {name}={shlex.quote(hidden(name, value))}"
-                    for name, value in self.variables.items()
-                ),
-                shlex.join(self.command),
-            ]
-        )
+        """The same as lines for a shell."""
+        return f"{exports(self.variables)}\n{shlex.join(self.command)}"
 
     def go(self) -> NoReturn:
         """Become it: from here on exit code and signals are claude's own. Raises LocalClaudeError."""
@@ -64,13 +56,17 @@ class Launch(NamedTuple):
             ) from None
 
 
-def hidden(name: str, value: str) -> str:
-    """A variable's value as it may be shown: a key is not."""
-    secret = name in {"ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"} and value not in {
-        "",
-        environment.PLACEHOLDER,
-    }
-    return "***" if secret else value
+def exports(variables: Mapping[str, str]) -> str:
+    """Lines for a shell that set them. A key is named, not shown."""
+    return "\n".join(_export(name, value) for name, value in variables.items())
+
+
+def _export(name: str, value: str) -> str:
+    if name != "ANTHROPIC_AUTH_TOKEN" or value == environment.PLACEHOLDER:
+        return f"export {name}={shlex.quote(value)}"
+    if value == os.environ.get("LLMBOX_KEY"):
+        return f'export {name}="${{LLMBOX_KEY:?}}"'  # says so in a shell that has none
+    return f"# {name} was of a server that was started for this, and has ended"
 
 
 def find_claude(path: str | None = None) -> Path:

@@ -41,8 +41,8 @@ OPTIONS = (
     Option(("--chat-only",), "no tools: for a context below 32768 tokens, or a model that calls none"),
     Option(("--skip-checks",), "start without looking at context, tool calls and prompt cache"),
     Option(("--recheck",), "do not trust results of earlier checks"),
-    Option(("--print-env",), "print what would be set, as lines for a shell, and end"),
-    Option(("--dry-run",), "do all checks, print the command that would be run, and end"),
+    Option(("--print-env",), "print the environment as lines for a shell, and end"),
+    Option(("--dry-run",), "do all checks, print environment and command, and end"),
     Option(("--quiet",), "say nothing when all is well"),
     Option(("-h", "--help"), "this text (claude's own: local-claude -- --help)"),
 )

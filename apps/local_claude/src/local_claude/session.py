@@ -61,18 +61,23 @@ def run(wanted: Options) -> int:
             environment.variables(server.url, server.key, model.name, context or ASSUMED_CONTEXT),
             os.environ,
         )
-        for line in environment.overriding(folder, here(), variables, server.key):
-            say(line, wanted)
-        around = environment.past_proxies(server.host, os.environ)
+        project = here()
+        around, where = environment.past_proxies(server.host, folder, project, given)
         if around:
-            say(f"a proxy is set in the environment: {server.host} goes past it", wanted)
-        settings = environment.settings_file(folder, variables, given, chat_only=chat_only)
-        shared = (
-            not chat_only and not wanted.print_env and launch.knows(program, launch.SHARED_PROMPT, folder)
+            say(f"a proxy is set in {where}: {server.host} goes past it", wanted)
+        variables |= around
+        for line in environment.overriding(folder, project, variables, server):
+            say(line, wanted)
+        if wanted.print_env:
+            print(launch.exports(own | variables), flush=True)
+            return 0
+        settings = environment.settings_file(
+            folder, variables, given, chat_only=chat_only, printed=wanted.dry_run
         )
+        shared = not chat_only and launch.knows(program, launch.SHARED_PROMPT, folder)
         command = launch.compose(program, settings, words, chat_only=chat_only, shared_prompt=shared)
-        start = launch.Launch(command, {**own, **variables, **around})
-        if not (wanted.print_env or wanted.dry_run):
+        start = launch.Launch(command, own | variables)
+        if not wanted.dry_run:
             start.go()
         print(start.shell(), flush=True)
     return 0
