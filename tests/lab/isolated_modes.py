@@ -2,31 +2,52 @@
 
     isolated_modes.py local-claude MODES
 
-MODES is JSON: a list of [name, kind of server that is played here or "", words of local-claude]. HOME is a
-new folder. Prints a JSON object: `modes` (exit code, what it said, what it told), `left` (files of the user's
-own that were changed, made or removed), `sessions` (how many Claude Code kept elsewhere, where SpecStory
-would look for them below ~/.claude), `sent` (bytes for any other host), `udp` (datagrams, as questions to a
-name server are). Where no server is played it needs the standard library alone.
+MODES is JSON: a list of [name, kind of server that is played here or "", words of local-claude]. One whose
+words have no `-p` is typed at a terminal: the folder is trusted, the question asked, Ctrl-C pressed twice.
+HOME is a new folder. Prints a JSON object: `modes` (exit code, what it said, what it told), `running` (what
+was still there after a mode), `left` (files of the user's own that were changed, made or removed), `sessions`
+(how many Claude Code kept elsewhere, where SpecStory would look for them below ~/.claude), `sent` (bytes for
+any other host), `udp` (datagrams, as questions to a name server are). Where no server is played it needs the
+standard library alone.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import pty
 import re
+import select
+import signal
+import struct
 import subprocess
 import sys
-from contextlib import nullcontext
+import termios
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 MODE_TIMEOUT_S = 400
+SCREEN_TIMEOUT_S = 120  # until the next thing is seen on the terminal
+QUIET_S = 1.0
+GONE_S = 5.0
+QUESTION = "Say hello."
+ROWS, COLUMNS = 50, 160
+DOWN, ENTER, CTRL_C = b"\x1b[B", b"\r", b"\x03"
+# What a terminal does instead of showing it: between words a screen has moves of the cursor, and spaces.
+UNSEEN = re.compile(
+    rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]|[\x00-\x20\x7f]"
+)
 OWN = {
     ".claude/settings.json": '{"env": {"ANTHROPIC_BASE_URL": "http://192.0.2.99"}}',
     ".claude/.credentials.json": '{"claudeAiOauth": {"accessToken": "mine"}}',
     ".claude.json": '{"numStartups": 7, "hasCompletedOnboarding": true}',
 }
+PROJECT = '{"env": {"HTTP_PROXY": "http://192.0.2.98:3128", "NO_PROXY": "other", "no_proxy": "other"}}'
 
 
 def says_hello(body: Any) -> Any:
@@ -80,6 +101,121 @@ def counters(name: str) -> list[str]:
     return Path(f"/proc/net/{name}").read_text().splitlines()
 
 
+class Terminal:
+    """A person at a terminal: waits until something is there to be read, then presses a key."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.chdir(folder)
+            os.execvpe(command[0], command, {**os.environ, "TERM": "xterm-256color"})  # noqa: S606 - no shell
+        fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        self.raw = b""
+        self.heard = time.monotonic()
+
+    def seen(self, since: int = 0) -> str:
+        """What was written on the screen since then, without spaces."""
+        return UNSEEN.sub(b"", self.raw[since:]).decode("utf-8", "replace")
+
+    def wait(self, done: Callable[[], bool], what: str) -> None:
+        """Return when `done`. Raises TimeoutError with the end of what was seen."""
+        until = time.monotonic() + SCREEN_TIMEOUT_S
+        while not done():
+            if time.monotonic() > until:
+                raise TimeoutError(f"no {what} within {SCREEN_TIMEOUT_S} s: {self.seen()[-1500:]}")
+            if select.select([self.descriptor], [], [], 0.1)[0]:
+                try:
+                    self.raw += os.read(self.descriptor, 65536)
+                    self.heard = time.monotonic()
+                except OSError:  # the last program on it has ended
+                    until = min(until, time.monotonic() + GONE_S)
+                    time.sleep(0.1)
+
+    def see(self, text: str, since: int = 0) -> None:
+        """Wait until this is on the screen."""
+        wanted = text.replace(" ", "")
+        self.wait(lambda: wanted in self.seen(since), text)
+
+    def settle(self) -> None:
+        """Wait until nothing more is written."""
+        self.heard = time.monotonic()
+        self.wait(lambda: time.monotonic() - self.heard > QUIET_S, "quiet")
+
+    def press(self, key: bytes) -> int:
+        """Press a key; what is seen from there on is what came of it."""
+        since = len(self.raw)
+        os.write(self.descriptor, key)
+        return since
+
+    def ended(self) -> bool:
+        """Whether it has, `code` is how."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid:
+            self.code = os.waitstatus_to_exitcode(status)
+        return bool(pid)
+
+
+def typed(command: list[str], folder: Path, answer: str) -> list[Any]:
+    """Exit code, answer and screen of a session at a terminal. Raises TimeoutError."""
+    terminal = Terminal(command, folder)
+    try:
+        terminal.see("trust this folder")
+        for _ in range(3):  # what is pressed in the first half second is taken back
+            if not terminal.seen().rpartition("\u276f")[2].startswith("Yes"):
+                terminal.press(DOWN)
+                terminal.settle()
+        terminal.see("shift+tab", terminal.press(ENTER))
+        terminal.see(QUESTION, terminal.press(QUESTION.encode()))
+        terminal.see(answer, terminal.press(ENTER))
+        terminal.settle()  # a Ctrl-C that interrupts an answer is none of the two
+        terminal.see("again to exit", terminal.press(CTRL_C))
+        terminal.press(CTRL_C)
+        terminal.wait(terminal.ended, "end")
+    except BaseException:
+        with suppress(OSError):
+            os.killpg(terminal.pid, signal.SIGKILL)
+        raise
+    finally:
+        os.close(terminal.descriptor)
+    return [terminal.code, answer, terminal.seen()[-2000:]]
+
+
+def printed(command: list[str], folder: Path) -> list[Any]:
+    """Exit code, answer and what else was said of a session without a terminal."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=MODE_TIMEOUT_S,
+        check=False,
+    )
+    return [done.returncode, done.stdout.strip(), done.stderr[-2000:]]
+
+
+def processes() -> dict[int, str]:
+    """What runs in this network, as far as this user may know."""
+    found = {}
+    for place in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            if (place / "ns/net").readlink() == Path("/proc/self/ns/net").readlink():
+                found[int(place.name)] = (
+                    (place / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                )
+    return found
+
+
+def still_running(before: dict[int, str]) -> list[str]:
+    """What does not end by itself within a few seconds. What has no command line is dead."""
+    until = time.monotonic() + GONE_S
+    while True:
+        left = [command for pid, command in processes().items() if pid not in before and command]
+        if not left or time.monotonic() > until:
+            return left
+        time.sleep(0.1)
+
+
 def main() -> None:
     """Go through the modes."""
     program, modes = sys.argv[1], json.loads(sys.argv[2])
@@ -87,21 +223,19 @@ def main() -> None:
     for name, text in OWN.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(text)
-    (home / "project").mkdir()
+    (home / "project/.claude").mkdir(parents=True)
+    (home / "project/.claude/settings.json").write_text(PROJECT)
     before = digests(home)
-    found = {}
+    found, running = {}, {}
     for name, kind, words in modes:
+        there = processes()
         with played(kind) if kind else nullcontext() as server:
-            done = subprocess.run(
-                [program, *(["--port", str(server.port)] if server else []), *words, "-p", "Say hello."],
-                cwd=home / "project",
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=MODE_TIMEOUT_S,
-                check=False,
-            )
-        found[name] = [done.returncode, done.stdout.strip(), done.stderr[-2000:]]
+            command = [program, *(["--port", str(server.port)] if server else []), *words]
+            if "-p" in words:
+                found[name] = printed([*command, QUESTION], home / "project")
+            else:
+                found[name] = typed(command, home / "project", "Hello.")
+        running[name] = still_running(there)
     after = digests(home)
     project = re.sub("[^a-zA-Z0-9-]", "-", str((home / "project").resolve()))
     sent = next(line.split()[10] for line in counters("dev") if line.split()[0] == "out:")
@@ -110,6 +244,7 @@ def main() -> None:
         json.dumps(
             {
                 "modes": found,
+                "running": running,
                 "left": sorted(
                     path for path in before.keys() | after.keys() if before.get(path) != after.get(path)
                 ),
