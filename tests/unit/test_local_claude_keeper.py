@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from local_claude import keeper, started
+from local_claude import keeper, llama, options, started, survey
 from local_claude.errors import LocalClaudeError
 from local_claude.keeping import Kept, Order
+from local_claude.wire import Server
 
 GONE_S = 5.0  # the bar: nothing of ours is left after this
 SLEEP = ("/bin/sleep", "600")
@@ -172,6 +174,40 @@ def test_the_connection_goes_silent(tmp_path: Path) -> None:
         process.wait(GONE_S)
 
 
+def test_orders_go_over_first_and_then_a_beat_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the beats the other end takes the silence for a lost connection, in the middle of a session."""
+    one = keeper.Keeper({"argv": [], "first_line": "orders"})
+    with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None
+        monkeypatch.setattr(keeper, "BEAT_S", 1000.0)
+        one.beaten = -2000.0
+        one._beat(other)
+        one._beat(other)  # too early
+        assert os.read(other.stdout.fileno(), 100) == b"orders\n"
+        monkeypatch.setattr(keeper, "BEAT_S", 0.0)
+        for _ in range(2):
+            one._beat(other)
+            assert os.read(other.stdout.fileno(), 100) == b"\n"
+        other.stdin.close()
+    assert keeper.BEAT_S * 2 < started.SILENCE_S
+
+
+def test_both_ends_together_last_longer_than_the_silence(tmp_path: Path) -> None:
+    """A keeper here feeds one there, as over SSH: while this one lives that one hears of it."""
+    server = ["/bin/sh", "-c", f"echo $$ > {tmp_path}/pid; exec /bin/sleep 600"]
+    orders = {"program": Path(keeper.__file__).read_text() + started._KEEP, "argv": server, "log": "-"}
+    silence = keeper.BEAT_S + 1
+    line = json.dumps({**orders, "silence_s": silence})
+    kept = Kept(Order("far", ("/bin/sh", "-c", started.far_command()), first_line=line))
+    try:
+        server_pid = pid_in(tmp_path)
+        time.sleep(2 * silence)
+        assert alive(server_pid)
+    finally:
+        kept.stop()
+    gone(server_pid)
+
+
 def test_a_folder_that_is_there_already_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with far(tmp_path, silence_s=60, folder=str(tmp_path / "run")) as process:
@@ -207,3 +243,84 @@ def test_a_server_that_never_answers(tmp_path: Path) -> None:
         kept.wait_ready(lambda: False, 0.2, print, "look")
     kept.stop()
     assert not log.exists()
+
+
+# --- who dies with whom ---
+
+
+def test_a_parent_that_is_gone_already(tmp_path: Path) -> None:
+    """Between fork and the wish to die with it: the kernel would never tell."""
+    code = f"from local_claude import keeper; keeper.die_with({os.getpid()}); print('on')"
+    child = [sys.executable, "-c", code]
+    assert subprocess.run(child, capture_output=True, check=False).stdout == b"on\n"
+    other = [sys.executable, "-c", code.replace(str(os.getpid()), "1")]
+    done = subprocess.run(other, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+
+def test_macos_has_no_such_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """prctl is Linux's own: elsewhere the keeper's watch over its parent must do."""
+
+    def missing(*_: object) -> None:
+        pytest.fail("the C library was asked")
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    keeper.die_with(-1)
+
+
+# --- what a session starts ---
+
+
+@pytest.fixture
+def orders(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Order, Server]]:
+    """What would be kept, and where claude would look for it; nothing is started."""
+    found: list[tuple[Order, Server]] = []
+
+    def remember(order: Order, server: Server, *_: object, **__: object) -> tuple[None, Server]:
+        found.append((order, server))
+        return None, server
+
+    plan = types.SimpleNamespace(notes=(), what="m", command=lambda place: ["llama-server", "--host", place])
+    monkeypatch.setattr(started, "started", remember)
+    monkeypatch.setattr(llama, "plan", lambda *_: plan)
+    monkeypatch.setattr(survey, "survey", lambda *_: {})
+    monkeypatch.setattr(started, "far_survey", lambda _: {})
+    return found
+
+
+def begun(orders: list[tuple[Order, Server]], where: str, folder: Path) -> tuple[Order, Server]:
+    """One of the three that a session can start."""
+    if where == "apple":
+        started.apple(folder, print)
+    else:
+        words = ["--backend", "llama"] if where == "here" else ["--backend", "remote-llama", "--host", "box"]
+        getattr(started, where)(options.parse(words), folder, print)
+    return orders[-1]
+
+
+@pytest.mark.parametrize("where", ["here", "there", "apple"])
+def test_each_has_a_key_of_its_own_that_no_command_line_shows(
+    where: str, orders: list[tuple[Order, Server]], tmp_path: Path
+) -> None:
+    """Other people of this machine reach its ports too, and read its command lines."""
+    (one, first), (_, second) = begun(orders, where, tmp_path), begun(orders, where, tmp_path)
+    assert len(first.key) >= 32 and first.key != second.key
+    assert first.key not in " ".join(one.argv) + repr(one)
+    given = json.loads(one.first_line)["env"] if one.first_line else one.environment
+    assert set(given.values()) == {first.key}
+    assert (first.scheme, first.host) == ("http", "127.0.0.1")
+
+
+def test_a_port_that_cannot_be_passed_on_ends_the_connection(
+    orders: list[tuple[Order, Server]], tmp_path: Path
+) -> None:
+    """Else ssh stays, and claude talks with its key to whoever has that port here."""
+    (one, server), (_, other) = begun(orders, "there", tmp_path), begun(orders, "there", tmp_path)
+    said = json.loads(one.first_line or "")
+    forward = f"127.0.0.1:{server.port}:{said['folder']}/s.sock"
+    assert ("-o", "ExitOnForwardFailure=yes", "-L", forward, "--", "box") == one.argv[-7:-1]
+    assert said["argv"][-1] == f"{said['folder']}/s.sock" and said["silence_s"] == 20.0
+    assert (
+        server.port != other.port and said["folder"] != json.loads(orders[-1][0].first_line or "")["folder"]
+    )
