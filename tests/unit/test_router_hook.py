@@ -214,6 +214,42 @@ def test_what_leaves_is_written_down_before_it_leaves(world: Any) -> None:
     assert lines(world)[-1]["cloud"] is True
 
 
+@pytest.mark.parametrize(("cloud", "booked"), [(True, 9), (False, 0)])
+def test_what_the_cloud_took_counts_against_its_own_budget(cloud: bool, booked: int, world: Any) -> None:
+    data = begin(world, "cloudy")
+    if cloud:
+        asyncio.run(world.hook.async_pre_call_deployment_hook({**data, "model_info": {"cloud": True}}, None))
+    whole(world, data, GOOD)
+    assert json.loads((world.folder / "usage.json").read_text())["cloudy"][1:] == [9, booked]
+
+
+def test_what_was_said_stays_out_of_the_log_where_that_is_wanted(world: Any) -> None:
+    world.hook.settings = world.hook.settings.model_copy(update={"egress_content": False})
+    sent = {**begin(world, "cloudy"), "model": "anthropic/claude", "model_info": {"cloud": True}}
+    asyncio.run(world.hook.async_pre_call_deployment_hook(sent, None))
+    text = (world.folder / "egress.jsonl").read_text()
+    assert "content" not in text and '"go"' not in text and len(json.loads(text)["sha256"]) == 64
+
+
+def test_what_litellm_does_to_a_request_is_not_asked_again(world: Any) -> None:
+    """It adds to messages and tools in place, and so may each further try."""
+    data = begin(world, tools=[{"type": "function", "function": {"name": "Write"}}])
+    before = [{"role": "user", "content": "go"}]
+    data["messages"][0]["content"] = "changed"
+    data["tools"][0]["function"]["name"] = "changed"
+
+    async def changes(**asked: Any) -> Any:
+        world.router.asked.append(json.loads(json.dumps(asked)))
+        asked["messages"][0]["content"] = "changed again"
+        return BAD
+
+    world.router.acompletion = changes
+    world.hook.settings = world.hook.settings.model_copy(update={"tool_retries": 2})
+    whole(world, data, BAD)
+    assert [asked["messages"] for asked in world.router.asked] == [before, before]
+    assert world.router.asked[0]["tools"][0]["function"]["name"] == "Write"
+
+
 def test_what_cannot_be_written_down_does_not_leave(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: object) -> None:
         raise OSError("no space left")
@@ -238,6 +274,23 @@ def test_a_box_is_not_asked_twice_for_a_request_and_a_lost_one_is_gone(world: An
     error = type("APIConnectionError", (Exception,), {})()
     asyncio.run(world.hook.async_post_call_failure_deployment_hook(data, error))
     assert not world.hook.watch.states["one"].alive
+
+
+@pytest.mark.parametrize(
+    ("name", "alive"),
+    [
+        *(("APIConnectionError", False), ("InternalServerError", False), ("Timeout", False)),
+        *(("RateLimitError", True), ("BadRequestError", True), ("AuthenticationError", True)),
+    ],
+)
+def test_only_an_error_of_the_box_makes_it_gone(name: str, alive: bool, world: Any) -> None:
+    """What a client did wrong must not take a box away from the others."""
+    data = begin(world)
+    one = {"model_info": {"box": "one"}}
+    asyncio.run(world.hook.async_pre_call_deployment_hook({**data, **one}, None))
+    error = type(name, (Exception,), {})()
+    asyncio.run(world.hook.async_post_call_failure_deployment_hook(data, error))
+    assert world.hook.watch._state(one).alive is alive
 
 
 def test_the_box_with_the_fewest_requests_in_flight_is_asked(world: Any) -> None:
