@@ -52,6 +52,13 @@ def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["local-claude.md", "local-claude.png"]
 
 
+def test_what_a_new_session_reads_again_is_told_with_the_real_model() -> None:
+    about = {"where": "a machine", "commit": "c0ffee", "day": "2026-01-01"}
+    said = "read 0, 400 tokens again, and their first events came after 10.0, 10.0 s"
+    assert said in bench.page({"real": {**about, "found": turns(1.0)}})
+    assert "tokens again" not in bench.page({"rote": {**about, "found": turns(1.0)}})
+
+
 def test_the_start_is_what_a_pair_differs_by() -> None:
     found = {"ours": [0.11, 0.2, 0.14], "stub": [0.01, 0.01, 0.02], "cpu": [0.09, 0.1, 0.08]}
     line, cpu = bench.start_lines(found)
