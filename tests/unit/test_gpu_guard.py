@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from llmbox.guard import settings as settings_module
 from llmbox.guard.card import Card, Reading
 from llmbox.guard.command import Command, Unreadable
 from llmbox.guard.enforce import Enforcer
+from llmbox.guard.hook import WAITING
 from llmbox.guard.judge import Judge, Verdict
 from llmbox.guard.kernel_log import KernelLog, News, Xid
 from llmbox.guard.settings import Settings
@@ -225,7 +228,7 @@ def smi(*answers: tuple[int, str, str]) -> tuple[Card, list[list[str]]]:
     asked: list[list[str]] = []
 
     class Answers(Command):
-        def run(self, argv: Any) -> tuple[int, str, str]:
+        def run(self, argv: Any, env: Any = None) -> tuple[int, str, str]:
             asked.append(list(argv))
             return answers[len(asked) - 1]
 
@@ -294,7 +297,7 @@ def journal(*answers: tuple[int, list[tuple[str, str]]]) -> tuple[Command, list[
     asked: list[list[str]] = []
 
     class Answers(Command):
-        def run(self, argv: Any) -> tuple[int, str, str]:
+        def run(self, argv: Any, env: Any = None) -> tuple[int, str, str]:
             asked.append(list(argv))
             code, entries = answers[len(asked) - 1]
             lines = [json.dumps({"__CURSOR": cursor, "MESSAGE": text}) for cursor, text in entries]
@@ -436,6 +439,19 @@ class Place:
         self.card_look: Callable[[], Reading] = lambda: Reading(61, 4)
         self.news = News((), "c1")
         self.began_at: list[str] = []
+        self.enforcers: list[Enforcer] = []
+
+    def change(self, **changes: Any) -> None:
+        """Other settings."""
+        self.limits = limits(**{**self.limits.model_dump(), **changes})
+
+    def started(self, **changes: Any) -> Enforcer:
+        """An enforcer whose threads run."""
+        self.change(**changes)
+        enforcer = Enforcer(self.limits, presets(), self.manager, lambda _reason: True)
+        self.enforcers.append(enforcer)
+        enforcer.start()
+        return enforcer
 
     def guard(self) -> watch.Guard:
         """A new guard, as after a start of the program."""
@@ -481,7 +497,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setattr(watch, "TICK_S", 0.01)
     monkeypatch.setattr(watch, "WRITE_S", 0.0)
     monkeypatch.setattr(enforce, "AGAIN_S", 0.05)
-    yield Place(tmp_path)
+    place = Place(tmp_path)
+    yield place
+    for enforcer in place.enforcers:
+        enforcer.end()
 
 
 def test_a_look_that_never_comes_back_stops_the_preset(place: Place) -> None:
@@ -561,21 +580,103 @@ def test_a_guard_that_was_killed_says_so_and_goes_on_where_it_was(place: Place) 
     assert found.restarts == 1
 
 
+def until(done: Callable[[], bool], patience_s: float = 5.0) -> float:
+    """Wait until this is so. Returns the seconds that it took."""
+    began = time.monotonic()
+    while not done():
+        assert time.monotonic() - began < patience_s, "it never came"
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
 def test_the_hook_gets_the_event_and_its_failure_changes_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = tmp_path / "copy"
     hook = [
         sys.executable,
         "-ISc",
-        f"import os, shutil; shutil.copy(os.environ['GPU_GUARD_EVENT'], {str(copy)!r}); os._exit(3)",
+        "import os, shutil; shutil.copy(os.environ['GPU_GUARD_EVENT'], "
+        f"{str(copy)!r} + os.environ['GPU_GUARD_KIND'] + os.environ['GPU_GUARD_REASON']); os._exit(3)",
     ]
-    place = Place(tmp_path, hook=hook)
-    enforcer = Enforcer(place.limits, presets(), place.manager, lambda _reason: True)
-    enforcer.event("restart", reason="as a test")
-    enforcer.once()
-    assert json.loads(copy.read_text())["reason"] == "as a test"
-    assert "exit code 3" in caplog.text
+    enforcer = place.started(hook=hook)
+    enforcer.event("restart", reason="-as a test")
+    until(lambda: "exit code 3" in caplog.text)
+    assert json.loads(copy.with_name("copyrestart-as a test").read_text())["reason"] == "-as a test"
+
+
+@pytest.fixture
+def slow_hook(tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
+    """A hook that takes 10 s, and the file that holds its process's number once it runs."""
+    file = tmp_path / "process"
+    yield ["/bin/sh", "-c", f"echo $$ > {file}.new; mv {file}.new {file}; exec sleep 10"], file
+    if file.exists():
+        with suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", ["restart", "clear"])
+def test_a_fatal_error_is_acted_on_at_once_while_the_hook_of_another_event_runs(
+    place: Place, slow_hook: tuple[list[str], Path], kind: str
+) -> None:
+    """Preset and gateway themselves are timed: the latch is closed by another thread than theirs."""
+    hook, runs = slow_hook
+    place.change(hook=hook, hook_timeout=10.0)
+    if kind == "restart":
+        latch.write(place.runtime / latch.STATE, {"ended": False, "updated": time.monotonic()})
+    else:
+        latch.close(place.runtime, "it was hot", 0.0)
+    guard = place.guard()
+    if kind == "clear":
+        latch.open_again(place.runtime)
+    took: list[float] = []
+
+    def acted() -> bool:
+        if runs.exists() and not took:
+            assert place.kinds() == [kind] and not any("Xid" in reason for reason in place.told)
+            place.manager.up.add("llama-coder.service")
+            place.news = News((Xid(79, FELL),), "c9")
+            took.append(until(lambda: not place.manager.up and "Xid 79" in place.told[-1]))
+            os.kill(int(runs.read_text()), 0)
+        return bool(took)
+
+    place.watches(guard, acted, patience_s=20.0)
+    assert took[0] <= 1.0, "seconds until the preset was stopped and the gateway told"
+
+
+def test_a_hook_that_cannot_be_killed_is_abandoned(
+    place: Place,
+    slow_hook: tuple[list[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Killed in vain, as one in uninterruptible sleep: nothing waits for it, and no second one is begun."""
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda _self: None)
+    hook, runs = slow_hook
+    enforcer = place.started(hook=hook, hook_timeout=0.5)
+    enforcer.event("restart", reason="the first one")
+    until(runs.exists)
+    enforcer.event("clear", reason="the second one")
+    enforcer.stop("it is hot")
+    assert until(lambda: not place.manager.up) <= 1.0
+    until(lambda: "hangs and cannot be killed" in caplog.text)
+    assert "gave no answer in 0.5 s" in caplog.text
+    os.kill(int(runs.read_text()), 0)
+
+
+def test_events_beyond_those_that_may_wait_are_written_and_the_hook_not_told(
+    place: Place,
+    slow_hook: tuple[list[str], Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hook, runs = slow_hook
+    enforcer = place.started(hook=hook, hook_timeout=10.0, events_keep=100)
+    enforcer.event("restart", reason="this one runs")
+    until(runs.exists)
+    for number in range(WAITING + 2):
+        enforcer.event("clear", reason=str(number))
+    assert until(lambda: len(place.kinds()) == WAITING + 3) <= 1.0
+    until(lambda: caplog.text.count("not told of the event clear: too many wait") == 2)
 
 
 def test_old_events_make_room(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 # With vfork a whole process waits until its child has executed the program, which may hang, too.
 subprocess._USE_VFORK = False  # type: ignore[misc]
@@ -23,7 +23,7 @@ class Command:
         self._popen = popen
         self._abandoned: subprocess.Popen[str] | None = None
 
-    def run(self, argv: Sequence[str]) -> tuple[int, str, str]:
+    def run(self, argv: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
         """Exit status, standard output and standard error. Raises Unreadable when it does not end."""
         if self._abandoned is not None and self._abandoned.poll() is None:
             raise Unreadable(f"{argv[0]} (process {self._abandoned.pid}) hangs and cannot be killed")
@@ -36,6 +36,7 @@ class Command:
                 stderr=subprocess.PIPE,
                 encoding="utf-8",
                 errors="replace",
+                env=env,
             )
         except OSError as error:
             raise Unreadable(f"{argv[0]} cannot be run: {error.strerror}") from None

@@ -1,13 +1,13 @@
 """What follows from a verdict: requests are refused, presets stopped, an event is written, a command run.
 
-All of it may take long or hang, so it runs in a thread of its own. It is done again and again while the
-card is out of service: a gateway that starts anew is told again, a preset that somebody starts is stopped.
+All of it may take long or hang, so it runs in a thread of its own, and the command in yet another: a stop
+waits for no command. It is done again and again while the card is out of service: a gateway that starts anew
+is told again, a preset that somebody starts is stopped.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmbox.complaint import complaint
 from llmbox.errors import LlmboxError
 from llmbox.guard import latch
+from llmbox.guard.hook import Hook
 from llmbox.guard.settings import Settings
 from llmbox.presets import PresetsFile
 from llmbox.status import iso
@@ -56,11 +56,13 @@ class Enforcer:
         self._told = True  # unknown: the gateway is told once that it may serve
         self._events: list[dict[str, Any]] = []
         self._trouble = ""
+        self._hook = Hook(settings.hook, settings.hook_timeout)
         self._wake = threading.Event()
         self._ending = False
 
     def start(self) -> None:
         """Begin; nobody waits for the thread's end."""
+        self._hook.start()
         threading.Thread(target=self._forever, name="enforcer", daemon=True).start()
 
     def end(self) -> None:
@@ -145,13 +147,4 @@ class Enforcer:
         for old in sorted(folder.glob("*.json"))[: -self._settings.events_keep]:
             with suppress(OSError):
                 old.unlink()
-        if self._settings.hook:
-            self._run_hook(file)
-
-    def _run_hook(self, file: Path) -> None:
-        """Run the configured command; its failure is told and changes nothing."""
-        argv = self._settings.hook
-        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
-        environment["GPU_GUARD_EVENT"] = str(file)
-        if said := complaint(argv, self._settings.hook_timeout, environment):
-            log.error("hook %s: %s", argv[0], said)
+        self._hook.tell(event, str(file))
