@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -677,6 +678,49 @@ def test_events_beyond_those_that_may_wait_are_written_and_the_hook_not_told(
         enforcer.event("clear", reason=str(number))
     assert until(lambda: len(place.kinds()) == WAITING + 3) <= 1.0
     until(lambda: caplog.text.count("not told of the event clear: too many wait") == 2)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_an_event_that_cannot_be_written_is_told_once_and_holds_nothing_up(
+    place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    """The hook hears of it, the next events are dealt with, the preset is stopped."""
+    told = tmp_path / "told"
+    write = latch.write
+
+    def full(file: Path, value: dict[str, Any]) -> None:
+        if file.parent == place.events and value["kind"] == "restart":
+            raise OSError(number, os.strerror(number), str(file))
+        write(file, value)
+
+    monkeypatch.setattr(latch, "write", full)
+    enforcer = place.started(
+        hook=["/bin/sh", "-c", f'echo "$GPU_GUARD_EVENT $GPU_GUARD_KIND $GPU_GUARD_REASON" >> {told}']
+    )
+    enforcer.event("restart", reason="it was killed")
+    until(lambda: told.exists() and told.read_text() == " restart it was killed\n")
+    enforcer.stop("it is hot")
+    enforcer.event("stop", reason="it is hot")
+    until(lambda: place.kinds() == ["stop"] and "stop it is hot" in told.read_text())
+    time.sleep(5 * enforce.AGAIN_S)
+    (record,) = (
+        record for record in caplog.records if record.name == enforce.__name__ and record.levelname == "ERROR"
+    )
+    said = record.getMessage()
+    assert os.strerror(number) in said and '"reason": "it was killed"' in said and "\n" not in said
+    assert record.exc_info is None and place.manager.up == set()
+
+
+def test_what_could_not_be_written_whole_leaves_nothing(tmp_path: Path) -> None:
+    """A folder in the file's place: it cannot be replaced."""
+    (tmp_path / "event.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        latch.write(tmp_path / "event.json", {})
+    assert [file.name for file in tmp_path.iterdir()] == ["event.json"]
 
 
 def test_old_events_make_room(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ is told again, a preset that somebody starts is stopped.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -95,7 +96,7 @@ class Enforcer:
             self._wake.clear()
 
     def once(self) -> None:
-        """One round. Raises OSError when an event cannot be written; it is tried again."""
+        """One round."""
         events = list(
             self._events
         )  # before the reason: what an event tells of has been done when it is written
@@ -136,6 +137,16 @@ class Enforcer:
         return stopped
 
     def _record(self, event: dict[str, Any]) -> None:
+        """Write an event down, and have the command told, of one that cannot be written, too."""
+        file = ""
+        try:
+            file = str(self._write(event))
+        except OSError as error:
+            told = json.dumps(event, ensure_ascii=False)
+            log.error("the event cannot be written in %s: %s: %s", self._settings.events_dir, error, told)
+        self._hook.tell(event, file)
+
+    def _write(self, event: dict[str, Any]) -> Path:
         folder = Path(self._settings.events_dir)
         stamp = event["time"].replace(":", "").replace("-", "")
         file = next(
@@ -144,7 +155,7 @@ class Enforcer:
             if not (name := folder / f"{stamp}-{event['kind']}{f'-{number}' if number else ''}.json").exists()
         )
         latch.write(file, event)
-        for old in sorted(folder.glob("*.json"))[: -self._settings.events_keep]:
-            with suppress(OSError):
+        with suppress(OSError):
+            for old in sorted(folder.glob("*.json"))[: -self._settings.events_keep]:
                 old.unlink()
-        self._hook.tell(event, str(file))
+        return file

@@ -18,8 +18,13 @@ def write(file: Path, value: dict[str, Any]) -> None:
     """Replace a file whole. Raises OSError."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fresh = file.with_name(f"{file.name}.new")
-    fresh.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(file)
+    try:
+        fresh.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        fresh.replace(file)
+    except OSError:
+        with suppress(OSError):
+            fresh.unlink()
+        raise
 
 
 def read(file: Path) -> dict[str, Any] | None:
