@@ -37,6 +37,7 @@ QUIET = News((), "c1")
 FELL = "pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
 LINES = {  # as the driver writes them
     79: f"NVRM: Xid (PCI:0000:01:00): 79, {FELL}",
+    13: "NVRM: Xid (PCI:0000:01:00): 13, pid=4711, Graphics Exception",
     62: "NVRM: Xid (PCI:0000:01:00): 62, pid=4711, name=llama-server, 2a3b(1f0c) 00000000 00000000",
     154: "NVRM: Xid (PCI:0000:01:00): 154, GPU recovery action changed from 0x0 (None) to 0x1 (GPU Reset "
     "Required)",
@@ -164,7 +165,7 @@ def test_a_guard_whose_first_look_never_comes_back() -> None:
     assert verdict.stop and world.now - 1000 <= 1.5 * HOLD
 
 
-@pytest.mark.parametrize("line", LINES.values(), ids=map(str, LINES))
+@pytest.mark.parametrize("line", [LINES[number] for number in (79, 62, 154)], ids=["79", "62", "154"])
 def test_a_fatal_error_is_acted_on_at_once(world: World, line: str) -> None:
     xid = kernel_log.xid_in(line)
     assert xid is not None
@@ -174,7 +175,7 @@ def test_a_fatal_error_is_acted_on_at_once(world: World, line: str) -> None:
 
 
 def test_an_error_of_a_program_and_a_card_that_recovered_are_told_only(world: World) -> None:
-    lines = ["NVRM: Xid (PCI:0000:01:00): 13, pid=4711, Graphics Exception", RECOVERED]
+    lines = [LINES[13], RECOVERED]
     found = tuple(xid for line in lines if (xid := kernel_log.xid_in(line)))
     assert [xid.number for xid in world.judge.log(News(found, "c2"), world.now, world.now)] == [13, 154]
     assert world.judge.verdict(world.now) == Verdict("ok")
@@ -293,43 +294,112 @@ def test_a_card_of_two_that_is_gone() -> None:
 # --- what the kernel log says ---
 
 
-def journal(*answers: tuple[int, list[tuple[str, str]]]) -> tuple[Command, list[list[str]]]:
-    """A journalctl that answers with these statuses and entries (cursor, message)."""
-    asked: list[list[str]] = []
+class Journal(Command):
+    """A journalctl: the kernel's lines of this boot, as cursor, message and microseconds."""
 
-    class Answers(Command):
-        def run(self, argv: Any, env: Any = None) -> tuple[int, str, str]:
-            asked.append(list(argv))
-            code, entries = answers[len(asked) - 1]
-            lines = [json.dumps({"__CURSOR": cursor, "MESSAGE": text}) for cursor, text in entries]
-            return code, "\n".join(lines), "Failed to open files: Permission denied" if code else ""
+    def __init__(self, *lines: tuple[str, str, int]) -> None:
+        super().__init__(1.0)
+        self.lines = list(lines)
+        self.refuses = False
+        self.readable = True
 
-    return Answers(1.0), asked
+    def run(self, argv: Any, env: Any = None) -> tuple[int, str, str]:
+        if self.refuses:
+            return 1, "", "Failed to open files: Permission denied"
+        options = dict(word.partition("=")[::2] for word in argv)
+        count = int(options["--lines"])
+        if "--dmesg" not in options:
+            assert "--system" in options, "the user's own journal may be read at any time"
+            found = [("s1", "systemd: started", 9)][-count:]
+        elif "--cursor" in options:
+            # The closest one in time, when that entry is not there: sd_journal_get_cursor(3).
+            since = int(options["--cursor"].removeprefix("at"))
+            found = [line for line in self.lines if line[2] >= since][:count]
+        else:
+            assert "--after-cursor" not in options
+            found = self.lines[-count:]
+        fields = ("__CURSOR", "MESSAGE", "__MONOTONIC_TIMESTAMP")
+        lines = [json.dumps(dict(zip(fields, map(str, line), strict=True))) for line in found]
+        return 0, "\n".join(lines) if self.readable else "", ""
+
+
+def numbers(news: News) -> list[int]:
+    """Which errors it tells of."""
+    return [xid.number for xid in news.xids]
 
 
 def test_the_log_is_read_from_where_it_was_read_last() -> None:
-    command, asked = journal((0, [("c1", LINES[79])]), (0, [("c2", "usb"), ("c3", LINES[62])]), (0, []))
-    log = KernelLog(command)
-    assert log.look() == News((), "c1"), "what was before is not news"
-    assert [xid.number for xid in log.look().xids] == [62]
-    assert log.look() == News((), "c3")
-    assert [word for argv in asked for word in argv if word.startswith("--after")] == [
-        "--after-cursor=c1",
-        "--after-cursor=c3",
-    ]
+    journal = Journal(("at1", "usb", 1))
+    log = KernelLog(journal)
+    assert log.look() == News((), "at1")
+    journal.lines += [("at2", "usb", 2), ("at3", LINES[62], 3)]
+    news = log.look()
+    assert numbers(news) == [62] and news.cursor == "at3"
+    assert log.look() == News((), "at3"), "told once"
+    assert KernelLog(journal, "at3").look() == News((), "at3"), "nor by the next guard"
 
 
-def test_a_log_that_shows_nothing_cannot_be_read() -> None:
-    """journalctl ends with 0 and no line where the user has no right to the system's journal."""
-    command, _ = journal((0, []))
-    with pytest.raises(Unreadable, match="systemd-journal"):
-        KernelLog(command).look()
+def test_an_error_of_this_boot_before_the_guards_first_look_is_news() -> None:
+    """As one while the driver was loaded."""
+    journal = Journal(("at1", LINES[79], 1), *((f"at{n}", "usb", n) for n in range(2, 3000)))
+    log = KernelLog(journal)
+    assert numbers(log.look()) == [79] and numbers(log.look()) == []
+    assert log.look().cursor == "at2999"
+
+
+def test_more_lines_than_one_look_reads_are_read_by_the_next() -> None:
+    journal = Journal(("at1", "usb", 1))
+    log = KernelLog(journal)
+    log.look()
+    journal.lines += [(f"at{n}", "usb", n) for n in range(2, 2 * kernel_log.LINES)]
+    journal.lines += [("at5000", LINES[79], 5000)]
+    assert [numbers(log.look()) for _ in range(4)] == [[], [], [79], []]
+
+
+@pytest.mark.parametrize("cursor", ["", "at1"], ids=["the first look", "a later one"])
+def test_a_log_that_shows_nothing_cannot_be_read(cursor: str) -> None:
+    """journalctl ends with 0 and no line where the user has no right to the journal, or not any more."""
+    journal = Journal(("at1", "usb", 1))
+    log = KernelLog(journal, cursor)
+    if cursor:
+        assert log.look() == News((), "at1")
+    journal.readable = False
+    for _ in range(2):
+        with pytest.raises(Unreadable, match="systemd-journal"):
+            log.look()
+    journal.readable = True
+    assert log.look() == News((), "at1")
+
+
+def test_a_known_line_that_the_journal_has_made_room_of_is_no_fault() -> None:
+    """With newer lines and without any; what comes then is told."""
+    journal = Journal(("at1", "usb", 1))
+    log = KernelLog(journal)
+    log.look()
+    journal.lines = [("at2", LINES[62], 2)]
+    assert numbers(log.look()) == [62]
+    journal.lines = []
+    assert log.look() == News((), "at2")
+    journal.lines = [("at3", LINES[79], 3)]
+    assert numbers(log.look()) == [79]
+
+
+def test_a_known_line_by_another_cursor_is_no_news() -> None:
+    """An entry that is copied to another file has another one; the same words at another time are news."""
+    journal = Journal(("at4", LINES[13], 4))
+    log = KernelLog(journal)
+    assert numbers(log.look()) == [13]
+    journal.lines = [("at04", LINES[13], 4), ("at5", LINES[13], 5)]
+    assert numbers(log.look()) == [13]
+    journal.lines = [("at6", LINES[13], 6)]
+    assert numbers(log.look()) == [13]
 
 
 def test_a_log_that_is_refused_cannot_be_read() -> None:
-    command, _ = journal((1, []))
+    journal = Journal(("at1", "usb", 1))
+    journal.refuses = True
     with pytest.raises(Unreadable, match="Permission denied"):
-        KernelLog(command).look()
+        KernelLog(journal).look()
 
 
 @pytest.mark.parametrize("text", ["no JSON", '{"MESSAGE": "without a cursor"}', '{"__CURSOR": 1', "[]"])
@@ -340,7 +410,7 @@ def test_an_answer_that_is_not_journalctls(text: str) -> None:
 
 def test_a_message_that_is_not_utf8() -> None:
     entry = json.dumps({"__CURSOR": "c", "MESSAGE": [*b"NVRM: Xid (PCI:0000:01:00): 79, \xff"]})
-    assert kernel_log.xid_in(kernel_log.parse(entry)[0][1]) == Xid(79, "\ufffd")
+    assert kernel_log.xid_in(kernel_log.parse(entry)[0].text) == Xid(79, "\ufffd")
 
 
 # --- what hangs ---

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmbox.guard.command import Command, Unreadable, first_line
 
 LINES = 1000  # in one look; what is more is read by the next
+BEFORE = 10_000  # in the first look: the last ones of this boot, and at its beginning all of them
 _XID = re.compile(r"NVRM: Xid \([^)]*\): (?P<number>[0-9]+)(?:, (?P<text>.*))?")
 # Xid 154 tells what the card needs from now on; this is how it says: nothing any more.
 _RECOVERED = re.compile(r"recovery action changed from .* to 0x0\b")
@@ -38,36 +40,57 @@ class News:
     cursor: str
 
 
+class Line(NamedTuple):
+    """An entry of the journal. `stamp` is when it came, in microseconds since boot."""
+
+    cursor: str
+    text: str
+    stamp: str = ""
+
+
 class KernelLog:
-    """Looks for errors since `cursor`; "" begins with what comes from now on."""
+    """Looks for errors since `cursor`; "" begins with those of this boot.
+
+    Each look begins at the last line that is known already, not behind it: a log without news still has to
+    show that line. An answer without any would be the same from a log that may not be read any more.
+    """
 
     def __init__(self, command: Command, cursor: str = "") -> None:
         self._command = command
-        self._cursor = cursor
+        self._known = Line(cursor, "")
 
     def look(self) -> News:
-        """New errors. Raises Unreadable, also when there is no line at all: then the log cannot be read."""
-        cursor = self._cursor
-        where = [f"--lines={LINES}", f"--after-cursor={cursor}"] if cursor else ["--lines=1"]
-        code, out, err = self._command.run(
-            ["journalctl", "--dmesg", "--no-pager", "--output=json", "--output-fields=MESSAGE", *where]
-        )
-        if code != 0:
-            raise Unreadable(f"the kernel log cannot be read: {first_line(err) or f'status {code}'}")
-        entries = parse(out)
-        if not cursor and not entries:
+        """New errors. Raises Unreadable, also when the log shows nothing at all: then it cannot be read."""
+        known = self._known
+        where = [f"--lines={LINES}", f"--cursor={known.cursor}"] if known.cursor else [f"--lines={BEFORE}"]
+        found = self._ask("--dmesg", *where)
+        # A line that the journal has made room of is no fault; there is always a line of something else then.
+        if not found and not (known.cursor and self._ask("--system", "--lines=1")):
             # Without the right to, journalctl shows nothing and is content with that.
             raise Unreadable(
                 "the kernel log cannot be read: the journal shows this user no line of it; "
                 "is the user in the group systemd-journal, and has its service manager been restarted since?"
             )
-        xids = tuple(xid for _, text in entries if cursor and (xid := xid_in(text)))
-        self._cursor = entries[-1][0] if entries else cursor
-        return News(xids, self._cursor)
+        news = found[1:] if found and _same(found[0], known) else found
+        self._known = found[-1] if found else known
+        return News(tuple(xid for line in news if (xid := xid_in(line.text))), self._known.cursor)
+
+    def _ask(self, *which: str) -> list[Line]:
+        code, out, err = self._command.run(
+            ["journalctl", "--no-pager", "--output=json", "--output-fields=MESSAGE", *which]
+        )
+        if code != 0:
+            raise Unreadable(f"the kernel log cannot be read: {first_line(err) or f'status {code}'}")
+        return parse(out)
 
 
-def parse(text: str) -> list[tuple[str, str]]:
-    """Cursor and message of each entry. Raises Unreadable."""
+def _same(one: Line, other: Line) -> bool:
+    """Whether both are the same entry, which may have several cursors: sd_journal_get_cursor(3)."""
+    return one.cursor == other.cursor or (one.stamp != "" and one[1:] == other[1:])
+
+
+def parse(text: str) -> list[Line]:
+    """The entries that journalctl tells of. Raises Unreadable."""
     found = []
     try:
         for line in text.splitlines():
@@ -75,7 +98,8 @@ def parse(text: str) -> list[tuple[str, str]]:
             message = fields.get("MESSAGE") or ""
             if isinstance(message, list):  # journald gives bytes that are not UTF-8 as numbers
                 message = bytes(message).decode(errors="replace")
-            found.append((str(fields["__CURSOR"]), str(message)))
+            stamp = str(fields.get("__MONOTONIC_TIMESTAMP") or "")
+            found.append(Line(str(fields["__CURSOR"]), str(message), stamp))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Unreadable("the kernel log cannot be read: journalctl's answer is not its JSON") from None
     return found
