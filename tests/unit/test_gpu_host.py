@@ -466,3 +466,14 @@ def test_a_program_that_hangs_or_is_missing_is_one_line(tmp_path: Path) -> None:
         tools.run("no-such-program")
     with pytest.raises(tools.Refused, match="failed: worse"):
         tools.must("sh", "-c", "echo bad; echo worse >&2; exit 3")
+
+
+@pytest.mark.parametrize(("unit", "bar_s"), [("devices", 40), ("limits", 70)])
+def test_a_card_that_hangs_delays_the_boot_by_a_moment_only(unit: str, bar_s: int) -> None:
+    """A child that no signal ends: systemd waits TimeoutStopSec, 90 s by default, after each of its four."""
+    file = ROLE / f"templates/llmbox-gpu-{unit}.service.j2"
+    seconds = {
+        name: int(value)
+        for name, value in re.findall(r"^Timeout(Start|Stop)Sec=(\d+)$", file.read_text(), re.M)
+    }
+    assert seconds["Start"] + 4 * seconds.get("Stop", 90) <= bar_s
