@@ -205,6 +205,16 @@ def test_cleared_it_counts_anew(world: World) -> None:
     assert world.during(2 * HOLD, Reading(91, 0)).stop
 
 
+def test_a_card_of_two_that_is_gone_until_it_is_cleared(world: World) -> None:
+    world.during(INTERVAL, Reading(60, 0, 2))
+    verdict = world.during(2 * HOLD, COOL)
+    assert verdict.stop and "nvidia-smi names 1 cards, it named 2 before" in verdict.reason
+    world.judge.clear(world.now)
+    assert world.during(2 * HOLD, COOL) == Verdict("ok"), "it was taken out on purpose"
+    assert world.during(HOLD / 2, Reading(60, 0, 2)) == Verdict("ok")
+    assert world.during(2 * HOLD, COOL).stop
+
+
 def test_a_guard_that_is_killed_again_and_again_still_acts() -> None:
     now = since = 1000.0
     for _ in range(20):
@@ -282,13 +292,6 @@ def test_an_older_driver_names_the_field_otherwise() -> None:
     assert found.look() == Reading(62, 4)
     fields = [argv[1].rpartition(",")[2] for argv in asked]
     assert fields == ["clocks_event_reasons.active", *2 * ["clocks_throttle_reasons.active"]]
-
-
-def test_a_card_of_two_that_is_gone() -> None:
-    found, _ = smi((0, "61, 0x1\n60, 0x1\n", ""), (0, "61, 0x1\n", ""))
-    assert found.look().cards == 2
-    with pytest.raises(Unreadable, match="names 1 cards, it named 2 before"):
-        found.look()
 
 
 # --- what the kernel log says ---
@@ -658,6 +661,20 @@ def until(done: Callable[[], bool], patience_s: float = 5.0) -> float:
         assert time.monotonic() - began < patience_s, "it never came"
         time.sleep(0.005)
     return time.monotonic() - began
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "killed"])
+def test_the_next_guard_misses_a_card_of_two_as_well(place: Place, ended: bool) -> None:
+    place.card_look = lambda: Reading(61, 4, 2)
+    state = place.runtime / latch.STATE
+    place.watches(place.guard(), lambda: report.report(place.runtime, time.monotonic()).level == "ok")
+    latch.write(state, {**(latch.read(state) or {}), "ended": ended})
+    place.card_look = lambda: Reading(61, 4)
+    place.watches(place.guard(), lambda: "stop" in place.kinds())
+    assert "names 1 cards, it named 2 before" in latch.refusal(place.runtime)
+    latch.open_again(place.runtime)
+    state.unlink()  # as the boot does with the runtime directory
+    place.watches(place.guard(), lambda: report.report(place.runtime, time.monotonic()).level == "ok")
 
 
 def test_the_hook_gets_the_event_and_its_failure_changes_nothing(

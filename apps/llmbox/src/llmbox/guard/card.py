@@ -29,21 +29,16 @@ class Card:
     def __init__(self, command: Command) -> None:
         self._command = command
         self._fields = 0
-        self._cards = 0
 
     def look(self) -> Reading:
-        """One reading. Raises Unreadable; a card that was there before and is not any more is that, too."""
+        """One reading. Raises Unreadable."""
         code, out, err = self._ask()
         if code != 0 and _UNKNOWN_FIELD in (out + err).lower():
             self._fields = 1 - self._fields
             code, out, err = self._ask()
         if code != 0:
             raise Unreadable(f"nvidia-smi failed with status {code}: {first_line(err, out) or 'no word why'}")
-        reading = parse(out)
-        if reading.cards < self._cards:
-            raise Unreadable(f"nvidia-smi names {reading.cards} cards, it named {self._cards} before")
-        self._cards = reading.cards
-        return reading
+        return parse(out)
 
     def _ask(self) -> tuple[int, str, str]:
         query = f"--query-gpu={FIELDS[self._fields]}"

@@ -51,23 +51,26 @@ class _Source:
 
 
 class Judge:
-    """Takes looks in, gives the verdict."""
+    """Takes looks in, gives the verdict. `cards`: how many there have been at once, since boot or `clear`."""
 
-    def __init__(self, settings: Settings, now: float) -> None:
+    def __init__(self, settings: Settings, now: float, cards: int = 0) -> None:
         self._settings = settings
         self._card = _Source("nvidia-smi", now, now)
         self._log = _Source("the look at the kernel log", now, now)
         self._fatal = ""
         self.reading: Reading | None = None
+        self.cards = cards
 
     def card(self, found: Reading | Unreadable, began: float, now: float) -> None:
         """A look at the card came back, which began then."""
         due = now + self._settings.interval
+        if isinstance(found, Reading) and found.cards < self.cards:
+            found = Unreadable(f"nvidia-smi names {found.cards} cards, it named {self.cards} before")
         if isinstance(found, Unreadable):
             self.reading = None
             self._card.hear(str(found), began, now, due)
         else:
-            self.reading = found
+            self.reading, self.cards = found, found.cards
             self._card.hear(self._heat(found), now, now, due)
 
     def log(self, found: News | Unreadable, began: float, now: float) -> list[Xid]:
@@ -115,8 +118,9 @@ class Judge:
             source.fault = "the guard was killed or hung"
 
     def clear(self, now: float) -> None:
-        """Somebody says that the cause is gone: everything counts from now on."""
+        """Somebody says that the cause is gone: everything counts from now on, the cards as well."""
         self._fatal = ""
+        self.cards = 0
         self._card.since = self._log.since = now
 
     def _heat(self, reading: Reading) -> str:

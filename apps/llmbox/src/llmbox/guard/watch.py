@@ -85,7 +85,7 @@ class Guard:
         self._latched = False
         self.ending = False
         now = time.monotonic()
-        self._judge = Judge(limits, now)
+        self._judge = Judge(limits, now, int(former.get("cards") or 0))
         self._restarts = int(former.get("restarts") or 0)
         self._xid = str(former.get("xid") or "")
         if former and not former.get("ended"):
@@ -173,6 +173,7 @@ class Guard:
             "temperature": reading.temperature if reading else None,
             "throttle": reading.throttle if reading else None,
             "xid": self._xid,
+            "cards": self._judge.cards,
             "restarts": self._restarts,
             "cursor": self._cursor,
             "since": self._judge.since,
