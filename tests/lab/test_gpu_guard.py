@@ -28,6 +28,7 @@ PLAYBOOK = "playbooks/llm_server.yml"
 SIMULATED = Path(__file__).with_name("simulated_nvidia_smi.sh")
 INTERVAL, TIMEOUT, HOLD, WATCHDOG = 0.5, 3.0, 5.0, 5
 BAR = 1.5  # times HOLD
+BUSY = 2  # times the bar, at most, where the machine is too busy for it
 QUICK = {
     "gpu_guard_enabled": True,
     "gpu_guard_interval": INTERVAL,
@@ -111,11 +112,17 @@ class Box:
         return float(said)
 
     def in_time(self, name: str, took: float, bar_s: float = BAR * HOLD) -> None:
-        """Keep the figure; judge it where the machine is not too busy for the times of this test."""
+        """Keep the figure and judge it, last of all: a busy machine that misses the bar skips the test."""
         what = f"gpu-guard, {name}: until the card is out of service"
         print(support.keep_figures(f"gpu-guard-{name}", what, [took], bar_s))
-        if os.getloadavg()[0] < 2 * (os.cpu_count() or 1):
-            assert took <= bar_s
+        load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+        busy = load >= 2 * cpus
+        assert took <= bar_s * (BUSY if busy else 1)
+        if busy and took > bar_s:
+            pytest.skip(
+                f"it took {took:.1f} s, the bar is {bar_s:g} s: not judged at a load of {load:.0f} on {cpus} "
+                "cores; all else of this test was checked"
+            )
 
     def status(self) -> dict[str, Any]:
         """`gpu-guard status --json`."""
@@ -197,7 +204,6 @@ def test_a_hot_card_is_taken_out_of_service_and_put_back(box: Box) -> None:
 
     took = box.until_stopped(box.card("hot"))
     assert took >= HOLD
-    box.in_time("hot", took)
     box.assert_out_of_service("the card has 91 °C, 86 °C are critical")
     shown = box.run(
         "sudo ls /home/llm/gpu-guard-hook-was-here;"
@@ -210,12 +216,13 @@ def test_a_hot_card_is_taken_out_of_service_and_put_back(box: Box) -> None:
     assert "out of service: the card has 91 °C" in shown
     box.serve()
     assert box.chat().status_code == 200
+    box.in_time("hot", took)
 
 
 def test_an_error_in_the_kernel_log_is_acted_on_at_once(box: Box) -> None:
     took = box.until_stopped(box.kernel(f"NVRM: Xid (PCI:0000:01:00): 79, {XIDS[79]}"))
-    box.in_time("xid-79", took)
     box.assert_out_of_service("Xid 79")
+    box.in_time("xid-79", took)
 
 
 @pytest.mark.parametrize("signal", ["KILL", pytest.param("STOP", marks=pytest.mark.long)])
@@ -252,16 +259,16 @@ def test_a_guard_that_is_killed_or_stopped_is_replaced_and_says_so(box: Box, sig
 )
 def test_a_card_that_cannot_be_read_is_taken_out_of_service(box: Box, word: str, reason: str) -> None:
     took = box.until_stopped(box.card(word))
-    box.in_time(word, took)
     box.assert_out_of_service(reason)
+    box.in_time(word, took)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", XIDS)
 def test_each_fatal_error_is_acted_on_at_once(box: Box, number: int) -> None:
     took = box.until_stopped(box.kernel(f"NVRM: Xid (PCI:0000:01:00): {number}, {XIDS[number]}"))
-    box.in_time(f"xid-{number}", took)
     box.assert_out_of_service(f"Xid {number}")
+    box.in_time(f"xid-{number}", took)
 
 
 @pytest.mark.long
@@ -272,9 +279,9 @@ def test_a_kernel_log_that_may_not_be_read_is_critical(box: Box) -> None:
         f"{box.manager} stop gpu-guard; rm -f {state} {box.journal}/kernel-*.journal;"
         f" {box.manager} start gpu-guard"
     )
-    box.in_time("no-kernel-log", took, BAR * HOLD + 3)  # and the start of the guard
     box.assert_out_of_service("the kernel log cannot be read")
     box.run(box.kernel("a line of the kernel"))
+    box.in_time("no-kernel-log", took, BAR * HOLD + 3)  # and the start of the guard
 
 
 @pytest.mark.long
@@ -308,7 +315,7 @@ def test_the_times_of_the_roles_defaults(box: Box) -> None:
         assert box.status()["stopped"] == ""
         took = box.until_stopped(box.card("hot"), 100)
         assert took >= 30
-        box.in_time("hot-defaults", took, 45)
         box.assert_out_of_service("91 °C")
+        box.in_time("hot-defaults", took, 45)
     finally:
         box.play(QUICK)
