@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 
-def complaint(argv: Sequence[str], timeout_s: float, env: Mapping[str, str] | None = None) -> str:
+def complaint(argv: Sequence[str], timeout_s: float) -> str:
     """Run a program; what it complains of, empty when it succeeds."""
     try:
         done = subprocess.run(
@@ -16,7 +16,6 @@ def complaint(argv: Sequence[str], timeout_s: float, env: Mapping[str, str] | No
             text=True,
             errors="replace",
             timeout=timeout_s,
-            env=env,
             check=False,
         )
     except FileNotFoundError:
