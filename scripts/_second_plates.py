@@ -2,8 +2,8 @@
 
 Manufacturers, wordings, number formats, layouts and typefaces are those of plates by NBR 5356 and NBR 5440,
 and of imported ones by IEEE C57.12.00; none was taken from `ocr_pipeline.synthetic.plates` or from the labels
-that the parser knows. The scene around the plate is `ocr_pipeline.synthetic.scene`. The parser is not
-tuned on these.
+that the parser knew then. The scene around the plate is `ocr_pipeline.synthetic.scene`. The parser was not
+tuned on these until it read half of their fields; it is since, on the seeds 9000 to 9199.
 """
 
 from __future__ import annotations

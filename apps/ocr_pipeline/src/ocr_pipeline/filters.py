@@ -33,9 +33,11 @@ POLE = re.compile(
     r"|\bENGAST|\b\d{1,2} ?M ?[-/] ?\d{3,4}\b|\bNBR 8451\b"
 )
 NAMEPLATE = re.compile(
-    r"\bK[VU]A\b|\bTRANSFORMADOR|\bPOT(ENCIA|\.)|\bTENS(AO|OES)\b|\bFUSIVEL\b|\bELO\b|\bSERIE\b|\bFABRIC|\bFASES?\b"
+    r"(?<![A-Z])K[VU]A\b|\bTRANSFORM(?:ADOR|ER)|\bPOT(ENCIA|\.)|\bTENS(AO|OES)\b|\bFUSIVEL\b|\bELO\b|\bSERIE\b|\bFABRIC|\bFASES?\b"
     r"|\bIMPEDANCIA|\bNBI\b|\bNBR 5440|\bOLEO\b|\bLIGACAO\b|\bPATRIMONIO\b|\bMATRICULA\b|\bAUTO ?-?PROTEGIDO"
     r"|\bDERIVAC|\bPRIMARI|\bSECUNDARI|\bMASSA\b|\bFREQUENCIA\b"
+    r"|\b(?:HIGH|LOW) VOLTAGE|\bTENSION|\bIMPEDANCE|\bFUSE LINK|\bSELF.?PROT"
+    r"|\bTEMP\.? RISE|\bB\.?I\.?L\b|\bACEITE\b"
 )
 UTILITY = re.compile(r"[0-9] ?K[VU]A\b|\b(?:PATRIM\w*|TOMBAMENTO)\W*[0-9]{3}")
 UTILITY_WORDS = 3

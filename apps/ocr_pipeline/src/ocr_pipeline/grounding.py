@@ -37,7 +37,9 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
         case "potencia_kva":
             return any(_number(text, float(value)) for text in texts)
         case "tensao_primaria":
-            return any(float(value) in [round(volts, 1) for volts in normal.voltages(text)] for text in texts)
+            # `13,8` where the label has the unit, kV.
+            found = [volts for text in texts for volts in normal.voltages(text)]
+            return any(float(value) in (round(volts, 1), round(1000 * volts, 1)) for volts in found)
         case "tensao_secundaria":
             wanted = {part for part in str(value).split("/") if part}
             return any(
@@ -51,7 +53,7 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
         case "fases":
             return any(normal.phases(text) == value for text in texts)
         case "autoprotegido":
-            return re.search("AUTOPROT|PROTEG", squeezed(joined)) is not None
+            return re.search("PROTE[GC]|AUTOPROT|SELFPROT", squeezed(joined)) is not None
         case "elo_fusivel":
             return any(normal.fuse(text) == value for text in texts)
         case "fabricante":
@@ -69,8 +71,8 @@ def _digits(text: str) -> str:
 
 
 def _number(text: str, value: float) -> bool:
-    candidates = re.findall(r"[0-9OISB][0-9OISB.,]*", fold(text))
-    for raw in candidates:
+    folded = fold(text)
+    for raw in (*re.findall(r"[0-9OISB][0-9OISB.,]*", folded), *re.findall(normal.NUMBER, folded)):
         found = normal.number(raw.strip(".,"))
         if found is not None and (found == value or found / 10 == value):
             return True

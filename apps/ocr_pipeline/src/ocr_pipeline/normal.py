@@ -29,12 +29,17 @@ _SECONDARIES = """220/127 380/220 230/115 240/120 254/127 440/254 440/220 230/13
 SECONDARIES = frozenset(_SECONDARIES.split())
 FUSE = re.compile(r"^(0\.5|[1-9][0-9]?|1[0-9]{2}|200)(H|K|T|EF)$")
 _NAMES = ("JAN", "FEV", "MAR", "ABR", "MAI", "JUN", "JUL", "AGO", "SET", "OUT", "NOV", "DEZ")
-_ENGLISH = {"FEB": 2, "APR": 4, "MAY": 5, "AUG": 8, "SEP": 9, "OCT": 10, "DEC": 12}
-MONTHS = {name: month for month, name in enumerate(_NAMES, 1)} | _ENGLISH
+_FOREIGN = {"ENE": 1, "FEB": 2, "APR": 4, "MAY": 5, "AUG": 8, "SEP": 9, "OCT": 10, "DEC": 12, "DIC": 12}
+MONTHS = {name: month for month, name in enumerate(_NAMES, 1)} | _FOREIGN
+_PHASES = {3: "TRIF TRIPH THREEPH", 2: "BIFA BIFS TWOPH", 1: "MONOF SINGLEPH ONEPH"}
+PHASE_WORDS = {stem: count for count, stems in _PHASES.items() for stem in stems.split()}
 FIRST_YEAR = 1940
 _MONTH_AND_YEAR = r"(?:[0-3]?[0-9]/)?[01]?[0-9]/(?:19|20)[0-9]{2}"  # beside a label that was cut: no number
-NUMBER_SIGN = re.compile(r"^\s*[Nn](?:[º°ª]|[oO0]?[.:]|[oO]\s)[\s.:]*")  # `PATRIM. Nº 12345`
-_NUMBER = r"[0-9OQISBZL|]+(?: ?[.,] ?[0-9OQISBZL|]+)*"
+NUMBER_SIGN = re.compile(r"^\s*[Nn](?:[º°ª]|[oO0]?[.:]|[oODQ0]\s)[\s.:]*")  # `PATRIM. Nº 12345`
+# `7. 967`: an OCR engine sets a space behind a comma.
+VOLTAGE = r"[0-9][0-9OISB]{0,2}[.,] [0-9OISB]{1,3}(?![0-9OISB])|[0-9][0-9OISB]*(?:[.,][0-9OISB]+)*"
+FIRST_TAP = re.compile(r"^\W*1[\s.:)|\-]+(?=[0-9]{4,5}(?![0-9]))")  # `1 - 13800`
+NUMBER = r"[0-9OQISBZL|]+(?: ?[.,] ?[0-9OQISBZL|]+)*"
 
 
 def number(text: str) -> float | None:
@@ -58,8 +63,8 @@ def power(text: str) -> float | None:
     folded = fold(text)
     if foreign(folded):
         return None
-    found = re.search(rf"(?<![0-9A-Z.,])({_NUMBER})\s*K?\s*[VU]A\b", folded) or re.search(
-        r"(?<![0-9A-Z.,])([0-9][0-9OISB]*(?:[.,][0-9OISB]+)?)(?![0-9A-Z%/])", folded
+    found = re.search(rf"(?<![0-9A-Z.,])({NUMBER})\s*K?\s*[VU]A\b", folded) or re.search(
+        r"(?<![0-9A-Z.,])([0-9][0-9OISB]*(?:[.,](?:[0-9OISB]+| [0-9]))?)(?![0-9A-Z%/])", folded
     )
     value = number(found.group(1)) if found else None
     if value is None or value <= 0:
@@ -76,7 +81,7 @@ def voltages(text: str) -> list[float]:
     folded = re.sub(r"\s+", " ", fold(text))
     in_kv = re.search(r"\bK\s?[VU]\b|[0-9]K[VU]\b", folded) is not None
     found: list[float] = []
-    for raw in re.findall(r"[0-9][0-9OISB]*(?:[.,][0-9OISB]+)*", folded):
+    for raw in re.findall(VOLTAGE, folded):
         value = number(raw)
         if value is None:
             continue
@@ -86,7 +91,7 @@ def voltages(text: str) -> list[float]:
 
 def primary(text: str) -> float | None:
     """V: the first of several taps; None where the first one cannot be read (`8O0/13200`: it was covered)."""
-    found = [] if foreign(fold(text)) else voltages(text)
+    found = [] if foreign(fold(text)) else voltages(FIRST_TAP.sub("", text))
     return round(found[0], 1) if found and found[0] >= 1000 else None
 
 
@@ -94,7 +99,10 @@ def secondary(text: str) -> str | None:
     """`220/127`, `230`: one or two voltages below 1000 V, the higher one first."""
     if foreign(fold(text)):
         return None
-    folded = as_digits(re.sub(r"\b[VY]\b|VOLTS?", "", fold(text)))
+    folded = fold(text)
+    if "KV" in folded:  # `0,38/0,22 kV`
+        folded = re.sub(r"(?<![0-9])0[.,]([0-9]{2,3})(?![0-9])", lambda part: part[1].ljust(3, "0"), folded)
+    folded = as_digits(re.sub(r"\b[VY]\b|K?VOLTS?|KV", "", folded))
     if re.search(r"[0-9]{3}\s*[/\\]\s*[0-9]{0,2}\s*$", folded):
         return None  # `380/2`: the second one was covered
     found = re.search(
@@ -137,7 +145,7 @@ def date(text: str) -> str | None:
         return _month(int(found.group(1)), int(found.group(2)))
     if found := re.search(r"(?<![0-9])([0-9]{1,2})[/.\-]((?:19|20)[0-9]{2}|[0-9]{2})(?![0-9])", digits):
         return _month(_year(found.group(2)), int(found.group(1)))
-    if found := re.search(r"(?<![0-9A-Z/])((?:19|20)[0-9]{2})(?![0-9A-Z/])", digits):
+    if found := re.search(r"(?<![0-9A-Z/\-])((?:19|20)[0-9]{2})(?![0-9A-Z/])", digits):
         return found.group(1)
     return None
 
@@ -160,7 +168,8 @@ def _day(year: int, month: int, day: int) -> str | None:
 
 def fuse(text: str) -> str | None:
     """`5H`, `0.5H`, `10K`: rating and type of a fuse link."""
-    folded = fold(text).replace(",", ".")
+    # Dots up to the value are none of it; `.5H` may be what is left of `0.5H`.
+    folded = re.sub(r"^[\s.]+(?=[0-46-9]|[0-9]{2})", "", fold(text).replace(",", "."))
     found = re.search(r"(?<![0-9A-Z.])([0-9OISZB]{1,3}(?:\.[0-9])?)\s*-?\s*(H|K|T|EF)\b", folded)
     if not found:
         return None
@@ -169,27 +178,37 @@ def fuse(text: str) -> str | None:
     return f"{value}{found.group(2)}" if value and value[0] != "." else None
 
 
+def phase_word(text: str) -> int | None:
+    """1, 2 or 3, where a text says it in words or with its unit: `TRIFÁSICO`, `THREE PHASE`, `3Ø`."""
+    folded = fold(text)
+    letters = re.sub(r"[^A-Z]", "", folded)
+    for stem, count in PHASE_WORDS.items():
+        if stem in letters:
+            return count
+    found = re.search(r"(?<![0-9.,/A-Z])([123])\s*-?\s*(?:PHASES?\b|PH\b|FASES?\b|[ØΦ])", folded)
+    return int(found.group(1)) if found else None
+
+
 def phases(text: str) -> int | None:
     """1, 2 or 3, from `3`, `TRIFASICO`, `3Ø`."""
-    folded = fold(text)
-    for stem, count in (("TRIF", 3), ("BIF", 2), ("MONOF", 1)):
-        if stem in folded:
-            return count
+    if word := phase_word(text):
+        return word
+    if short := re.search(r"\b(?:(MONO)|(BI)|TRI)\b", fold(text)):
+        return short.lastindex or 3
     found = re.search(
-        r"(?<![0-9.,/A-Z])0?([123]|^I$)\s*(?:F(?:ASES?)?|[Ø0O~\u03c6\u03a6]|\(?[A-Z]{3,4}\)?)?(?![0-9A-Z.,/])",
-        folded,
+        r"(?<![0-9.,/A-Z])0?([123]|^I$)\s*(?:F|[Ø0OΦ~]|\(?[A-Z]{3,4}\)?)?(?![0-9A-Z.,/])", fold(text)
     )
-    if not found:
-        return None
-    return int(as_digits(found.group(1)))
+    return int(as_digits(found.group(1))) if found else None
 
 
 def self_protected(text: str) -> bool | None:
     """true from SIM, S, X; false from NÃO, N."""
-    folded = re.sub(r"[^A-Z]", " ", fold(text)).split()
+    folded = re.sub(r"[^A-Z0-9]", " ", fold(text)).split()
+    if "X" in folded[:-1]:  # `( ) SIM  (X) NÃO`
+        folded = folded[folded.index("X") + 1 :]
     if not folded:
         return None
-    if folded[0] in ("SIM", "S", "YES", "X", "SLM", "5IM"):
+    if folded[0] in ("SIM", "S", "SI", "YES", "X", "SLM", "5IM"):
         return True
     return False if folded[0] in ("NAO", "N", "NO", "NA0", "NAQ") else None
 
@@ -203,10 +222,9 @@ def code(text: str) -> str | None:
             best = word
             break
     if best:
-        # `A 12345`, `12345 - 6`: a letter before it or a check digit behind it, set apart.
-        joined = re.search(
-            rf"(?<![0-9A-Z])([A-Z]{{1,3}}[ \-])?{re.escape(best)}( ?- ?[0-9A-Z]{{1,2}})?(?![0-9A-Z])", cleaned
-        )
+        # `A 12345`, `22 - 12345`, `12345 - 6`: what stands before it or a check digit behind it.
+        before, behind = r"([A-Z]{1,3}[ \-]|[0-9A-Z]{1,3} ?- ?)?", "( ?- ?[0-9A-Z]{1,2})?"
+        joined = re.search(rf"(?<![0-9A-Z]){before}{re.escape(best)}{behind}(?![0-9A-Z])", cleaned)
         if joined and joined.group(0) != best:
             return re.sub(r"\s*-\s*", "-", joined.group(0)).replace(" ", "")
     return best or None

@@ -1,10 +1,11 @@
 """The deterministic reasoner: labels, units and places to fields. No model, the same answer every time.
 
-1. Every line is searched for labels; what follows a label up to the next one is its own text.
-2. A label without a usable text of its own takes the nearest line to its right, or below it, that is no
-label and
-   that no nearer label takes.
-3. What has no label is known by its unit (`112,5 kVA`) or its word (TRIFASICO, a manufacturer's name) alone.
+1. Every line is searched for labels (`labels`); what follows a label up to the next one is its own text, and
+what stands before the only one, `3 PHASE`, where nothing follows.
+2. A label without a usable text of its own takes the nearest line to its right, below it, or anywhere in its
+cell, that is no label and that no nearer label takes.
+3. What has no label is known by its unit (`112,5 kVA`), its form (a table of taps) or its word (TRIFASICO, a
+manufacturer's name) alone.
 Two different values for one field, or a second reading of the line that gives another value, are for a
 person.
 """
@@ -13,19 +14,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from statistics import median
 from typing import Any
 
-from ocr_pipeline import normal
+from ocr_pipeline import labels, normal
 from ocr_pipeline.filters import clusters
 from ocr_pipeline.geometry import Box
+from ocr_pipeline.labels import BARE, VOLTAGES, Label, find_labels
 from ocr_pipeline.reading import Reason
 from ocr_pipeline.stages import Candidate, Deadline, Extraction, Line, PoleIdContext
-from ocr_pipeline.templates import CODES, Template, Templates, labels
-from ocr_pipeline.words import alike, distance, fold
+from ocr_pipeline.templates import CODES, Template, Templates
+from ocr_pipeline.words import distance, fold
 
-OTHER = "_other"
+MAKER = "fabricante"
 PARSERS: dict[str, Callable[[str], Any]] = {
     "potencia_kva": normal.power,
     "numero_serie": normal.code,
@@ -38,44 +41,33 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "patrimonio": normal.code,
     "matricula": normal.code,
 }
-BARE = re.compile(
-    r"^[\s\W]*(?:\(?\s*(?:KVA|KV|V|VOLTS?|A|HZ|KG|L|%)\s*\)?)?[\s\W]*$"
-)  # nothing, or only a unit
-ANSWER = re.compile(r"(?:SIM|NAO)(?![A-Z])")  # a value, never a label's first word: `NÃO   FASES: 3`
-VALUE = re.compile(r"[2-9]|[0-9]{2}")  # digits that no letter was misread for
 REACH_RIGHT = 16.0  # of the label's height: a value further off belongs to something else
 REACH_BELOW = 1.6
-SHORTEST_END, LONGEST_END = 4, 20  # letters of a label that is left where its beginning is cut off
+NEAR = 2.5  # of its height: a unit no further behind a number is that number's
+COLUMN = 4.0  # of a label's height: labels that begin less than that apart are of one column
+LONGEST_TAIL = 20  # signs: `NOMINAL`, `CONTÍNUA`, the rest of a label's own words
 NUMBERS = frozenset(PARSERS) - {"fases", "autoprotegido"}  # a word alone is no value of these
+LEADERS = re.compile(r"^[\s.]{2,}")  # dots up to a value
 CODE_ALONE = re.compile(r"[A-Z]{0,3}[0-9]{5,9}(?:-[0-9])?")
 FORMS = (  # what only one field looks like, its label unread
     ("tensao_primaria", re.compile(r"[0-9]{4,5}(?:\s*[/-]\s*[0-9]{4,5})+\s*V?")),
-    ("tensao_secundaria", re.compile(r"[1-4][0-9]{2}\s*/\s*[1-4][0-9]{2}\s*V?")),
+    ("tensao_primaria", re.compile(r"[0-9]{1,2}[.,]?[0-9]{3}\s*V")),
+    (
+        "tensao_primaria",
+        re.compile(r"[0-9]{1,2}[.,][0-9]{1,3}(?:\s*/\s*[0-9]{1,2}(?:[.,][0-9]{1,3})?)+\s*KV"),
+    ),
+    ("tensao_secundaria", re.compile(r"[1-4][0-9]{2}\s*Y?\s*/\s*[1-4][0-9]{2}\s*V?")),
 )
+TAP = re.compile(r"\W*(?:([1-9])[\s.:\-)|]+)?([0-9]{4,5}|[0-9]{1,2}[.,][0-9]{1,3})(?:\s*K?V)?\W*")
+TAP_STEP = (0.85, 0.995)  # of a tap to the one before it
 WORD = 3  # letters: SIM, TRIFASICO
-_COMPANY = "TRANSFORMADORES EQUIPAMENTOS ELETRICOS ELETRICA PRODUTOS COMERCIO LTDA ENERGIA INDUSTRIAL"
-_TITLE = """TRANSFORMADOR DISTRIBUICAO INDUSTRIA BRASILEIRA BRASIL TRIFASICO MONOFASICO BIFASICO PLACA
-IDENTIFICACAO FABRICADO NORMA ABNT NBR OLEO MINERAL VEGETAL IMERSO AUTOPROTEGIDO"""
-COMPANY = tuple(_COMPANY.split())
-TITLE = tuple(_TITLE.split())  # words that stand above a nameplate and name nobody
-NO_NAME = (*COMPANY, *TITLE)
 PLATE_LABELS = 3  # below a heading
 LARGE = 1.35  # of the usual height of a line
 MOST_NAMES = 3  # words of a name
+_BETWEEN = "E DE DO DA S A SA AND THE OF Y PARA FOR COM EM IN POR BY"  # words of a name or title
+BETWEEN = frozenset(_BETWEEN.split())
 UNLABELLED = 0.9  # confidence of what only a unit gives away, beside a labelled value's 1
-
-
-@dataclass(frozen=True)
-class Label:
-    """A label in a line: from `start` to `end` of its text; `rest` is what follows up to the next label."""
-
-    field: str
-    line: int
-    start: int
-    end: int
-    rest: str
-    rest_at: int
-    box: Box | None
+UNSURE = 0.5  # of what a person must see
 
 
 @dataclass(frozen=True)
@@ -84,6 +76,38 @@ class _Found:
 
     candidate: Candidate
     cost: float
+
+
+@dataclass
+class _Sheet:
+    """The lines of a plate, their labels, and what was found so far."""
+
+    lines: Sequence[Line]
+    labels: Sequence[Label]
+    found: dict[str, list[_Found]] = field(default_factory=dict)
+    taken: set[int] = field(default_factory=set)  # lines that are a label's value
+
+    @property
+    def labelled(self) -> set[int]:
+        """Lines with a label in them."""
+        return {label.line for label in self.labels}
+
+    def candidates(self, label: Label, at: int, text: str, start: int) -> dict[str, Candidate]:
+        """The values that a text gives for the fields that a label may name."""
+        found = {name: _candidate(name, self.lines, at, text, start, label.unit) for name in label.fields}
+        return {name: candidate for name, candidate in found.items() if candidate is not None}
+
+    def add(self, values: dict[str, Candidate], cost: float) -> None:
+        """Note values."""
+        for name, candidate in values.items():
+            self.found.setdefault(name, []).append(_Found(candidate, cost))
+
+    def add_unlabelled(self, name: str, at: int, text: str) -> None:
+        """Note what has no label, a little less sure."""
+        candidate = _candidate(name, self.lines, at, text, self.lines[at].text.find(text))
+        if candidate is not None:
+            sure = min(UNLABELLED, candidate.confidence)
+            self.add({name: Candidate(candidate.value, candidate.raw, candidate.line, sure)}, 2.0)
 
 
 class Parser:
@@ -95,376 +119,478 @@ class Parser:
     def extract(self, lines: Sequence[Line], context: PoleIdContext, deadline: Deadline) -> Extraction:
         """Candidates for the fields. See the module."""
         extraction = Extraction()
-        maker = self._manufacturer(lines, extraction)
+        usual = _Sheet(lines, all_labels(lines, self.templates.generic))
+        maker = self._manufacturer(usual, extraction)
         template = self.templates.of(maker)
-        found_labels = [label for at, line in enumerate(lines) for label in find_labels(at, line, template)]
+        sheet = _Sheet(lines, all_labels(lines, template)) if template.labels else usual
         deadline.check("reasoning")
-        found: dict[str, list[_Found]] = {}
-        taken: set[tuple[int, int]] = set()
-        self._own_text(found_labels, lines, found, taken)
-        self._neighbours(found_labels, lines, found, taken)
-        self._by_unit(found_labels, lines, found, taken)
+        _own_text(sheet)
+        _neighbours(sheet)
+        _unlabelled(sheet)
         groups = clusters([line.box for line in lines])
 
         def beside(candidate: Candidate) -> int:
             """How many lines stand with a candidate's: a label beside the plate is a small group."""
             return len(groups[candidate.line]) if candidate.line is not None else 0
 
-        for name, values in found.items():
-            self._choose(name, values, beside, template, extraction)
-        labelled = {label.line for label in found_labels}
-        if any(
-            CODE_ALONE.fullmatch(fold(line.text)) and at not in labelled and (at, 0) not in taken
-            for at, line in enumerate(lines)
-        ):
+        for name, values in sheet.found.items():
+            _choose(name, values, beside, template, extraction)
+        free = set(range(len(lines))) - sheet.labelled - sheet.taken
+        if any(CODE_ALONE.fullmatch(fold(lines[at].text)) for at in free):
             extraction.reasons.append(Reason.UNLABELLED_VALUE)
-        for label in found_labels:
-            if label.field not in (OTHER, "fabricante") and label.field not in extraction.candidates:
-                extraction.reasons.append(f"{Reason.UNREAD_LABEL}:{label.field}")
+        for label in sheet.labels:
+            named = [name for name in label.fields if name != MAKER]
+            if named and not any(name in extraction.candidates for name in label.fields):
+                extraction.reasons.append(f"{Reason.UNREAD_LABEL}:{named[0]}")
         return extraction
 
-    # --- the three ways to a value ---
+    # --- the manufacturer ---
 
-    def _own_text(
-        self,
-        found_labels: Sequence[Label],
-        lines: Sequence[Line],
-        found: dict[str, list[_Found]],
-        taken: set[tuple[int, int]],
-    ) -> None:
-        for label in found_labels:
-            if label.field == "fabricante" or _says_nothing(label):
+    def _manufacturer(self, sheet: _Sheet, extraction: Extraction) -> str | None:
+        """The manufacturer: after its label, else the highest line that names one, else a heading."""
+        for label in sheet.labels:
+            if MAKER not in label.fields or not _first(label, sheet):
                 continue
-            taken.add((label.line, label.rest_at))
-            if label.field == OTHER:
-                continue
-            candidate = _candidate(label.field, lines, label.line, label.rest, label.rest_at)
-            if candidate is not None:
-                found.setdefault(label.field, []).append(_Found(candidate, 0.0))
-
-    def _neighbours(
-        self,
-        found_labels: Sequence[Label],
-        lines: Sequence[Line],
-        found: dict[str, list[_Found]],
-        taken: set[tuple[int, int]],
-    ) -> None:
-        labelled = {label.line for label in found_labels}
-        pairs: list[tuple[float, int, int]] = []
-        for at, label in enumerate(found_labels):
-            if label.field == "fabricante" or not _says_nothing(label):
-                continue
-            for other, line in enumerate(lines):
-                if other in labelled or other == label.line:
-                    continue
-                cost = _far(label, line, other - label.line)
-                if cost is not None:
-                    pairs.append((cost, at, other))
-        done: set[int] = set()
-        used: set[int] = set()
-        for cost, at, other in sorted(pairs):
-            label = found_labels[at]
-            if at in done or other in used:
-                continue
-            if label.field == OTHER:
-                if re.search(r"[0-9]", lines[other].text):
-                    done.add(at)
-                    used.add(other)
-                    taken.add((other, 0))
-                continue
-            candidate = _candidate(label.field, lines, other, lines[other].text, 0) or _second(
-                label.field, lines, other
-            )
-            if candidate is not None:
-                done.add(at)
-                used.add(other)
-                taken.add((other, 0))
-                found.setdefault(label.field, []).append(_Found(candidate, 1.0 + cost))
-
-    def _by_unit(
-        self,
-        found_labels: Sequence[Label],
-        lines: Sequence[Line],
-        found: dict[str, list[_Found]],
-        taken: set[tuple[int, int]],
-    ) -> None:
-        free = []
-        for at, line in enumerate(lines):
-            first = min((label.start for label in found_labels if label.line == at), default=len(line.text))
-            if (at, 0) not in taken and first > 0:
-                free.append((at, line.text[:first]))
-        everything = [(at, line.text) for at, line in enumerate(lines)]
-        for at, text in free:
-            folded = fold(text)
-            if "potencia_kva" not in found and re.search(r"[0-9]\s*K[VU]A\b", folded):
-                self._add("potencia_kva", lines, at, text, found)
-            if re.search(
-                r"[0-9]{4,5}\s*(?:[-/]\s*[0-9]{4,5}\s*)*[-/]\s*[0-9]{3}\s*/\s*[0-9]{3}\s*V\b", folded
-            ):
-                # `13800 - 380/220 V`: both voltages in one line.
-                for name in ("tensao_primaria", "tensao_secundaria"):
-                    if name not in found:
-                        part = text if name == "tensao_primaria" else re.split(r"[-/]", text, maxsplit=1)[1]
-                        self._add(name, lines, at, part, found)
-            for name, form in FORMS:
-                if name not in found and form.fullmatch(folded.strip()):
-                    self._add(name, lines, at, text, found)
-        for at, text in everything:
-            folded = fold(text)
-            if "fases" not in found and re.search(r"TRIF\w?[AS]|MONOF\w?[AS]|BIF\w?[AS]IC", folded):
-                self._add("fases", lines, at, text, found)
-        if "autoprotegido" not in found:
-            for label in found_labels:
-                # The word alone, as a type: `TRANSFORMADOR AUTOPROTEGIDO`.
-                if label.field == "autoprotegido" and label.start > 0 and BARE.match(fold(label.rest)):
-                    line = lines[label.line]
-                    found["autoprotegido"] = [
-                        _Found(Candidate(True, line.text, label.line, min(UNLABELLED, line.weakest)), 2.0)
-                    ]
-
-    def _add(
-        self, name: str, lines: Sequence[Line], at: int, text: str, found: dict[str, list[_Found]]
-    ) -> None:
-        candidate = _candidate(name, lines, at, text, lines[at].text.find(text))
-        if candidate is not None:
-            sure = min(UNLABELLED, candidate.confidence)
-            found[name] = [_Found(Candidate(candidate.value, candidate.raw, candidate.line, sure), 2.0)]
-
-    # --- choosing ---
-
-    def _choose(
-        self,
-        name: str,
-        values: list[_Found],
-        beside: Callable[[Candidate], int],
-        template: Template,
-        extraction: Extraction,
-    ) -> None:
-        values.sort(key=lambda value: (-beside(value.candidate), value.cost, -value.candidate.confidence))
-        best = values[0].candidate
-        if any(other.candidate.value != best.value for other in values[1:]):
-            extraction.reasons.append(f"{Reason.AMBIGUOUS}:{name}")
-        if name in CODES:
-            pattern = template.patterns.get(name)  # type: ignore[call-overload]
-            if pattern is not None and not re.fullmatch(pattern, str(best.value)):
-                extraction.reasons.append(f"{Reason.OUT_OF_DOMAIN}:{name}")
-        if name in template.absent:
-            extraction.reasons.append(f"{Reason.FILTERS_DISAGREE}:{name}")
-        extraction.candidates[name] = best
-
-    def _manufacturer(self, lines: Sequence[Line], extraction: Extraction) -> str | None:
-        """The manufacturer: after its label, else the highest line that names one."""
-        for at, line in enumerate(lines):
-            label = re.match(r"\W*(?:FABRICANTE|FABRICADO POR|MARCA)\b[\s:.\-]*(.+)", fold(line.text))
-            if label and (value := label.group(1).strip(" .:-")):
-                known = self.templates.named_in(value)
-                name = known[0] if known else value[:40]
-                if known is None:
-                    extraction.reasons.append(f"{Reason.UNKNOWN_MANUFACTURER}:fabricante")
-                extraction.candidates["fabricante"] = Candidate(
-                    name, known[1] if known else value[:40], at, line.confidence
-                )
+            if named := self._labelled_maker(label, sheet):
+                at, name, raw, known = named
+                if not known:
+                    extraction.reasons.append(f"{Reason.UNKNOWN_MANUFACTURER}:{MAKER}")
+                extraction.candidates[MAKER] = Candidate(name, raw, at, sheet.lines[at].confidence)
                 return name
-        names: list[tuple[int, str, str]] = []
-        for at, line in enumerate(lines):
-            if known := self.templates.named_in(line.text):
-                names.append((at, *known))
+        names = [
+            (at, *found)
+            for at, line in enumerate(sheet.lines)
+            if (found := self.templates.named_in(line.text))
+        ]
         if not names:
-            return self._heading(lines, extraction)
+            return _heading(sheet, extraction)
         at, name, raw = names[0]
         if any(other != name for _, other, _ in names):
-            extraction.reasons.append(f"{Reason.AMBIGUOUS}:fabricante")
-        extraction.candidates["fabricante"] = Candidate(name, raw, at, lines[at].confidence)
+            extraction.reasons.append(f"{Reason.AMBIGUOUS}:{MAKER}")
+        extraction.candidates[MAKER] = Candidate(name, raw, at, sheet.lines[at].confidence)
         return name
 
-    def _heading(self, lines: Sequence[Line], extraction: Extraction) -> str | None:
-        """A manufacturer in no template: large words above all labels, or a company's. For a person."""
-        labelled = [
-            line.box.top
-            for at, line in enumerate(lines)
-            if line.box and find_labels(at, line, self.templates.generic)
-        ]
-        if len(labelled) < PLATE_LABELS:
-            return None
-        usual = median(line.box.height for line in lines if line.box)
-        for at, line in enumerate(lines):
-            if line.box is None or line.box.middle[1] > min(labelled):
-                continue
-            words = re.findall(r"[0-9A-Z&]+", fold(line.text))
-            own = [word for word in words if not any(alike(word, known) for known in NO_NAME)]
-            titled = any(alike(word, known) for word in words for known in TITLE)
-            company = any(word in COMPANY for word in words)
-            name = " ".join(word for word in own if word not in ("E", "DE", "DO", "DA", "S", "A"))
-            if not re.fullmatch(r"[A-Z&][A-Z& ]{2,39}", name) or len(own) > MOST_NAMES:
-                continue
-            if company or (line.box.height > LARGE * usual and not titled):
-                extraction.candidates["fabricante"] = Candidate(name, name, at, line.confidence)
-                extraction.reasons.append(f"{Reason.UNKNOWN_MANUFACTURER}:fabricante")
-                return name
-        return None
+    def _labelled_maker(self, label: Label, sheet: _Sheet) -> tuple[int, str, str, bool] | None:
+        """The name that a label stands for, as (line, name, its words, whether a template knows it)."""
+        at, text = label.line, label.rest
+        if not re.search(r"[^\W\d]{2}", text):
+            near = [
+                (place[1], other)
+                for other, line in enumerate(sheet.lines)
+                if other not in sheet.labelled
+                and (len(label.fields) > 1 or not re.search(r"[0-9]", line.text))
+                and (place := _place(label, other, sheet, _cell_end(label, sheet)))
+            ]
+            if not near:
+                return None
+            at = min(near)[1]
+            text = sheet.lines[at].text
+        if found := self.templates.named_in(text):
+            return at, *found, True
+        name = brand(text)
+        return (at, name, name, False) if name else None
 
 
-def find_labels(at: int, line: Line, template: Template) -> list[Label]:
-    """The labels of a line from left to right, none overlapping another."""
-    text = line.text
-    signs = [
-        (place, sign)
-        for place, original in enumerate(text)
-        for sign in fold(original)
-        if sign.isalnum() and sign.isascii()
+def _first(label: Label, sheet: _Sheet) -> bool:
+    """Whether a label begins its line, or follows another one in it: else it is a word of a sentence."""
+    return label.start <= 1 or any(
+        other.line == label.line and other.start < label.start for other in sheet.labels
+    )
+
+
+def all_labels(lines: Sequence[Line], template: Template) -> list[Label]:
+    """The labels of all lines, without units that stand apart behind their number: `75` `kVA`."""
+    return [
+        label
+        for at, line in enumerate(lines)
+        if not (BARE.match(fold(line.text)) and _number_before(line, lines))
+        for label in find_labels(at, line, template)
     ]
-    flat = "".join(sign for _, sign in signs)
-    spans: list[tuple[int, int, str]] = []
-    start = 0
-    while start < len(flat):
-        place = signs[start][0]
-        if not _begins(text, place) or ANSWER.match(fold(text[place : place + 4])):
-            start += 1
+
+
+def _number_before(line: Line, lines: Sequence[Line]) -> Line | None:
+    """The number that stands right before a line in its row."""
+    for other in lines:
+        if other.box is None or line.box is None or not re.search(r"[0-9]\W*$", other.text):
             continue
-        match = _longest(flat, start, text, signs, template)
-        if match is None and start == 0:
-            match = _end_of_one(flat, text, signs, template)
-        if match is None:
-            start += 1
+        gap = (line.box.left - other.box.right) / max(1.0, line.box.height)
+        if _one_row(other.box, line.box) and -0.5 < gap < NEAR:
+            return other
+    return None
+
+
+def _heading(sheet: _Sheet, extraction: Extraction) -> str | None:
+    """A manufacturer in no template: large words above all labels, or a company's. For a person."""
+    tops = [
+        label.box.top
+        for label in sheet.labels
+        if label.box and label.start <= 1 and label.fields not in (("fases",), ("autoprotegido",))
+    ]
+    if len(tops) < PLATE_LABELS:
+        return None
+    usual = median(line.box.height for line in sheet.lines if line.box)
+    for at, line in enumerate(sheet.lines):
+        if line.box is None or line.box.middle[1] > min(tops):
             continue
-        name, length = match
-        spans.append((place, signs[start + length - 1][0] + 1, name))
-        start += length
-    found = []
-    for number, (begin, end, name) in enumerate(spans):
-        until = spans[number + 1][0] if number + 1 < len(spans) else len(text)
-        rest = text[end:until]
-        skipped = re.match(r"[\s:;.,=_\-)\]]*(?:\(\s*[A-Za-z%]{1,4}\s*\)[\s:;.=_\-]*)?", rest)
-        offset = skipped.end() if skipped else 0
-        found.append(
-            Label(name, at, begin, end, rest[offset:].rstrip(" :;,_|"), end + offset, _part(line, begin, end))
+        name, words = brand(line.text), _words(line.text)
+        if not name or len(name.split()) > MOST_NAMES:
+            continue
+        company = any(word in labels.known()["_company"] for word in words)
+        large = line.box.height > LARGE * usual or (len(name) > WORD and _above_title(line.box, sheet))
+        if company or (large and not _titled(line.text)):
+            extraction.candidates[MAKER] = Candidate(name, name, at, line.confidence)
+            extraction.reasons.append(f"{Reason.UNKNOWN_MANUFACTURER}:{MAKER}")
+            return name
+    return None
+
+
+def _titled(text: str) -> bool:
+    """Whether a text has a word of a title in it."""
+    return any(_one_of(word, "_title") for word in _words(text))
+
+
+def _above_title(box: Box, sheet: _Sheet) -> bool:
+    """Whether a title stands right below a box: `TRANSFORMADOR`."""
+    return any(
+        -0.5 * box.height < line.box.top - box.bottom < REACH_BELOW * box.height
+        for line in sheet.lines
+        if line.box and _titled(line.text) and brand(line.text) is None
+    )
+
+
+def brand(text: str) -> str | None:
+    """The name in what a company calls itself: `Líder Transformadores Ltda` is LIDER."""
+    own = [word for word in _words(text) if not (_one_of(word, "_company") or _one_of(word, "_title"))]
+    name = " ".join(own)
+    return name if re.fullmatch(r"[A-Z&][A-Z& -]{2,39}", name) else None
+
+
+def _words(text: str) -> list[str]:
+    words = re.findall(r"[0-9A-Z&]+(?:-[0-9A-Z&]+)*", fold(text))
+    for at in range(len(words) - 1, 0, -1):
+        if _one_of(words[at - 1] + words[at], "_title"):  # `TRANSFORMAD OR`
+            words[at - 1 : at + 1] = [words[at - 1] + words[at]]
+    return [word for word in words if word not in BETWEEN]
+
+
+@lru_cache(maxsize=4096)
+def _one_of(word: str, name: str) -> bool:
+    """Whether a word is one of a list, a long one with a wrong letter, or several of them without a space."""
+    return any(
+        word == known
+        or (len(known) > 6 and distance(word, known, 1) <= 1)
+        or (len(known) > WORD and word.startswith(known) and _one_of(word[len(known) :], name))
+        for known in labels.known()[name]
+    )
+
+
+# --- the three ways to a value ---
+
+
+def _own_text(sheet: _Sheet) -> None:
+    for label in sorted(sheet.labels, key=lambda label: label.fields == VOLTAGES):
+        if label.fields == (MAKER,):
+            continue
+        if not _says_nothing(label):
+            values = sheet.candidates(label, label.line, label.rest, label.rest_at)
+        else:
+            values = _before(label, sheet)
+        if label.fields == VOLTAGES:  # only where no label says which one
+            values = {name: value for name, value in values.items() if name not in sheet.found}
+        sheet.add(values, 0.0)
+
+
+def _before(label: Label, sheet: _Sheet) -> dict[str, Candidate]:
+    """What stands before a line's only label: `3 PHASE`, `13800 V  AT`."""
+    if label.start == 0 or sum(other.line == label.line for other in sheet.labels) > 1:
+        return {}
+    text = sheet.lines[label.line].text[: label.start].rstrip(" :-")
+    letters = sum(sign.isalpha() for sign in text)
+    return sheet.candidates(label, label.line, text, 0) if letters < WORD else {}
+
+
+def _neighbours(sheet: _Sheet) -> None:
+    waiting = [
+        label
+        for label in sheet.labels
+        if label.fields != (MAKER,) and _says_nothing(label) and not _before(label, sheet)
+    ]
+    free = [at for at in range(len(sheet.lines)) if at not in sheet.labelled]
+    pairs: list[tuple[float, int, int, str]] = []
+    usual: list[str] = []  # where each label has its value
+    for at, label in enumerate(waiting):
+        end = _cell_end(label, sheet)
+        places = {other: place for other in free if (place := _place(label, other, sheet, end))}
+        usable = [place for other, place in places.items() if _fits(label, other, sheet)]
+        if label.fields and usable:
+            usual.append(min(usable, key=lambda place: place[1])[0])
+        pairs += [(cost, at, other, where) for other, (where, cost) in places.items()]
+    in_cells = usual.count("right") * 2 < len(usual)  # a plate is laid out in one way
+    done: set[int] = set()
+    for cost, at, other, where in sorted(pairs):
+        label = waiting[at]
+        if at in done or other in sheet.taken or (where == "cell" and not in_cells):
+            continue
+        values = _fits(label, other, sheet)
+        if values or (not label.fields and re.search(r"[0-9]", sheet.lines[other].text)):
+            done.add(at)
+            sheet.taken.add(other)
+            sheet.add(values, 1.0 + cost)
+
+
+def _fits(label: Label, at: int, sheet: _Sheet) -> dict[str, Candidate]:
+    """The values that a line gives for a label, or its second reading alone: that one for a person."""
+    line = sheet.lines[at]
+    values = sheet.candidates(label, at, line.text, 0)
+    if not values and line.second:
+        sure = min(UNSURE, line.weakest)
+        second = {name: _value(name, line.second, label.unit) for name in label.fields}
+        values = {
+            name: Candidate(value, line.second, at, sure)
+            for name, value in second.items()
+            if value is not None
+        }
+    return values
+
+
+def _unlabelled(sheet: _Sheet) -> None:
+    lines, found = sheet.lines, sheet.found
+    free = []
+    for at, line in enumerate(lines):
+        first = min((label.start for label in sheet.labels if label.line == at), default=len(line.text))
+        if at not in sheet.taken and first > 0:
+            free.append((at, line.text[:first]))
+    for at, text in free:
+        folded = fold(text)
+        if re.fullmatch(r"\W*K[VU]A\W*", folded) and (number := _number_before(lines[at], lines)):
+            sheet.taken.add(lines.index(number))
+            if "potencia_kva" not in found:
+                sheet.add_unlabelled("potencia_kva", lines.index(number), number.text)
+        if "potencia_kva" not in found and re.search(r"[0-9]\s*K[VU]A\b", folded):
+            sheet.add_unlabelled("potencia_kva", at, text)
+        if re.search(r"[0-9]{4,5}\s*(?:[-/]\s*[0-9]{4,5}\s*)*[-/]\s*[0-9]{3}\s*/\s*[0-9]{3}\s*V\b", folded):
+            # `13800 - 380/220 V`: both voltages in one line.
+            for name in VOLTAGES:
+                if name not in found:
+                    part = text if name == "tensao_primaria" else re.split(r"[-/]", text, maxsplit=1)[1]
+                    sheet.add_unlabelled(name, at, part)
+        for name, form in FORMS:
+            value = PARSERS[name](text) if name not in found and form.fullmatch(folded.strip()) else None
+            if value is not None and not normal.problem(name, value):
+                sheet.add_unlabelled(name, at, text)
+    _taps(sheet)
+    for at, line in enumerate(lines):
+        if "fases" not in found and normal.phase_word(line.text):
+            sheet.add_unlabelled("fases", at, line.text)
+    if "autoprotegido" not in found:
+        for label in sheet.labels:
+            # The word alone, as a type: `TRANSFORMADOR AUTOPROTEGIDO`.
+            if label.fields == ("autoprotegido",) and label.start > 0 and BARE.match(fold(label.rest)):
+                line = lines[label.line]
+                sure = min(UNLABELLED, line.weakest)
+                found["autoprotegido"] = [_Found(Candidate(True, line.text, label.line, sure), 2.0)]
+
+
+# --- a table of taps ---
+
+
+def _taps(sheet: _Sheet) -> None:
+    """The primary's taps in a table of their own: the first one, where plainly none stands before."""
+    rows = [(at, *tap) for at, line in enumerate(sheet.lines) if (tap := _tap(line)) and line.box]
+    for column in _series(rows, sheet.lines):
+        at, volts, position = column[0]
+        top = sheet.lines[at].box
+        others = {other for other, _, _ in column}
+        sheet.taken |= others
+        if "tensao_primaria" in sheet.found or top is None:
+            continue
+        position = position or _position(at, sheet)
+        above = any(
+            label.box
+            and label.fields in (("tensao_primaria",), VOLTAGES)
+            and -0.5 * top.height < top.top - label.box.bottom < REACH_BELOW * top.height
+            for label in sheet.labels
         )
-    return found
+        if position not in ("", "1"):
+            continue
+        line = sheet.lines[at]
+        sure = min(UNLABELLED, line.weakest) if position or above else min(UNSURE, line.weakest)
+        sheet.add({"tensao_primaria": Candidate(volts, line.text, at, sure)}, 2.0)
+
+
+def _tap(line: Line) -> tuple[float, str] | None:
+    """The voltage of a line that is nothing else, and its tap's position."""
+    found = TAP.fullmatch(fold(line.text))
+    if not found:
+        return None
+    volts = normal.primary(found.group(2)) or normal.primary(f"{found.group(2)} KV")
+    if volts is None or normal.problem("tensao_primaria", volts):
+        return None
+    return volts, found.group(1) or ""
+
+
+def _series(
+    rows: Sequence[tuple[int, float, str]], lines: Sequence[Line]
+) -> list[list[tuple[int, float, str]]]:
+    """Two or more voltages, one below or right of the other, each a step lower."""
+    series: list[list[tuple[int, float, str]]] = []
+    for row in rows:
+        for taps in series:
+            last, volts, _ = taps[-1]
+            if TAP_STEP[0] < row[1] / volts < TAP_STEP[1] and _next(lines[last].box, lines[row[0]].box):
+                taps.append(row)
+                break
+        else:
+            series.append([row])
+    return [taps for taps in series if len(taps) > 1]
+
+
+def _next(one: Box | None, other: Box | None) -> bool:
+    """Whether a box is the next one of a column or a row."""
+    if one is None or other is None:
+        return False
+    if _one_row(one, other):
+        return 0 < other.left - one.right < 4 * one.height
+    down = other.middle[1] - one.middle[1]
+    return abs(one.right - other.right) < one.height and 0 < down < 2.5 * one.height
+
+
+def _position(at: int, sheet: _Sheet) -> str:
+    """The tap's number in the cell to the left, or ""."""
+    box = sheet.lines[at].box
+    for line in sheet.lines:
+        if box and line.box and re.fullmatch(r"\W*[1-9I]\W*", line.text):
+            gap = box.left - line.box.right
+            if _one_row(box, line.box) and 0 < gap < 6 * box.height:
+                return re.sub(r"\W", "", line.text).replace("I", "1")
+    return ""
+
+
+# --- choosing ---
+
+
+def _choose(
+    name: str,
+    values: list[_Found],
+    beside: Callable[[Candidate], int],
+    template: Template,
+    extraction: Extraction,
+) -> None:
+    values.sort(key=lambda value: (-beside(value.candidate), value.cost, -value.candidate.confidence))
+    best = values[0].candidate
+    if any(other.candidate.value != best.value for other in values[1:]):
+        extraction.reasons.append(f"{Reason.AMBIGUOUS}:{name}")
+    if name in CODES:
+        pattern = template.patterns.get(name)  # type: ignore[call-overload]
+        if pattern is not None and not re.fullmatch(pattern, str(best.value)):
+            extraction.reasons.append(f"{Reason.OUT_OF_DOMAIN}:{name}")
+    if name in template.absent:
+        extraction.reasons.append(f"{Reason.FILTERS_DISAGREE}:{name}")
+    extraction.candidates[name] = best
+
+
+# --- where and how ---
 
 
 def _says_nothing(label: Label) -> bool:
     """Whether the value stands elsewhere: what follows the label is nothing, a unit, or the rest of its own
-    words (`DATA F` beside a date).
+    words (`DATA F` beside a date, `CONTÍNUA`).
     """
-    return BARE.match(fold(label.rest)) is not None or (
-        label.field in NUMBERS and re.fullmatch(r"[A-Z]{1,2}\W*", fold(label.rest)) is not None
-    )
-
-
-def _begins(text: str, place: int) -> bool:
-    """Whether a word may begin here: at the start, or after what is no letter or digit."""
-    return (
-        place == 0 or not text[place - 1].isalnum() or (text[place - 1].isdigit() and text[place].isalpha())
-    )
-
-
-def _longest(
-    flat: str, start: int, text: str, signs: Sequence[tuple[int, str]], template: Template
-) -> tuple[str, int] | None:
-    """The longest label that stands at `start`, as (field, length), with few wrong letters."""
-    best: tuple[float, str, int] | None = None
-    for name, phrase in _phrases(template):
-        allowed = 0 if len(phrase) < 6 else 1 if len(phrase) < 9 else 2
-        for length in (len(phrase), len(phrase) - 1, len(phrase) + 1) if allowed else (len(phrase),):
-            end = start + length
-            if length < 2 or end > len(flat):
-                continue
-            part = flat[start:end]
-            if part != phrase and (not allowed or not _might_be(part, phrase)):
-                continue
-            if part != phrase and VALUE.search(part) and not VALUE.search(phrase):
-                continue  # `POTÊNCIA: 75 kVA` is no misread `POTÊNCIA EM kVA`
-            if part != phrase and phrase[0] == "N" and part.startswith("DE"):
-                continue  # `DE FABRICAÇÃO`, the rest of a date's label, is no misread `Nº FABRICAÇÃO`
-            wrong = 0 if part == phrase else distance(part, phrase, allowed)
-            if wrong > allowed or not _ends(text, signs, end, len(phrase)):
-                continue
-            score = len(phrase) - 1.5 * wrong
-            if best is None or score > best[0]:
-                best = (score, name, length)
-    return (best[1], best[2]) if best else None
-
-
-def _end_of_one(
-    flat: str, text: str, signs: Sequence[tuple[int, str]], template: Template
-) -> tuple[str, int] | None:
-    """A label without its beginning: `TÊNCIA: 75`, where all labels that end so are of one field."""
-    for length in range(min(len(flat), LONGEST_END), SHORTEST_END - 1, -1):
-        ending = [(name, phrase) for name, phrase in _phrases(template) if phrase.endswith(flat[:length])]
-        if not any(length < len(phrase) <= 2 * length for _, phrase in ending):
-            continue
-        if len({name for name, _ in ending}) == 1 and _ends(text, signs, length, length):
-            return ending[0][0], length
-    return None
-
-
-def _phrases(template: Template) -> list[tuple[str, str]]:
-    from ocr_pipeline.words import squeezed
-
-    own = [(name, squeezed(phrase)) for name, phrases in template.labels.items() for phrase in phrases]
-    return own + [(name, phrase) for name, phrases in labels().items() for phrase in phrases]
-
-
-def _might_be(part: str, phrase: str) -> bool:
-    """A cheap look before the distance is computed: one of three pieces is the same."""
-    third = len(phrase) // 3
-    return (
-        part[:third] == phrase[:third]
-        or phrase[third : 2 * third] in part
-        or part[-third:] == phrase[-third:]
-    )
-
-
-def _ends(text: str, signs: Sequence[tuple[int, str]], end: int, size: int) -> bool:
-    """Whether a label may end before the sign `end`: no letter follows at once, nor a digit a short one."""
-    if end >= len(signs):
+    if BARE.match(fold(label.rest)):
         return True
-    place, before = signs[end][0], signs[end - 1][0]
-    if place > before + 1:
-        return True
-    return text[place].isdigit() and size >= 4
+    if not NUMBERS.intersection(label.fields) or re.search(r"[0-9]", label.rest):
+        return False
+    given = any(_value(name, label.rest, label.unit) is not None for name in label.fields)
+    return len(label.rest) <= LONGEST_TAIL and not given
 
 
-def _part(line: Line, begin: int, end: int) -> Box | None:
-    """Where the characters from `begin` to `end` of a line lie, as if all were of one width."""
-    if line.box is None or not line.text:
-        return line.box
-    unit = line.box.width / len(line.text)
-    return Box(line.box.left + begin * unit, line.box.top, line.box.left + end * unit, line.box.bottom)
-
-
-def _far(label: Label, line: Line, after: int) -> float | None:
-    """How far a line is from a label that it may be the value of, in heights; None where it cannot be."""
+def _place(label: Label, at: int, sheet: _Sheet, cell_end: float) -> tuple[str, float] | None:
+    """Where a line stands from a label that it may be the value of, and how far, in heights: right, below,
+    or in the rest of the label's cell; None where it cannot be.
+    """
+    line = sheet.lines[at]
     if label.box is None or line.box is None:
-        return 0.5 if after == 1 else None  # only text: the value stands in the next line
+        return ("below", 0.5) if at == label.line + 1 else None  # only text: it stands in the next line
     height = max(1.0, min(label.box.height, line.box.height))
     common = min(label.box.bottom, line.box.bottom) - max(label.box.top, line.box.top)
     gap = line.box.left - label.box.right
     if common > 0.5 * height and -0.6 * height < gap < REACH_RIGHT * label.box.height:
-        return max(0.0, gap) / label.box.height * 0.25
+        if _worded_before(line.box, label.box.right - 0.6 * height, {at, label.line}, sheet):
+            return None
+        return "right", max(0.0, gap) / label.box.height * 0.25
     drop = line.box.top - label.box.bottom
+    if not -0.5 * height < drop < REACH_BELOW * label.box.height:
+        return None
+    if any(_stands_between(other.box, label.box, line.box) for other in sheet.lines if other is not line):
+        return None
     across = min(label.box.right, line.box.right) - max(label.box.left, line.box.left)
-    if -0.5 * height < drop < REACH_BELOW * label.box.height and across > 0.3 * min(
-        label.box.width, line.box.width
-    ):
-        aligned = abs(line.box.left - label.box.left) / label.box.height
-        centred = abs(line.box.middle[0] - label.box.middle[0]) / label.box.height
-        return 0.6 + max(0.0, drop) / label.box.height + 0.15 * min(aligned, centred)
+    aligned = abs(line.box.left - label.box.left) / label.box.height
+    centred = abs(line.box.middle[0] - label.box.middle[0]) / label.box.height
+    cost = 0.6 + max(0.0, drop) / label.box.height + 0.15 * min(aligned, centred)
+    if across > 0.3 * min(label.box.width, line.box.width):
+        return "below", cost
+    begin = label.box.left - label.box.height
+    inside = begin < line.box.left and line.box.middle[0] < cell_end
+    if inside and not _worded_before(line.box, begin, {at, label.line}, sheet):
+        return "cell", cost
     return None
 
 
-def _candidate(name: str, lines: Sequence[Line], at: int, text: str, start: int) -> Candidate | None:
+def _stands_between(box: Box | None, above: Box, below: Box) -> bool:
+    """Whether a box stands between two others, above the lower one: then that one is its value."""
+    if box is None or not above.middle[1] < box.middle[1] < below.middle[1]:
+        return False
+    across = min(box.right, below.right) - max(box.left, below.left)
+    return across > 0 and not _one_row(box, below) and not _one_row(box, above)
+
+
+def _one_row(one: Box, other: Box) -> bool:
+    """Whether two boxes stand side by side."""
+    common = min(one.bottom, other.bottom) - max(one.top, other.top)
+    return common > 0.5 * max(1.0, min(one.height, other.height))
+
+
+def _worded_before(box: Box, begin: float, apart: set[int], sheet: _Sheet) -> bool:
+    """Whether words stand in the row of a box between `begin` and the box: then it is their value."""
+    for at, line in enumerate(sheet.lines):
+        if at in apart or line.box is None or line.box.left < begin or line.box.middle[0] > box.left:
+            continue
+        if _one_row(box, line.box) and sum(sign.isalpha() for sign in line.text) >= WORD:
+            return True
+    return False
+
+
+def _cell_end(label: Label, sheet: _Sheet) -> float:
+    """Where a label's cell ends at the latest: what begins to the right of it begins another one."""
+    if label.box is None:
+        return 0.0
+    begin = max(label.box.right, label.box.left + COLUMN * label.box.height)
+    edges = [other.box.left for other in sheet.labels if other.box and other.box.left > begin]
+    edges += [
+        line.box.left
+        for line in sheet.lines
+        if line.box and line.box.left > begin and _one_row(label.box, line.box)
+    ]
+    return min(edges, default=label.box.left + REACH_RIGHT * label.box.height)
+
+
+def _value(name: str, text: str, unit: str = "") -> Any:
+    """What a text gives for a field; `unit` stands beside the label: `TENSÃO (kV) 13,8`."""
+    if name not in PARSERS:
+        return None
+    text = LEADERS.sub("", text)
+    kilovolts = name in VOLTAGES and re.search(r"KV(?!A)", fold(unit)) is not None
+    return PARSERS[name](f"{text} kV" if kilovolts else text)
+
+
+def _candidate(
+    name: str, lines: Sequence[Line], at: int, text: str, start: int, unit: str = ""
+) -> Candidate | None:
     """The value of a field in a text of a line, as sure as the least sure character of that text."""
-    value = PARSERS[name](text)
+    value = _value(name, text, unit)
     if value is None:
         return None
     return Candidate(value, text, at, sureness(lines[at], max(0, start), text))
-
-
-def _second(name: str, lines: Sequence[Line], at: int) -> Candidate | None:
-    """The value that only the second reading of a line gives: for a person."""
-    value = PARSERS[name](lines[at].second) if lines[at].second else None
-    return None if value is None else Candidate(value, lines[at].second, at, min(0.5, lines[at].weakest))
 
 
 def sureness(line: Line, start: int, text: str) -> float:

@@ -8,7 +8,7 @@ number, asset tag or registration looks like on its plates. `_generic.yml` is th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -117,6 +117,10 @@ def load(folder: str = "") -> Templates:
         for entry in shipped.iterdir()
         if entry.name.endswith(".yml")
     ]
+    own = {template.name for template in found}
+    source = resources.files("ocr_pipeline") / "data" / "manufacturers.yml"
+    names: dict[str, list[str]] = yaml.safe_load(source.read_text(encoding="utf-8"))
+    found += [Template(name=name, aliases=aliases) for name, aliases in names.items() if name not in own]
     if folder:
         place = Path(folder)
         if not place.is_dir():
@@ -145,13 +149,3 @@ def _parse(name: str, text: str) -> Template:
 def schema() -> dict[str, Any]:
     """The JSON Schema of a template file, for editors."""
     return Template.model_json_schema()
-
-
-@lru_cache(maxsize=1)
-def labels() -> dict[str, tuple[str, ...]]:
-    """The usual labels by field, squeezed; `_other` are labels of values that no field takes."""
-    source = resources.files("ocr_pipeline") / "data" / "labels.yml"
-    data: dict[str, Sequence[str]] = yaml.safe_load(source.read_text(encoding="utf-8"))
-    return {
-        name: tuple(dict.fromkeys(squeezed(phrase) for phrase in phrases)) for name, phrases in data.items()
-    }
