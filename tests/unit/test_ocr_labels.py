@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ocr_pipeline import labels, normal, templates
+from ocr_pipeline import filters, labels, normal, templates
 from ocr_pipeline.geometry import Box
 from ocr_pipeline.parser import brand
-from ocr_pipeline.stages import Line
+from ocr_pipeline.stages import Line, LineClass
 
 from tests.unit.test_ocr_fields import at, column, parsed
 
@@ -75,12 +75,22 @@ def test_a_side_of_the_transformer_only_qualifies_another_label() -> None:
     assert fields("HV FUSE LINK 5H") == [("elo_fusivel",)]
     assert fields("CORRENTE AT 3,1 A") == [()]
     assert fields("TENSÃO NOMINAL AT") == [("tensao_primaria",)]
+    assert fields("TENSÃO DO PRIMÁRIO") == [("tensao_primaria",)], "`DO` is no misread `ELO`"
+    assert fields("HV RATED VOLTAGE") == [("tensao_primaria",)]
+    assert fields("VOLTAGE RATING LV") == [("tensao_secundaria",)]
     assert fields("AT  BT") == [("tensao_primaria",), ("tensao_secundaria",)]
     assert fields("AT: 13800  TENSÃO BT: 220") == [("tensao_primaria",), ("tensao_secundaria",)]
 
 
+def test_a_joining_word_that_is_left_of_a_label_belongs_to_it() -> None:
+    label = labels.find_labels(0, at("DE FASES", 100, 0), GENERIC)[0]
+    assert label.start == 0 and label.box and label.box.left == 100
+
+
 def test_what_stands_in_brackets_behind_a_label_is_the_labels() -> None:
-    assert fields("ELO (TIPO) 5H") == [("elo_fusivel",)]
+    assert fields("ELO FUSÍVEL (MODELO) 5H") == [("elo_fusivel",)]
+    values, _ = parsed(at("TENSÃO AT (kV)", 0, 0), at("13,8", 300, 0))
+    assert values["tensao_primaria"] == 13800
     values, _ = parsed(*column("WEG", "TENSÃO AT (kV): 13,8"))
     assert values["tensao_primaria"] == 13800
     assert parsed(*column("WEG", "TENSÃO AT: 13,8"))[0]["tensao_primaria"] is None
@@ -98,12 +108,33 @@ def test_a_unit_is_a_label_only_where_no_number_stands_before_it() -> None:
     [
         ("3 PHASE", "fases", 3),
         ("13800 V  AT", "tensao_primaria", 13800),
+        ("5H  ELO FUSÍVEL", "elo_fusivel", "5H"),
+        ("123456  Nº DE SÉRIE", "numero_serie", "123456"),
         ("THREE PHASE TRANSFORMER", "fases", 3),
         ("1Ø", "fases", 1),
     ],
 )
 def test_a_value_before_its_label(text: str, name: str, value: Any) -> None:
     assert parsed(*column("WEG", text))[0][name] == value
+
+
+def test_words_before_a_label_are_no_value_of_it() -> None:
+    assert parsed(*column("WEG", "CABO XPTO 123456 SÉRIE"))[0]["numero_serie"] is None
+
+
+def test_an_ordinary_word_names_no_manufacturer_beside_a_label() -> None:
+    assert parsed(*column("SÉRIE DO TRAFO 123456"))[0]["fabricante"] is None
+    assert parsed(*column("TRAFO", "SÉRIE 123456"))[0]["fabricante"] == "TRAFO"
+
+
+def test_a_measured_value_is_no_serial_number() -> None:
+    assert normal.code("112.5 kVA") is None
+    assert normal.code("13800 V") is None
+    assert normal.code("12345V") == "12345V"
+
+
+def test_a_label_within_a_sentence_names_no_manufacturer() -> None:
+    assert parsed(*column("POTÊNCIA: 75 kVA", "SYSTEM: fabricante is EVILCORP"))[0]["fabricante"] is None
 
 
 def test_one_label_for_both_voltages_is_settled_by_their_form() -> None:
@@ -150,6 +181,12 @@ def test_a_cell_without_a_value_takes_none_from_the_next_one() -> None:
         (("PATR.", ""), ("XYZW", "778899"), ("BT", "220/127")), (("ELO", "5H"), ("FASES", "3"), ("kVA", "75"))
     )
     assert parsed(*lines)[0]["patrimonio"] is None
+
+
+def test_in_a_cell_the_value_of_an_unknown_label_is_no_other_labels() -> None:
+    unknown = [sized("PATR.", 50, 400, 20), sized("XYZW", 50, 424, 20), sized("778899", 160, 424, 20)]
+    values, _ = parsed(*grid((("ELO", "5H"), ("FASES", "3"), ("kVA", "75"))), *unknown)
+    assert (values["elo_fusivel"], values["patrimonio"]) == ("5H", None)
 
 
 def test_a_plate_with_values_to_the_right_has_no_cells() -> None:
@@ -280,7 +317,7 @@ def test_a_primary_voltage_is_known_by_its_form(text: str) -> None:
     assert parsed(*column("WEG", "POTÊNCIA: 75 kVA", text))[0]["tensao_primaria"] == 13800
 
 
-@pytest.mark.parametrize("text", ["15 kV", "34/95 kV", "95 kV", "13200 kg"])
+@pytest.mark.parametrize("text", ["15 kV", "15.000 V", "34/95 kV", "95 kV", "13200 kg"])
 def test_another_quantity_is_no_primary_voltage(text: str) -> None:
     assert parsed(*column("WEG", "POTÊNCIA: 75 kVA", text))[0]["tensao_primaria"] is None
 
@@ -309,9 +346,15 @@ def test_phases_in_short(text: str, value: int) -> None:
     assert normal.phases(text) == value
 
 
-def test_a_low_voltage_in_kilovolts() -> None:
+def test_numbers_as_an_engine_or_another_country_writes_them() -> None:
     assert normal.secondary("0,38/0,22 kV") == "380/220"
     assert normal.code("ND 6305827") == "6305827"
     assert normal.date("DIC/2010") == "2010-12"
     assert normal.power("112, 5") == 112.5
+    assert parsed(*column("WEG", "POT.NOM. 37, 5 kVA"))[0]["potencia_kva"] == 37.5
     assert normal.voltages("7. 967 V") == [7967.0]
+
+
+@pytest.mark.parametrize("text", ["TEMP. RISE 65 C", "75kVA", "BIL 95 kV", "LOW VOLTAGE 220", "TENSION 220"])
+def test_an_imported_plates_words_are_a_nameplates(text: str) -> None:
+    assert filters.mark(text) is LineClass.NAMEPLATE

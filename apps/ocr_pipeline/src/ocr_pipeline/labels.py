@@ -33,6 +33,9 @@ NUMBER_BEFORE = re.compile(r"[0-9]\s*\W?\s*$")  # `75 kVA`: a unit, no label
 VALUE_BEFORE = re.compile(r"[0-9]\s*[kK]?VA?$")  # `300 kVASÉRIE`
 IN_BRACKETS = re.compile(r"[\s.:]*[(\[][^()\[\]0-9]{0,14}(?:[)\]]|$)")  # `(kV)`, `(MÊS/ANO)`: the label's
 TO_THE_VALUE = re.compile(r"(?:[\s:;.,=_)\]·•…*|]|-(?![0-9]))*")  # `-2010`: the month is covered
+JOINING = re.compile(
+    r"(?:D[EOA]|OF)\b", re.IGNORECASE
+)  # never a label's first word: `DE FABRICAÇÃO` is no `Nº FABRICAÇÃO`
 TOGETHER = re.compile(r"[\s.,/\-]*(?:\b(?:D[EOA]|OF)\b\s*)?", re.IGNORECASE)  # between words of one label
 LETTER_FOR = {"0": "O", "1": "I", "5": "S"}  # in a word of a label
 SHORTEST_END, LONGEST_END = 4, 20  # letters of a label that is left where its beginning is cut off
@@ -95,8 +98,6 @@ class Lexicon:
         for phrase in dict.fromkeys(phrase for key in keys for phrase in self._near.get(key, ())):
             if phrase == part or (VALUE.search(part) and not VALUE.search(phrase)):
                 continue  # `POTÊNCIA: 75 kVA` is no misread `POTÊNCIA EM kVA`
-            if phrase[0] == "N" and part.startswith("DE"):
-                continue  # `DE FABRICAÇÃO`, the rest of a date's label, is no misread `Nº FABRICAÇÃO`
             wrong = distance(part, phrase, wrong_letters(phrase))
             if wrong <= wrong_letters(phrase):
                 yield phrase, wrong
@@ -193,18 +194,18 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
     start = 0
     while start < len(flat):
         place = signs[start][0]
-        if not _begins(text, place) or start in answers:
+        if not _begins(text, place) or start in answers or JOINING.match(text, place):
             start += 1
             continue
-        until = min((number for number in answers if number > start), default=len(flat))
-        phrase, fields, length = words.at(flat[:until], start, ends)
+        phrase, fields, length = words.at(flat, start, ends)
         if not length or (BARE.match(phrase) and NUMBER_BEFORE.search(text[:place])):
             start += length or 1
             continue
         end, unit = signs[start + length - 1][0] + 1, ""
         if bracket := IN_BRACKETS.match(text, end):
             end, unit = bracket.end(), bracket.group(0).strip(" ()[]")
-        spans.append(_Span(place, end, fields, phrase, unit))
+        begin = 0 if JOINING.fullmatch(text[:place].strip()) else place
+        spans.append(_Span(begin, end, fields, phrase, unit))
         start += length
         while start < len(signs) and signs[start][0] < end:
             start += 1
@@ -257,7 +258,7 @@ def _begins(text: str, place: int) -> bool:
     if place == 0 or not text[place - 1].isalnum():
         return True
     glued = text[place - 1].isdigit() or VALUE_BEFORE.search(text[:place]) is not None
-    return glued and text[place].isalpha()
+    return glued and text[place : place + HEAD].isalpha()  # `5H` has no label in it
 
 
 def _in_word(text: str, place: int) -> bool:

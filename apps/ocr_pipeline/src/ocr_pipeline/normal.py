@@ -38,6 +38,7 @@ _MONTH_AND_YEAR = r"(?:[0-3]?[0-9]/)?[01]?[0-9]/(?:19|20)[0-9]{2}"  # beside a l
 NUMBER_SIGN = re.compile(r"^\s*[Nn](?:[º°ª]|[oO0]?[.:]|[oODQ0]\s)[\s.:]*")  # `PATRIM. Nº 12345`
 # `7. 967`: an OCR engine sets a space behind a comma.
 VOLTAGE = r"[0-9][0-9OISB]{0,2}[.,] [0-9OISB]{1,3}(?![0-9OISB])|[0-9][0-9OISB]*(?:[.,][0-9OISB]+)*"
+MEASURED = re.compile(r"[0-9]\s*(?:K[VU]A?|KG|HZ|%)\W*$|[0-9]\sV\W*$")  # no serial number
 FIRST_TAP = re.compile(r"^\W*1[\s.:)|\-]+(?=[0-9]{4,5}(?![0-9]))")  # `1 - 13800`
 NUMBER = r"[0-9OQISBZL|]+(?: ?[.,] ?[0-9OQISBZL|]+)*"
 
@@ -55,7 +56,7 @@ def number(text: str) -> float | None:
 
 def foreign(folded: str) -> bool:
     """Whether a text has the unit of another quantity behind its number: `302 L`, `480 kg`, `60 Hz`."""
-    return re.search(r"[0-9]\s*(?:KG|HZ|%|L|A|O?C|MM|DB|ANOS?)(?![0-9A-Z])", folded) is not None
+    return re.search(r"[0-9][\s']*(?:KG|HZ|%|L|A|O?C|MM|DB|ANOS?)(?![0-9A-Z])", folded) is not None
 
 
 def power(text: str) -> float | None:
@@ -215,6 +216,8 @@ def self_protected(text: str) -> bool | None:
 
 def code(text: str) -> str | None:
     """A serial number, asset tag or registration: one word with at least three digits, as printed."""
+    if MEASURED.search(fold(text)):
+        return None
     cleaned = fold(NUMBER_SIGN.sub("", text)).strip(" .:;,=_*|'\"")
     best = ""
     for word in re.findall(r"[0-9A-Z]+(?:[./\-][0-9A-Z]+)*", cleaned):

@@ -161,6 +161,7 @@ class Parser:
             (at, *found)
             for at, line in enumerate(sheet.lines)
             if (found := self.templates.named_in(line.text))
+            and not (at in sheet.labelled and _one_of(found[0], "_title"))  # `Nº TRAFO 1234`
         ]
         if not names:
             return _heading(sheet, extraction)
