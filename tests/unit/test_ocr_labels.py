@@ -207,6 +207,19 @@ def test_the_value_of_an_unknown_label_is_no_other_labels() -> None:
     assert values["patrimonio"] is None
 
 
+def test_a_plate_with_its_labels_below_the_values_is_read_upwards() -> None:
+    rows = [("123456", "Nº DE SÉRIE"), ("778899", "PATRIMÔNIO"), ("", "MATRÍCULA"), ("5H", "ELO")]
+    lines = [
+        at(text, 100, 100 + 90 * row + 34 * below)
+        for row, pair in enumerate(rows)
+        for below, text in enumerate(pair)
+        if text
+    ]
+    values, _ = parsed(*lines)
+    assert (values["numero_serie"], values["patrimonio"], values["matricula"]) == ("123456", "778899", None)
+    assert values["elo_fusivel"] == "5H"
+
+
 def taps(first: int, *volts: str) -> list[Line]:
     """A table: the position, then the voltage, under a heading that is no label of the primary."""
     rows = [at("MUDANÇAS", 100, 300)]

@@ -181,6 +181,7 @@ class Parser:
                 if other not in sheet.labelled
                 and (len(label.fields) > 1 or not re.search(r"[0-9]", line.text))
                 and (place := _place(label, other, sheet, _cell_end(label, sheet)))
+                and place[0] != "above"
             ]
             if not near:
                 return None
@@ -326,11 +327,14 @@ def _neighbours(sheet: _Sheet) -> None:
         if label.fields and usable:
             usual.append(min(usable, key=lambda place: place[1])[0])
         pairs += [(cost, at, other, where) for other, (where, cost) in places.items()]
-    in_cells = usual.count("right") * 2 < len(usual)  # a plate is laid out in one way
+    left_out = set()  # a plate is laid out in one way
+    if usual.count("right") * 2 >= len(usual):
+        left_out.add("cell")
+    left_out |= {"below", "cell"} if usual.count("above") * 2 > len(usual) else {"above"}
     done: set[int] = set()
     for cost, at, other, where in sorted(pairs):
         label = waiting[at]
-        if at in done or other in sheet.taken or (where == "cell" and not in_cells):
+        if at in done or other in sheet.taken or where in left_out:
             continue
         values = _fits(label, other, sheet)
         if values or (not label.fields and re.search(r"[0-9]", sheet.lines[other].text)):
@@ -507,7 +511,7 @@ def _says_nothing(label: Label) -> bool:
 
 def _place(label: Label, at: int, sheet: _Sheet, cell_end: float) -> tuple[str, float] | None:
     """Where a line stands from a label that it may be the value of, and how far, in heights: right, below,
-    or in the rest of the label's cell; None where it cannot be.
+    above, or in the rest of the label's cell; None where it cannot be.
     """
     line = sheet.lines[at]
     if label.box is None or line.box is None:
@@ -519,19 +523,21 @@ def _place(label: Label, at: int, sheet: _Sheet, cell_end: float) -> tuple[str, 
         if _worded_before(line.box, label.box.right - 0.6 * height, {at, label.line}, sheet):
             return None
         return "right", max(0.0, gap) / label.box.height * 0.25
-    drop = line.box.top - label.box.bottom
+    above = line.box.middle[1] < label.box.middle[1]
+    drop = label.box.top - line.box.bottom if above else line.box.top - label.box.bottom
     if not -0.5 * height < drop < REACH_BELOW * label.box.height:
         return None
-    if any(_stands_between(other.box, label.box, line.box) for other in sheet.lines if other is not line):
+    pair = (line.box, label.box) if above else (label.box, line.box)
+    if any(_stands_between(other.box, *pair) for other in sheet.lines if other is not line):
         return None
     across = min(label.box.right, line.box.right) - max(label.box.left, line.box.left)
     aligned = abs(line.box.left - label.box.left) / label.box.height
     centred = abs(line.box.middle[0] - label.box.middle[0]) / label.box.height
     cost = 0.6 + max(0.0, drop) / label.box.height + 0.15 * min(aligned, centred)
     if across > 0.3 * min(label.box.width, line.box.width):
-        return "below", cost
+        return "above" if above else "below", cost
     begin = label.box.left - label.box.height
-    inside = begin < line.box.left and line.box.middle[0] < cell_end
+    inside = not above and begin < line.box.left and line.box.middle[0] < cell_end
     if inside and not _worded_before(line.box, begin, {at, label.line}, sheet):
         return "cell", cost
     return None
