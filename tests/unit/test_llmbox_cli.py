@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from llmbox import cli, gate, idle, status
+from llmbox import cli, gate, idle, resume, status
 from llmbox.gateway import client
 from llmbox.guard import report
 from llmbox.lock import held
@@ -63,6 +63,8 @@ class Box:
         self.manager.results["llama-bad.service"] = "failed"
         (folder / "systemctl").write_text(SYSTEMCTL)
         (folder / "systemctl").chmod(0o755)
+        (folder / "sudo").write_text('#!/bin/sh\necho "$*" >> "$HERE/suspended"; exit 1\n')
+        (folder / "sudo").chmod(0o755)
         presets = {
             "coder": {**PRESET, "aliases": ["c"], "unit": "llama-coder.service"},
             "bad": {**PRESET, "unit": "llama-bad.service"},
@@ -101,6 +103,16 @@ class Box:
                 assert isinstance(ended.code, int)
                 code = ended.code
         return subprocess.CompletedProcess(["lmswitch", *words], code, said.getvalue(), wrong.getvalue())
+
+    def kept(self) -> str:
+        """What a resume would start."""
+        file = self.folder / resume.FILE
+        return file.read_text().strip() if file.exists() else ""
+
+    def idle(self) -> None:
+        """Nothing is active: a stop of the fake manager's says nothing to systemctl's stand-in."""
+        self.manager.active = ""
+        (self.folder / "active").write_text("")
 
     def typed(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run lmswitch as a program."""
@@ -189,8 +201,7 @@ def test_resume_starts_what_was_stopped_and_has_it_generate(box: Box) -> None:
     assert done.returncode == 0 and "no preset served" in done.stdout
     box.lmswitch("coder")
     assert box.lmswitch("off", "--keep").returncode == 0
-    box.manager.active = ""
-    (box.folder / "active").write_text("")
+    box.idle()
     with mock.patch("llmbox.server.LlamaServer.canary", return_value=""):
         done = box.lmswitch("resume")
     assert done.returncode == 0 and "coder is ready" in done.stdout and "and generates" in done.stdout
@@ -212,6 +223,52 @@ def test_a_card_that_generates_nothing_is_a_failed_resume(box: Box) -> None:
     answer = json.loads(done.stdout)
     assert done.returncode == 1 and not answer["ok"] and answer["serving"] == "coder"
     assert "generates nothing: ConnectError" in answer["message"]
+
+
+def test_a_dead_card_fails_every_resume_not_the_first_alone(box: Box) -> None:
+    box.lmswitch("coder")
+    box.lmswitch("off", "--keep")
+    for _ in range(2):
+        done = box.lmswitch("resume")  # nothing listens where the preset should
+        assert done.returncode == 1 and "generates nothing" in done.stderr
+    with mock.patch("llmbox.server.LlamaServer.canary", return_value=""):
+        assert box.lmswitch("resume").returncode == 0
+    assert box.kept() == ""
+
+
+@pytest.mark.parametrize("words", [["coder"], ["off"]])
+def test_what_is_done_by_hand_is_not_undone_by_a_resume(box: Box, words: list[str]) -> None:
+    box.lmswitch("coder")
+    box.lmswitch("off", "--keep")
+    assert box.kept() == "coder"
+    assert box.lmswitch("bad").returncode == 1
+    assert box.kept() == "coder", "a switch that failed has changed nothing"
+    assert box.lmswitch(*words).returncode == 0
+    assert box.kept() == ""
+    box.lmswitch("off")
+    assert "no preset served" in box.lmswitch("resume").stdout
+
+
+def test_keeping_twice_keeps_what_served(box: Box) -> None:
+    box.lmswitch("coder")
+    box.lmswitch("off", "--keep")
+    box.idle()
+    assert box.lmswitch("off", "--keep").returncode == 0
+    assert box.kept() == "coder"
+
+
+@pytest.mark.parametrize("words", [["sleep"], ["off", "--keep"]])
+def test_what_cannot_be_kept_is_not_stopped(box: Box, words: list[str]) -> None:
+    box.lmswitch("coder")
+    (box.folder / ".local").write_text("no folder")  # root too cannot write below a file
+    done = box.lmswitch(*words, "--json")
+    assert (
+        done.returncode == 1 and "cannot be written (Not a directory)" in json.loads(done.stdout)["message"]
+    )
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert (box.folder / "active").read_text() == "llama-coder.service"
+    assert not [call for call in box.manager.calls if call[0] == "StopUnit"]
+    assert not (box.folder / "suspended").exists()
 
 
 def test_a_preset_that_left_the_inventory_is_not_resumed(box: Box) -> None:

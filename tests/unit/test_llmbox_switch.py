@@ -303,7 +303,7 @@ def test_sleep_stops_before_it_suspends(systemd: FakeSystemd) -> None:
     remembered: list[str | None] = []
 
     def remember(preset: str | None) -> None:
-        assert "suspend" not in systemd.calls
+        assert "stop llama-gemma.service" not in systemd.calls
         remembered.append(preset)
 
     assert make(systemd)[0].sleep(remember).ok

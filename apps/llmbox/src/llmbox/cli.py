@@ -256,18 +256,28 @@ def change(
                     if preset is not None:
                         outcome = switcher.switch(preset.name, restart=options.restart)
                     else:
-                        outcome = switcher.off() if verb == "off" else switcher.sleep(stopped.remember)
+                        keep = stopped.remember if options.keep else None
+                        outcome = switcher.off(keep) if verb == "off" else switcher.sleep(stopped.remember)
                     if outcome.changed:
                         switched(outcome.ok, outcome.parts)
-            if options.keep and outcome.ok:
-                stopped.remember(outcome.preset)
             if verb == "resume" and preset is not None and outcome.ok:
-                stopped.remember(None)
                 outcome = canary(preset, outcome)
+            if outcome.ok and verb != "sleep" and not options.keep:
+                forget(reporter)
         except Interrupted:
             outcome = Outcome(False, "interrupted; look with: lmswitch status")
     reporter.close()
     return told(outcome, options)
+
+
+def forget(reporter: ConsoleReporter) -> None:
+    """Whoever switches or stops by hand has said what is to serve: `resume` brings nothing back any more."""
+    from llmbox import resume as stopped
+
+    try:
+        stopped.remember(None)
+    except LlmboxError as error:  # what was asked for is done
+        reporter.note(str(error))
 
 
 def told(outcome: Outcome, options: argparse.Namespace) -> int:

@@ -161,10 +161,15 @@ class Switcher:
         left = f"{serving} still serves" if serving else "nothing serves"
         return f"{wanted.name} is refused: {refused}; {left}" if refused else ""
 
-    def off(self) -> Outcome:
-        """Stop whatever preset is up, and any that waits to be restarted."""
+    def off(self, keep: Callable[[str], None] | None = None) -> Outcome:
+        """Stop whatever preset is up, and any that waits to be restarted.
+
+        `keep` is told, before anything is stopped, which preset is to come back later; it may raise.
+        """
         began = self.clock()
         states = self.manager.look(self._preset_units())
+        if keep and (former := self._occupant(self.manager.look(self._units()))) and self._is_preset(former):
+            keep(self._preset(former).name)
         stopped = []
         for unit, state in states.items():
             if not (state.occupied or state.failed):
@@ -192,14 +197,14 @@ class Switcher:
     def sleep(self, remember: Callable[[str | None], None] = lambda _preset: None) -> Outcome:
         """Stop the active preset, then suspend the machine; when it refuses, go back to what was serving.
 
-        `remember` is told, before the machine sleeps, which preset was stopped.
+        `remember` is told, before anything is stopped, which preset that is. When nothing serves it is not:
+        what it knows of is still to come back.
         """
         began = self.clock()
         former = self._occupant(self.manager.look(self._units()))
-        stopped = self.off()
+        stopped = self.off(remember)
         if not stopped.ok:
             return stopped
-        remember(stopped.preset)
         said = self.manager.suspend()
         if not said:
             return Outcome(
@@ -211,9 +216,10 @@ class Switcher:
                 self.clock() - began,
                 parts=stopped.parts,
             )
-        remember(None)
         self.reporter.note(f"the machine was not suspended: {said}")
         serving = self._return_to(former)
+        if former and serving and self._is_preset(former):
+            remember(None)
         return Outcome(
             False,
             f"sleep failed: {said}; {self._serves(serving)}",
