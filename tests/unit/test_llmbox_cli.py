@@ -22,7 +22,7 @@ from llmbox.gateway import client
 from llmbox.guard import report
 from llmbox.lock import held
 from llmbox.presets import PresetsFile
-from llmbox.systemd import UnitState
+from llmbox.systemd import Systemd, UnitState
 
 from tests.unit.fake_manager import FakeManager
 
@@ -255,6 +255,38 @@ def test_keeping_twice_keeps_what_served(box: Box) -> None:
     box.idle()
     assert box.lmswitch("off", "--keep").returncode == 0
     assert box.kept() == "coder"
+
+
+def test_requests_are_held_until_the_suspend_is_over(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.lmswitch("coder")
+    told: list[str] = []
+
+    @contextmanager
+    def hold(_runtime: Path, _preset: str | None, _tell: object) -> Iterator[Callable[..., None]]:
+        told.append("held")
+        yield lambda *_: None
+        told.append("let go")
+
+    def asleep(_systemd: Systemd) -> str:
+        told.append("asleep")
+        return ""
+
+    monkeypatch.setattr(client, "requests_held", hold)
+    monkeypatch.setattr(Systemd, "suspend", asleep)
+    done = box.lmswitch("sleep")
+    assert done.returncode == 0 and "the machine slept, and is awake again" in done.stdout
+    assert told == ["held", "asleep", "let go"] and box.kept() == "coder"
+
+
+def test_a_sleep_that_failed_brings_back_what_served(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.lmswitch("coder")
+    monkeypatch.setattr(Systemd, "suspend", lambda _: "systemd-suspend.service: it exited with status 1")
+    done = box.lmswitch("sleep", "--json")
+    answer = json.loads(done.stdout)
+    assert (
+        done.returncode == 1 and answer["serving"] == "coder" and "exited with status 1" in answer["message"]
+    )
+    assert (box.folder / "active").read_text() == "llama-coder.service" and box.kept() == ""
 
 
 @pytest.mark.parametrize("words", [["sleep"], ["off", "--keep"]])

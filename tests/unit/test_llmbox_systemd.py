@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from jeepney import new_signal  # type: ignore[import-untyped]
-from llmbox import bus
+from llmbox import bus, systemd
 from llmbox.errors import LlmboxError, UsageError
 from llmbox.systemd import (
     WAIT_PREFIX,
@@ -256,3 +256,63 @@ def test_without_a_service_manager_the_fix_is_named(tmp_path: Path, monkeypatch:
     (tmp_path / "systemd").mkdir()
     (tmp_path / "systemd/private").touch()
     assert runtime_dir() == tmp_path
+
+
+SUSPEND = {
+    # logind's word, the unit's states, and the seconds that the machine has slept by then.
+    "sleeps": """say true; sleep 0.3; unit activating start; sleep 0.3
+        echo 8 > slept; unit inactive dead; say false""",
+    "sleeps for a moment": """say true; unit activating start; sleep 0.3; unit inactive dead; say false""",
+    "sleeps at once": "echo 8 > slept",
+    "fails late": """
+        say true; sleep 0.3; unit activating start; sleep 0.3; unit failed failed exit-code 1; say false""",
+    "fails at once": "unit failed failed exit-code 1",
+    "is given up": "say true; sleep 0.3; say false",
+    "does not begin": "",
+    "hangs": "say true; sleep 0.3; unit activating start",
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        ("sleeps", ""),
+        ("sleeps for a moment", ""),
+        ("sleeps at once", ""),
+        ("fails late", "systemd-suspend.service: it exited with status 1; look with: journalctl"),
+        ("fails at once", "systemd-suspend.service: it exited with status 1; look with: journalctl"),
+        ("is given up", "it was accepted, and the machine did not sleep"),
+        ("does not begin", "it was accepted, and the machine did not sleep"),
+        ("hangs", "has not ended in 2 s, so nothing is started: it may sleep"),
+    ],
+)
+def test_a_suspend_is_over_when_the_machine_is_awake_again(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, way: str, said: str
+) -> None:
+    here = f"cd {stand_in}"
+    (stand_in / "slept").write_text("3")
+    # The run before has failed, too, and is not to be mistaken for this one.
+    (stand_in / "unit").write_text("ActiveState=failed\nResult=exit-code\nExecMainStatus=2\nInvocationID=1\n")
+    helpers = """
+        say() { echo "b $1" > said.new; mv said.new said; }
+        unit() {
+            printf 'ActiveState=%s\\nSubState=%s\\nResult=%s\\n' "$1" "$2" "${3:-success}" > unit.new
+            printf 'ExecMainStatus=%s\\nExecMainCode=1\\nInvocationID=2\\n' "${4:-0}" >> unit.new
+            mv unit.new unit
+        }"""
+    program(stand_in, "goes", f"{here}; {helpers}\n{SUSPEND[way]}\ntouch over")
+    # logind says that it is at it before its caller returns.
+    program(stand_in, "sudo", f'{here}; echo "$*" > asked; ./goes >/dev/null 2>&1 & sleep 0.15')
+    program(stand_in, "busctl", f"{here}; cat said 2>/dev/null")
+    program(stand_in, "systemctl", f"{here}; cat unit")
+    monkeypatch.setattr(systemd, "asleep", lambda: float((stand_in / "slept").read_text() or 3))
+    for name, seconds in (("TIMEOUT", 2.0), ("BEGIN", 0.6), ("TICK", 0.05)):
+        monkeypatch.setattr(systemd, f"SUSPEND_{name}_S", seconds)
+    if way == "hangs":
+        with pytest.raises(LlmboxError, match=said):
+            Systemd(stand_in).suspend()
+    else:
+        told = Systemd(stand_in).suspend()
+        assert told.startswith(said) and bool(told) == bool(said)
+    assert (stand_in / "over").exists()
+    assert (stand_in / "asked").read_text() == "-n /usr/bin/systemctl suspend\n"

@@ -34,7 +34,7 @@ DESCRIPTION = "Switch the model preset that serves on this box."
 EPILOG = """verbs:
   PRESET        make this preset (or its alias) serve; returns when it is ready
   off           stop the preset that serves
-  sleep         stop it, then suspend the machine
+  sleep         stop it, then suspend the machine; over when it is awake again
   resume        after sleep: start what it stopped, and have it generate
   status        what serves, since when, from which build
   list          all presets

@@ -195,10 +195,10 @@ class Switcher:
         return Outcome(True, said, stopped[0], None, True, seconds, parts={"stop": seconds})
 
     def sleep(self, remember: Callable[[str | None], None] = lambda _preset: None) -> Outcome:
-        """Stop the active preset, then suspend the machine; when it refuses, go back to what was serving.
+        """Stop the active preset, then suspend the machine; over when it is awake again.
 
-        `remember` is told, before anything is stopped, which preset that is. When nothing serves it is not:
-        what it knows of is still to come back.
+        When it does not sleep, go back to what was serving. `remember` is told, before anything is stopped,
+        which preset that is. When nothing serves it is not: what it knows of is still to come back.
         """
         began = self.clock()
         former = self._occupant(self.manager.look(self._units()))
@@ -209,7 +209,7 @@ class Switcher:
         if not said:
             return Outcome(
                 True,
-                "the machine goes to sleep; when it wakes: lmswitch resume",
+                "the machine slept, and is awake again; what served starts with: lmswitch resume",
                 stopped.preset,
                 None,
                 stopped.changed,

@@ -21,6 +21,11 @@ JOURNAL_SETTLE_S = 0.6
 WAIT_PREFIX = "llmbox-wait-ready:"
 TRIAL_UNIT = "llmbox-trial.service"
 NOISE_FACTOR = 20
+SUSPEND_UNIT = "systemd-suspend.service"
+SUSPEND_TICK_S = 0.3
+SUSPEND_BEGIN_S = 10.0  # for a suspend of which logind says nothing; it delays one by 5 s
+SUSPEND_TIMEOUT_S = 120.0
+SLEPT_S = 0.2
 PROPERTIES = (
     "Id,LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ActiveEnterTimestamp,StateChangeTimestamp,"
     "ExecMainCode,ExecMainStatus,ExecMainPID,ExecMainStartTimestamp"
@@ -195,9 +200,46 @@ class Systemd:
             time.sleep(TICK_S)
 
     def suspend(self) -> str:
-        """Suspend the machine through the one sudo rule. Returns "", or why it was not done."""
+        """Suspend the machine through the one sudo rule, until it is awake again.
+
+        Returns "", or why it did not sleep. Raises LlmboxError when that does not end: it may sleep yet.
+        """
+        before, slept = self._suspend_unit().invocation, asleep()
         done = self._run(["sudo", "-n", "/usr/bin/systemctl", "suspend"])
-        return "" if done.returncode == 0 else _one_line(done.stderr) or f"exit {done.returncode}"
+        if done.returncode != 0:
+            return _one_line(done.stderr) or f"exit {done.returncode}"
+        # Only accepted: inhibitors may delay it, the driver has the card's memory to save, it may fail.
+        began = time.monotonic()  # stands still while the machine sleeps
+        begun = ran = False
+        while True:
+            preparing, unit = self._prepares_for_sleep(), self._suspend_unit()
+            ran |= unit.occupied
+            goes_on = preparing or unit.occupied
+            failed = unit.failed and unit.invocation != before
+            waited = time.monotonic() - began
+            if not goes_on and (begun or failed or asleep() - slept > SLEPT_S or waited > SUSPEND_BEGIN_S):
+                break
+            if waited > SUSPEND_TIMEOUT_S:
+                raise LlmboxError(
+                    f"the suspend has not ended in {SUSPEND_TIMEOUT_S:.0f} s, so nothing is started: it may "
+                    f"sleep yet; look with: systemctl status {SUSPEND_UNIT}; then: lmswitch resume"
+                )
+            begun |= goes_on
+            time.sleep(SUSPEND_TICK_S)
+        if failed:
+            return f"{SUSPEND_UNIT}: {unit.ending or 'failed'}; look with: journalctl -b -u {SUSPEND_UNIT}"
+        if ran or asleep() - slept > SLEPT_S:
+            return ""
+        return f"it was accepted, and the machine did not sleep; look with: journalctl -b -u {SUSPEND_UNIT}"
+
+    def _suspend_unit(self) -> UnitState:
+        return self.show([SUSPEND_UNIT], system=True)[SUSPEND_UNIT]
+
+    def _prepares_for_sleep(self) -> bool:
+        """Whether logind is at it: since it has accepted, until the machine is awake again or it failed."""
+        manager = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
+        said = self._run(["busctl", "--system", "get-property", *manager, "PreparingForSleep"])
+        return said.stdout.strip() == "b true"
 
     def _run(
         self, command: list[str], timeout_s: float = COMMAND_TIMEOUT_S
@@ -218,6 +260,11 @@ class Systemd:
             raise LlmboxError(f"{command[0]} is not on this machine; lmswitch needs systemd") from None
         except subprocess.TimeoutExpired:
             raise LlmboxError(f"{' '.join(command)} did not return in {timeout_s:.0f} s") from None
+
+
+def asleep() -> float:
+    """Seconds that this machine has slept since it was started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 def meaningful(lines: Iterable[str], count: int) -> list[str]:
