@@ -89,11 +89,27 @@ def test_nothing_is_tried_without_end() -> None:
     assert World(("silent", 1)).watch("linux", 0) == Watched("silent", 0.0, 0), "one look, no packet"
 
 
-def test_windows_ends_the_wait_at_once_unless_it_is_being_restarted() -> None:
-    assert World(("windows", 1)).watch("linux", 60).seconds == 0
+def test_windows_ends_the_wait_unless_it_is_being_restarted() -> None:
+    assert World(("windows", 1)).watch("linux", 180) == Watched("windows", 30.0, 0)
+    assert World(("windows", 1)).watch("linux", 20).seconds == 20
+    assert World(("windows", 1)).watch("linux", 0).seconds == 0, "one look, where nothing is waited for"
     restarted = World(("windows", 20), ("silent", 10), ("linux", 1))
     assert restarted.watch("linux", 60, mac=False, through_windows=True).state == "linux"
     assert World(("linux", 10), ("silent", 20), ("windows", 1)).watch("windows", 60).state == "windows"
+
+
+def test_a_linux_whose_samba_is_up_before_its_sshd_is_no_windows() -> None:
+    booting = World(("silent", 4), ("windows", 20), ("up", 2), ("windows", 20), ("linux", 1))
+    assert booting.watch("linux", 180).state == "linux"
+
+
+def test_one_silent_look_is_not_yet_asleep() -> None:
+    assert World(("linux", 4), ("silent", 1)).watch("silent", 120, mac=False) == Watched("silent", 14.0, 0)
+    lost = World(("linux", 4), ("silent", 3), ("linux", 1))
+    assert lost.watch("silent", 60, mac=False) == Watched("linux", 60.0, 0)
+    at_the_end = World(("linux", 58), ("silent", 1))
+    assert at_the_end.watch("silent", 60, mac=False) == Watched("silent", 68.0, 0)
+    assert World(("linux", 58), ("silent", 4), ("linux", 1)).watch("silent", 60, mac=False).state == "linux"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ State = Literal["linux", "windows", "up", "silent"]
 Until = Literal["linux", "windows", "silent", "any"]
 
 PAUSE_S: Final = 2.0
+# What one look may be wrong about: a packet gets lost, and Linux's Samba may answer before its sshd does.
+SILENT_S: Final = 10.0
+WINDOWS_S: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,28 @@ def watch(
 ) -> Watched:
     """Look until the machine is in the wanted state, at most `timeout_s`; what is silent is woken meanwhile.
 
-    Windows ends the wait for Linux at once, as it does not reboot by itself, unless it is `through_windows`.
+    Without any time it is one look. Else it is silent when it has been for SILENT_S, also past `timeout_s`; and
+    what has been Windows for WINDOWS_S ends the wait for Linux, as it does not reboot by itself, unless it is
+    `through_windows`.
     """
     began, last_wake, packets = clock(), float("-inf"), 0
+    former: State | None = None
+    since = began
     while True:
         state = look()
-        waited = clock() - began
-        if until in ("any", state) or waited >= timeout_s:
+        now = clock()
+        if state != former:
+            former, since = state, now
+        waited, stayed = now - began, now - since
+        if until == "silent" and state == "silent" and timeout_s > 0:
+            ended = stayed >= SILENT_S
+        elif until == "linux" and state == "windows" and not through_windows:
+            ended = stayed >= WINDOWS_S or waited >= timeout_s
+        else:
+            ended = until in ("any", state) or waited >= timeout_s
+        if ended:
             return Watched(state, waited, packets)
-        if until == "linux" and state == "windows" and not through_windows:
-            return Watched(state, waited, packets)
-        if wake and state == "silent" and clock() - last_wake >= wake_interval_s:
+        if wake and state == "silent" and now - last_wake >= wake_interval_s:
             wake()
             last_wake, packets = clock(), packets + 1
         pause(PAUSE_S)
