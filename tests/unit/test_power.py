@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from llama_common.roles import RoleVariables
 
 from plugins.action import power_state
 from plugins.modules import magic_packet
-from tests.support import ROOT
+from tests.support import ROOT, PlaybookRun, ansible_playbook
 
 MAC = "02:00:5e:10:00:01"
 
@@ -173,6 +176,107 @@ def test_a_real_look(server: Callable[[bytes], int], monkeypatch: pytest.MonkeyP
     assert power_state.seen(here, nobody, here, [nobody]).state == "silent"
     monkeypatch.setattr(power_state, "pings", lambda _address: True)
     assert power_state.seen(here, nobody, here, [nobody]).state == "up"
+
+
+LMSWITCH = """#!/bin/sh
+echo "lmswitch $*" >> {log}
+case $1 in
+sleep) echo '{{"ok": true, "changed": true, "message": "it slept"}}' ;;
+resume)
+    if [ ! -e {log}.busy ]; then
+        touch {log}.busy
+        echo '{{"ok": false, "message": "another switch is under way"}}'
+        exit 3
+    fi
+    echo '{{"ok": true, "changed": true, "message": "coder is ready, and generates"}}' ;;
+*) echo '{{"ok": true, "changed": true, "message": "off: stopped coder"}}' ;;
+esac
+"""
+
+
+class Play:
+    """The real role, here with stand-ins, as a box that goes on answering SSH whatever it is told."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.log = folder, folder / "log"
+        self.program("lmswitch", LMSWITCH.format(log=self.log))
+        inventory = {
+            "llm_servers": {
+                "hosts": {
+                    "box": {
+                        "ansible_connection": "local",
+                        "ansible_become": False,
+                        "ansible_host": "127.0.0.1",
+                        "ansible_port": port,
+                        "ansible_python_interpreter": sys.executable,
+                        "llm_user_name": "llm",
+                        "power_windows_ports": [],
+                        "power_down_timeout": 1,
+                        "power_windows_timeout": 1,
+                    }
+                }
+            }
+        }
+        play = {
+            "hosts": "llm_servers",
+            "gather_facts": False,
+            "roles": ["power"],
+            "environment": {"PATH": f"{folder}:/usr/bin:/bin"},
+        }
+        (folder / "inventory.yml").write_text(yaml.safe_dump(inventory))
+        (folder / "play.yml").write_text(yaml.safe_dump([play]))
+
+    def program(self, name: str, text: str) -> None:
+        place = self.folder / name
+        place.write_text(text)
+        place.chmod(0o755)
+
+    def run(self, action: str) -> PlaybookRun:
+        extra = json.dumps({"power_action": action, "_power_bootwin": str(self.folder / "bootwin")})
+        inventory = self.folder / "inventory.yml"
+        return ansible_playbook(self.folder / "play.yml", "-e", extra, inventory=inventory, timeout=120)
+
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+@pytest.fixture
+def box(tmp_path: Path, server: Callable[[bytes], int]) -> Play:
+    return Play(tmp_path, server(b"SSH-2.0-OpenSSH_9.2\r\n"))
+
+
+def test_a_box_that_does_not_go_to_sleep_serves_again(box: Play) -> None:
+    (box.folder / "log.busy").touch()
+    done = box.run("sleep")
+    assert done.rc != 0 and "still answers SSH" in done.stdout and "coder is ready" in done.stdout
+    assert box.calls() == ["lmswitch sleep --json", "lmswitch resume --json"]
+
+
+def test_nothing_is_stopped_where_windows_cannot_start(box: Play) -> None:
+    box.program("bootwin", f'#!/bin/sh\necho "bootwin $*" >> {box.log}\necho "no boot entry" >&2\nexit 1\n')
+    done = box.run("windows")
+    assert done.rc != 0 and "no boot entry" in done.stdout
+    assert box.calls() == ["bootwin --dry-run"]
+
+
+def test_a_box_whose_firmware_then_refuses_windows_serves_again(box: Play) -> None:
+    refuses = '[ -n "$1" ] || { echo "the firmware refuses BootNext" >&2; exit 1; }'
+    box.program("bootwin", f'#!/bin/sh\necho "bootwin $*" >> {box.log}\n{refuses}\n')
+    (box.folder / "log.busy").touch()
+    done = box.run("windows")
+    assert done.rc != 0 and "the firmware refuses BootNext; coder is ready" in done.stdout
+    assert box.calls() == [
+        "bootwin --dry-run",
+        "lmswitch off --keep --json",
+        "bootwin ",
+        "lmswitch resume --json",
+    ]
+
+
+def test_a_wake_waits_for_the_switch_that_is_under_way(box: Play) -> None:
+    done = box.run("wake").check()
+    assert done.changed == 1
+    assert box.calls() == ["lmswitch resume --json"] * 2
 
 
 def test_the_specification_repeats_the_defaults_and_knows_the_limits() -> None:

@@ -55,8 +55,8 @@ def watch(
 ) -> Watched:
     """Look until the machine is in the wanted state, at most `timeout_s`; what is silent is woken meanwhile.
 
-    Without any time it is one look. Else it is silent when it has been for SILENT_S, also past `timeout_s`; and
-    what has been Windows for WINDOWS_S ends the wait for Linux, as it does not reboot by itself, unless it is
+    Without any time it is one look. Else it is silent when it has been for SILENT_S, also past `timeout_s`.
+    What has been Windows for WINDOWS_S ends the wait for Linux, as it does not reboot by itself, unless it is
     `through_windows`.
     """
     began, last_wake, packets = clock(), float("-inf"), 0
