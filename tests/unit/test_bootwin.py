@@ -129,6 +129,15 @@ def two_entries(world: World) -> None:
     world.put("Boot0004", entry(LABEL))
 
 
+def the_first_of_two_is_gone(world: World) -> None:
+    world.put("Boot0001", entry(LABEL, partition="11111111-56a4-9c44-a4f5-918015a7fec6"))
+    two_entries(world)
+
+
+def the_second_of_two_is_gone(world: World) -> None:
+    world.put("Boot0004", entry(LABEL, "\\EFI\\Old\\bootmgfw.efi"))
+
+
 def no_efi(world: World) -> None:
     for path in world.machine.variables.iterdir():
         path.unlink()
@@ -156,6 +165,12 @@ def something_else_is_next(world: World) -> None:
     [
         (no_entry, f'the firmware has no boot entry "{LABEL}"; it has "debian"; fix: start Windows once'),
         (two_entries, f'has 2 boot entries "{LABEL}" (Boot0001 and Boot0004)'),
+        (
+            two_entries,
+            "cannot be told; fix: efibootmgr -v says where each is, and sudo efibootmgr -b NUMBER -B",
+        ),
+        (the_first_of_two_is_gone, "Boot0001 is of a Windows that is gone; fix: sudo efibootmgr -b 0001 -B"),
+        (the_second_of_two_is_gone, "Boot0004 is of a Windows that is gone; fix: sudo efibootmgr -b 0004 -B"),
         (no_efi, "holds no boot entries: this machine was not started through EFI"),
         (no_folder, "cannot be read (No such file or directory): this machine was not started through EFI"),
         (partition_gone, f"starts from the partition {PARTITION}, which this machine does not have"),

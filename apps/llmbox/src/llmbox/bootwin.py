@@ -100,7 +100,7 @@ _NO_EFI = (
 )
 
 
-def choose(variables: Mapping[str, bytes], label: str) -> Entry:
+def choose(variables: Mapping[str, bytes], label: str, machine: Machine) -> Entry:
     """The one entry with this label. Raises LlmboxError when there is none, or more than one."""
     entries: list[Entry] = []
     for name, content in sorted(variables.items()):
@@ -118,9 +118,17 @@ def choose(variables: Mapping[str, bytes], label: str) -> Entry:
         )
     if len(found) > 1:
         names = " and ".join(entry.name for entry in found)
+        gone = [entry for entry in found if _is_gone(entry, machine)]
+        one = gone[0] if 0 < len(gone) < len(found) else None
         raise LlmboxError(
-            f'the firmware has {len(found)} boot entries "{label}" ({names}), and one may be of a Windows '
-            f"that is gone; fix: sudo efibootmgr -b {found[-1].number:04X} -B removes {found[-1].name}"
+            f'the firmware has {len(found)} boot entries "{label}" ({names}), and '
+            + (
+                f"{one.name} is of a Windows that is gone; "
+                f"fix: sudo efibootmgr -b {one.number:04X} -B removes it"
+                if one
+                else "which one is to start cannot be told; fix: efibootmgr -v says where each is, and "
+                "sudo efibootmgr -b NUMBER -B removes one"
+            )
         )
     return found[0]
 
@@ -143,16 +151,28 @@ def mounted_at(entry: Entry, machine: Machine) -> Path | None:
     return None
 
 
+def _is_gone(entry: Entry, machine: Machine) -> bool:
+    """Whether the entry's partition or its program is known not to be there."""
+    try:
+        place = mounted_at(entry, machine)
+    except LlmboxError:
+        return True
+    return place is not None and not _has_loader(entry, place)
+
+
+def _has_loader(entry: Entry, place: Path) -> bool:
+    try:
+        return entry.loader is None or (place / entry.loader.lstrip("/")).is_file()
+    except PermissionError:
+        return True  # for root only, as Debian and Ubuntu mount it: root looks again
+
+
 def check_partition(entry: Entry, machine: Machine, free_mib: int) -> None:
     """Raises LlmboxError when the entry's program is not on its partition, or that is full."""
     place = mounted_at(entry, machine)
     if place is None:
         return
-    try:
-        there = entry.loader is None or (place / entry.loader.lstrip("/")).is_file()
-    except PermissionError:
-        there = True  # for root only, as Debian and Ubuntu mount it: root looks again
-    if not there:
+    if not _has_loader(entry, place):
         raise LlmboxError(
             f'{entry.name} "{entry.label}" starts {entry.loader}, which {place} does not have; '
             "fix: repair Windows' boot files, or remove the entry"
@@ -169,7 +189,7 @@ def check_partition(entry: Entry, machine: Machine, free_mib: int) -> None:
 def prepare(machine: Machine, label: str, free_mib: int) -> tuple[Entry, dict[str, bytes]]:
     """The entry for Windows and the firmware's variables. Raises LlmboxError where Windows cannot start."""
     variables = read_variables(machine.variables)
-    entry = choose(variables, label)
+    entry = choose(variables, label, machine)
     if "BootNext" in variables and struct.unpack("<H", variables["BootNext"][4:])[0] != entry.number:
         (number,) = struct.unpack("<H", variables["BootNext"][4:])
         raise LlmboxError(
