@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from roles.gpu_host.module_utils import gpu_host_tools as tools
-from tests.support import ROOT
+from tests.support import ROOT, PlaybookRun, ansible_playbook
 
 ROLE = ROOT / "roles/gpu_host"
 # An Ed25519 key that nobody holds.
@@ -477,3 +478,43 @@ def test_a_card_that_hangs_delays_the_boot_by_a_moment_only(unit: str, bar_s: in
         for name, value in re.findall(r"^Timeout(Start|Stop)Sec=(\d+)$", file.read_text(), re.M)
     }
     assert seconds["Start"] + 4 * seconds.get("Stop", 90) <= bar_s
+
+
+def reboot(folder: Path, variables: dict[str, str]) -> tuple[PlaybookRun, list[str]]:
+    """The role's reboot, as far as it comes here: Ansible refuses to reboot the machine that it runs on."""
+    log = folder / "log"
+    (folder / "lmswitch").write_text(
+        f'#!/bin/sh\necho "$*" >> {log}\n'
+        f'[ $1 != resume ] || [ -e {log}.up ] || {{ touch {log}.up; echo "{{}}"; exit 3; }}\n'
+        'echo \'{"ok": true, "changed": true}\'\n'
+    )
+    (folder / "lmswitch").chmod(0o755)
+    tasks = {"name": "gpu_host", "tasks_from": "reboot.yml"}
+    task = {"name": "The reboot", "ansible.builtin.include_role": tasks}
+    play = {"hosts": "all", "gather_facts": False, "connection": "local", "tasks": [task]}
+    (folder / "play.yml").write_text(yaml.safe_dump([play]))
+    (folder / "inventory.yml").write_text(yaml.safe_dump({"all": {"hosts": {"box": {}}}}))
+    given = {
+        "ansible_become": False,
+        "ansible_connection": "local",
+        "gpu_host_allow_reboot": True,
+        "__gpu_host": {"apply": []},
+        "__gpu_host_device": {"pending": "the driver"},
+        "__gpu_host_others": {"state": {"variables": variables}},
+        "_gpu_host_lmswitch": str(folder / "lmswitch"),
+    }
+    done = ansible_playbook(
+        folder / "play.yml", "-e", json.dumps(given), inventory=folder / "inventory.yml", timeout=120
+    )
+    return done, log.read_text().splitlines() if log.exists() else []
+
+
+def test_what_serves_is_drained_before_a_reboot_and_serves_again(tmp_path: Path) -> None:
+    done, calls = reboot(tmp_path, {"BootOrder": "0700000000000100"})
+    assert "would reboot the control node" in done.stdout
+    assert calls == ["off --keep --json", "resume --json", "resume --json"]
+
+
+def test_no_reboot_into_what_somebody_else_has_named_next(tmp_path: Path) -> None:
+    done, calls = reboot(tmp_path, {"BootNext": "070000000100"})
+    assert done.rc != 0 and "something else is to start next" in done.stdout and not calls
