@@ -160,6 +160,31 @@ def test_verdicts_of_fields_and_poles(store: RecordStore) -> None:
     assert made.summary == {"differs": 1, "no photo": 1, "no record": 1, "review": 1}
 
 
+@pytest.mark.parametrize(
+    ("recorded", "read", "verdict"),
+    [
+        ({"potencia_kva": 45.0, "fases": 3}, {"potencia_kva": 45.0, "fases": 3}, "agrees"),
+        ({"potencia_kva": 45.0}, {"potencia_kva": 45.0, "patrimonio": "77"}, "agrees"),
+        ({"potencia_kva": 45.0, "fases": 3}, {"potencia_kva": 45.0}, "incomplete"),
+        ({"potencia_kva": 45.0, "fases": 3}, {"fases": 3}, "incomplete"),
+        ({"potencia_kva": 45.0, "fases": 3}, {}, "incomplete"),
+        ({"fases": 3}, {"fases": 3}, "incomplete"),  # the power is neither read nor recorded
+        ({"fases": 3}, {"fases": 3, "potencia_kva": 45.0}, "incomplete"),  # read, and held against nothing
+        ({}, {}, "incomplete"),
+        ({"potencia_kva": 45.0, "fases": 3}, {"fases": 1}, "differs"),
+    ],
+)
+def test_a_pole_agrees_only_where_everything_recorded_was_compared(
+    store: RecordStore, recorded: dict[str, Any], read: dict[str, Any], verdict: str
+) -> None:
+    store.import_rows([row("P1", **recorded)])
+    keep(store, "P1", "a", tags=(), **read)
+    made = built(store)
+    assert made.poles[0].verdict == verdict
+    assert json.loads(made.render("json")[0])["summary"] == {verdict: 1}
+    assert f'<b class="{verdict}">' in made.render("html")[0].decode()
+
+
 def test_photos_that_disagree_are_no_agreement(store: RecordStore) -> None:
     store.import_rows([row("P1", fases=3)])
     keep(store, "P1", "a", tags=(), fases=3)

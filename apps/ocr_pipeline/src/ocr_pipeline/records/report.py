@@ -82,7 +82,11 @@ class Pole:
         verdicts = {cell.verdict for cell in self.cells}
         if verdicts & {Verdict.DIFFERS, Verdict.CONFLICTING}:
             return "differs"
-        return "review" if self.reasons else "agrees"
+        if self.reasons:
+            return "review"
+        power = next(cell.verdict for cell in self.cells if cell.field == POWER)
+        compared = power is Verdict.AGREES and Verdict.NOT_READ not in verdicts
+        return "agrees" if compared else "incomplete"
 
 
 @dataclass(frozen=True)
