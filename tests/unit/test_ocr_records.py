@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,10 @@ def built(store: RecordStore, job: str | None = None) -> report.Report:
     made = report.build(store, "F1", job)
     assert made is not None
     return made
+
+
+def rendered(made: report.Report, kind: str) -> bytes:
+    return b"".join(made.stream(kind)[0])
 
 
 # --- the bank ---
@@ -181,8 +187,8 @@ def test_a_pole_agrees_only_where_everything_recorded_was_compared(
     keep(store, "P1", "a", tags=(), **read)
     made = built(store)
     assert made.poles[0].verdict == verdict
-    assert json.loads(made.render("json")[0])["summary"] == {verdict: 1}
-    assert f'<b class="{verdict}">' in made.render("html")[0].decode()
+    assert json.loads(rendered(made, "json"))["summary"] == {verdict: 1}
+    assert f'<b class="{verdict}">' in rendered(made, "html").decode()
 
 
 def test_photos_that_disagree_are_no_agreement(store: RecordStore) -> None:
@@ -204,11 +210,37 @@ def test_a_jobs_report_has_its_photos_alone_and_an_unknown_feeder_has_none(store
 
 def test_html_shows_any_text_as_text_and_the_crop_beside_it(store: RecordStore) -> None:
     keep(store, HOSTILE, "a", fabricante=HOSTILE[:60], crop=b"\xff\xd8jpeg", name=HOSTILE)
-    page = built(store).render("html")[0].decode()
+    page = rendered(built(store), "html").decode()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert 'src="data:image/jpeg;base64,/9hqcGVn"' in page
     assert "http" not in page, "it stands alone"
+
+
+@pytest.mark.parametrize(("kind", "most"), [("html", 25), ("csv", 10), ("json", 10)])
+def test_a_report_of_many_pictures_has_few_of_them_in_memory(
+    store: RecordStore, kind: str, most: int
+) -> None:
+    """At most the size of this many pictures; of one there are several copies on its way into the page."""
+    size, count = 200_000, 60
+    for number in range(count):
+        keep(store, f"P{number:03}", str(number), crop=bytes([number]) * size)
+    tracemalloc.start()
+    try:
+        written = sum(len(piece) for piece in built(store).stream(kind)[0])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < most * size
+    assert (written > count * size * 4 / 3) == (kind == "html"), "each picture is on the page"
+
+
+def test_a_picture_that_goes_while_the_report_is_written_leaves_the_rest(store: RecordStore) -> None:
+    keep(store, "P1", "a", crop=b"\xff\xd8jpeg", name="a.jpg")
+    page = b"".join(replace(built(store), picture=lambda _: None).stream("html")[0]).decode()
+    assert "<img" not in page
+    assert "<figcaption>a.jpg" in page
+    assert page.rstrip().endswith("</html>")
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n"])
@@ -219,7 +251,8 @@ def test_no_cell_is_a_formula(start: str) -> None:
 
 def test_csv_is_whole_and_harmless(store: RecordStore) -> None:
     keep(store, '=cmd|"/C calc"!A0', "a", fabricante='+A"B,C\nD', reasons=("@x",))
-    content, kind = built(store).render("csv")
+    made = built(store)
+    content, kind = rendered(made, "csv"), made.stream("csv")[1]
     assert kind.startswith("text/csv")
     rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
     assert [found["field"] for found in rows] == list(FIELDS)
@@ -231,7 +264,7 @@ def test_csv_is_whole_and_harmless(store: RecordStore) -> None:
 def test_json_has_all_of_it(store: RecordStore) -> None:
     store.import_rows([row("P1", potencia_kva=45.0)])
     keep(store, "P1", "a", potencia_kva=45.0, autoprotegido=False)
-    found = json.loads(built(store).render("json")[0])
+    found = json.loads(rendered(built(store), "json"))
     assert found["summary"] == {"agrees": 1}
     assert found["poles"][0]["fields"]["potencia_kva"] == {
         "read": 45.0,

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -416,8 +416,8 @@ def _job_routes(app: FastAPI) -> None:
         made = await asyncio.to_thread(service.report, view.feeder, job_id) if service.report else None
         if made is None:
             raise Refusal(404, "NO_REPORT", "no photo of this job is in the records yet")
-        content, kind = await asyncio.to_thread(made.render, format)
-        return Response(content, media_type=kind)
+        pieces, kind = await asyncio.to_thread(made.stream, format)
+        return StreamingResponse(pieces, media_type=kind)
 
 
 async def _job(service: Service, owner: str, job_id: str) -> JobView:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
@@ -69,11 +70,9 @@ def _run(options: argparse.Namespace, store: RecordStore) -> int:
         if made is None:
             print(f"ocr-records: feeder {options.feeder!r}: no photo and no record of it", file=sys.stderr)
             return EXIT_FAILED
-        content, _ = made.render(options.format)
-        if options.output:
-            options.output.write_bytes(content)
-        else:
-            sys.stdout.buffer.write(content)
+        pieces, _ = made.stream(options.format)
+        with options.output.open("wb") if options.output else nullcontext(sys.stdout.buffer) as file:
+            file.writelines(pieces)
     return EXIT_DONE
 
 

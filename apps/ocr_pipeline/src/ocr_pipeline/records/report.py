@@ -8,7 +8,7 @@ import io
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -22,6 +22,8 @@ from ocr_pipeline.records.bank import bank_size, power_agrees
 from ocr_pipeline.records.store import PhotoRow, RecordStore
 
 POWER = "potencia_kva"
+PIECE = 65536  # characters of a page that are handed out together
+Picture = Callable[[int], bytes | None]
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -49,15 +51,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Crop:
-    """A plate's picture beside its fields."""
+    """A plate's picture beside its fields, by its number: a feeder's pictures together are too many."""
 
     name: str
-    jpeg: bytes
-
-    @property
-    def address(self) -> str:
-        """For a page that stands alone."""
-        return "data:image/jpeg;base64," + base64.b64encode(self.jpeg).decode()
+    crop_id: int
 
 
 @dataclass(frozen=True)
@@ -97,21 +94,21 @@ class Report:
     job_id: str | None
     made_at: datetime
     poles: tuple[Pole, ...]
+    picture: Picture
 
     @property
     def summary(self) -> dict[str, int]:
         """Poles by verdict."""
         return dict(sorted(Counter(pole.verdict for pole in self.poles).items()))
 
-    def render(self, format: str) -> tuple[bytes, str]:  # noqa: A002 - what it is
-        """The report as html, csv or json, and its media type."""
+    def stream(self, format: str) -> tuple[Iterator[bytes], str]:  # noqa: A002 - what it is
+        """The report as html, csv or json, piece by piece, and its media type. One picture at a time."""
         if format == "csv":
-            return _csv(self).encode("utf-8-sig"), "text/csv; charset=utf-8"
+            return iter([_csv(self).encode("utf-8-sig")]), "text/csv; charset=utf-8"
         if format == "json":
-            return (
-                json.dumps(_plain(self), ensure_ascii=False, indent=1) + "\n"
-            ).encode(), "application/json"
-        return _html(self).encode(), "text/html; charset=utf-8"
+            plain = json.dumps(_plain(self), ensure_ascii=False, indent=1) + "\n"
+            return iter([plain.encode()]), "application/json"
+        return _html(self), "text/html; charset=utf-8"
 
 
 def build(store: RecordStore, feeder: str, job_id: str | None = None) -> Report | None:
@@ -128,7 +125,7 @@ def build(store: RecordStore, feeder: str, job_id: str | None = None) -> Report 
         _pole(pole_id, found, register.get(pole_id), counts.get(pole_id, 0))
         for pole_id, found in sorted(by_pole.items())
     )
-    return Report(feeder, job_id, datetime.now(UTC), poles)
+    return Report(feeder, job_id, datetime.now(UTC), poles, store.crop)
 
 
 def _pole(pole_id: str, photos: list[PhotoRow], record: dict[str, Any] | None, plates: int) -> Pole:
@@ -140,7 +137,7 @@ def _pole(pole_id: str, photos: list[PhotoRow], record: dict[str, Any] | None, p
     cells = tuple(
         _cell(name, [photo.fields[name] for photo in distinct], record, transformers) for name in FIELDS
     )
-    crops = tuple(Crop(photo.name, photo.crop) for photo in distinct if photo.crop)
+    crops = tuple(Crop(photo.name, photo.crop_id) for photo in distinct if photo.crop_id is not None)
     return Pole(pole_id, len(distinct), transformers, record is not None, cells, tuple(reasons), crops)
 
 
@@ -271,8 +268,21 @@ def _plain(report: Report) -> dict[str, Any]:
     }
 
 
-def _html(report: Report) -> str:
+def _html(report: Report) -> Iterator[bytes]:
     source = (resources.files("ocr_pipeline.records") / "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["shown"] = _shown
-    return environment.from_string(source).render(report=report)
+
+    def address(crop: Crop) -> str:
+        """For a page that stands alone; empty where the picture has gone meanwhile."""
+        jpeg = report.picture(crop.crop_id)
+        return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() if jpeg else ""
+
+    piece, size = [], 0
+    for text in environment.from_string(source).generate(report=report, address=address):
+        piece.append(text)
+        size += len(text)
+        if size >= PIECE:
+            yield "".join(piece).encode()
+            piece, size = [], 0
+    yield "".join(piece).encode()

@@ -53,7 +53,7 @@ class PhotoRow:
     needs_review: bool
     reasons: tuple[str, ...]
     confidence: dict[str, float]
-    crop: bytes | None
+    crop_id: int | None  # of its picture, for `crop`; None without one
 
 
 class RecordStore:
@@ -120,12 +120,19 @@ class RecordStore:
 
     def photos(self, feeder: str, job_id: str | None = None) -> list[PhotoRow]:
         """What was read of a feeder, by pole; of one job, or of all."""
-        query = select(Reading.__table__).where(Reading.feeder == feeder)
+        columns = [column for column in Reading.__table__.columns if column.name != "crop"]
+        has_crop = Reading.crop.is_not(None).label("has_crop")  # the pictures themselves are for `crop`
+        query = select(*columns, has_crop).where(Reading.feeder == feeder)
         if job_id is not None:
             query = query.where(Reading.job_id == job_id)
         with reading(self._engine) as connection:
             rows = connection.execute(query.order_by(Reading.pole_id, Reading.name, Reading.id)).all()
         return [_photo(row) for row in rows]
+
+    def crop(self, crop_id: int) -> bytes | None:
+        """The picture of a photo's plate. None where it is no longer kept."""
+        with reading(self._engine) as connection:
+            return connection.scalar(select(Reading.crop).where(Reading.id == crop_id))
 
     def register(self, feeder: str) -> dict[str, dict[str, Any]]:
         """The register's poles of a feeder."""
@@ -157,7 +164,7 @@ def _photo(row: Any) -> PhotoRow:
         needs_review=row.needs_review,
         reasons=tuple(found.get("_reasons") or ()),
         confidence=dict(found.get("_confidence") or {}),
-        crop=row.crop,
+        crop_id=row.id if row.has_crop else None,
     )
 
 
