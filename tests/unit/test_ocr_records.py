@@ -40,13 +40,14 @@ def keep(
     sha256: str,
     *,
     job: str = "j1",
+    feeder: str = "F1",
     tags: tuple[str, ...] = (PLATE,),
     reasons: tuple[str, ...] = (),
     crop: bytes | None = None,
     name: str = "a.jpg",
     **values: Any,
 ) -> None:
-    claimed = Claimed(1, job, Kind.ALT, pole, name, sha256, "F1", "", 1)
+    claimed = Claimed(1, job, Kind.ALT, pole, name, sha256, feeder, "", 1)
     flat = Reading.of(values, list(reasons), {}).flat()
     store.keep(claimed, sha256, Read(flat, tags=tags, crop=crop))
 
@@ -111,6 +112,16 @@ def test_the_count_is_of_distinct_photos_with_the_tag(store: RecordStore) -> Non
     assert store.transformer_images("P1") == 2
     assert store.bank_counts("F1") == {"P1": 2}
     assert store.transformer_images("P2") == 0
+
+
+def test_a_feeders_banks_are_those_of_its_poles_whatever_feeder_a_job_named(store: RecordStore) -> None:
+    store.import_rows([row("P1"), row("P2")])
+    keep(store, "P1", "a")
+    keep(store, "P1", "b", job="j2", feeder="F2")
+    keep(store, "P2", "c", job="j2", feeder="F2")
+    keep(store, "P3", "d", job="j2", feeder="F2")
+    assert store.bank_counts("F1") == {pole: store.transformer_images(pole) for pole in ("P1", "P2")}
+    assert store.bank_counts("F1") == {"P1": 2, "P2": 1}
 
 
 def test_keeping_twice_is_keeping_once(store: RecordStore) -> None:

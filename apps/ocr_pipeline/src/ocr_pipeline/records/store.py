@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from pydantic import ConfigDict, ValidationError, field_validator
-from sqlalchemy import Engine, delete, func, insert, select
+from sqlalchemy import Engine, delete, func, insert, select, union
 from sqlalchemy.exc import IntegrityError
 
 from ocr_pipeline.database import migrate, reading
@@ -108,11 +108,15 @@ class RecordStore:
             return connection.scalar(query) or 0
 
     def bank_counts(self, feeder: str) -> dict[str, int]:
-        """`transformer_images` of every pole of a feeder."""
+        """`transformer_images` of every pole of a feeder, by the register or by a photo; 0 is left out."""
+        poles = union(
+            select(Reading.pole_id).where(Reading.feeder == feeder),
+            select(Record.pole_id).where(Record.feeder == feeder),
+        )
         query = (
             select(Reading.pole_id, func.count(Reading.image_sha256.distinct()))
             .join(Tag, Tag.reading_id == Reading.id)
-            .where(Reading.feeder == feeder, Tag.tag == PLATE)
+            .where(Reading.pole_id.in_(poles), Tag.tag == PLATE)
             .group_by(Reading.pole_id)
         )
         with reading(self._engine) as connection:
