@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ocr_pipeline.api import server
+from ocr_pipeline.api.settings import Settings
 from ocr_pipeline.database import open_engine
 from ocr_pipeline.jobs.reader import PLATE, Read
 from ocr_pipeline.jobs.store import Claimed
@@ -21,6 +25,8 @@ from ocr_pipeline.records import cli, report
 from ocr_pipeline.records.bank import bank_size, power_agrees
 from ocr_pipeline.records.report import Verdict, safe_cell
 from ocr_pipeline.records.store import RecordsError, RecordStore, RegisterRow, read_register
+from ocr_pipeline.records.tables import Tag
+from sqlalchemy import func, select
 
 HOSTILE = '<script>alert(1)</script>"&\'=HYPERLINK("x")'
 
@@ -145,6 +151,76 @@ def test_one_photo_twice_is_no_bank(store: RecordStore) -> None:
     for job in ("j1", "j2"):
         keep(store, "P1", "a", job=job, potencia_kva=37.5)
     assert cell(built(store), "P1", "potencia_kva").verdict is Verdict.DIFFERS
+
+
+def test_a_jobs_readings_go_together_when_the_last_is_older_than_they_are_kept(tmp_path: Path) -> None:
+    now = [0.0]
+    engine = open_engine(f"sqlite:///{tmp_path}/records.sqlite3")
+    store = RecordStore(engine, retention_s=100, clock=lambda: now[0])
+    store.prepare()
+    store.import_rows([row("P1")])
+    keep(store, "P1", "a", crop=b"jpeg")
+    now[0] = 60
+    keep(store, "P1", "b", crop=b"jpeg")
+    keep(store, "P1", "c", job="j2")
+    now[0] = 120
+    keep(store, "P1", "d", job="j3")
+    now[0] = 160
+    assert store.retire() == 0
+    assert len(store.photos("F1")) == 4, "a job's report has all of its photos, or none"
+    now[0] = 161
+    assert store.retire() == 2
+    assert [photo.image_sha256 for photo in store.photos("F1")] == ["d"]
+    assert store.bank_counts("F1") == {"P1": 1}
+    assert list(store.register("F1")) == ["P1"], "the register is not a reading"
+    with engine.begin() as connection:
+        assert connection.scalar(select(func.count()).select_from(Tag)) == 1
+    engine.dispose()
+
+
+def test_readings_are_kept_at_least_as_long_as_their_jobs() -> None:
+    assert Settings().records_kept() == 30 * 86400
+    assert Settings(retention=90 * 86400).records_kept() == 90 * 86400
+    assert Settings(records_retention=60 * 86400).records_kept() == 60 * 86400
+
+
+def test_retiring_goes_on_beside_the_service_and_through_a_failure(
+    store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = threading.Event()
+    calls: list[int] = []
+
+    def fails_once() -> int:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("the disk")
+        again.set()
+        return 0
+
+    monkeypatch.setattr(store, "retire", fails_once)
+    stop = threading.Event()
+    thread = store.keep_retiring(stop, every_s=0.01)
+    assert again.wait(20)
+    stop.set()
+    thread.join(20)
+    assert thread.daemon
+    assert not thread.is_alive()
+
+
+def test_the_service_retires_what_is_too_old(
+    store: RecordStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store._clock = lambda: 0.0
+    keep(store, "P1", "a", crop=b"jpeg")
+
+    def until_gone(*_: Any, **__: Any) -> None:
+        deadline = time.monotonic() + 20
+        while store.photos("F1"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr(server.uvicorn, "run", until_gone)
+    server.serve(Settings(state_dir=str(tmp_path)))
 
 
 # --- the report ---

@@ -32,7 +32,8 @@ def test_the_defaults_are_settings_that_the_service_takes() -> None:
     }
     settings = Settings.model_validate(rendered)
     untouched = Settings()
-    for name in ("queue_limit", "job_limit", "attempts", "image_timeout", "answer_timeout", "retention"):
+    names = ("queue_limit", "job_limit", "attempts", "image_timeout", "answer_timeout")
+    for name in (*names, "retention", "records_retention"):
         assert getattr(settings, name) == getattr(untouched, name)
 
 

@@ -461,6 +461,7 @@ LIMITS: Final[Mapping[str, Any]] = {
     "ocr_service_image_timeout": SomeSeconds,
     "ocr_service_answer_timeout": SomeSeconds,
     "ocr_service_retention": Annotated[int, Field(ge=3600, le=366 * 86400)],
+    "ocr_service_records_retention": Annotated[int, Field(ge=3600, le=3660 * 86400)],
     "ocr_service_recycle_images": Annotated[int, Field(ge=1, le=1_000_000)],
     "ocr_service_recycle_memory": Annotated[int, Field(ge=100, le=1_000_000)],
     "ocr_service_competing_units": list[SystemUnit],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 from pathlib import Path
 
 import uvicorn
@@ -45,8 +46,11 @@ def make(settings: Settings) -> FastAPI:
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM; what was accepted is answered first, for STOP_S seconds at most."""
     sys.setswitchinterval(SWITCH_S)
+    application = make(settings)
+    records = RecordStore(open_engine(settings.url("records"), pool_size=1), settings.records_kept())
+    records.keep_retiring(threading.Event())
     uvicorn.run(
-        make(settings),
+        application,
         host=settings.host,
         port=settings.port,
         log_config=None,

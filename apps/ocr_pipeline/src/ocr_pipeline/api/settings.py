@@ -79,6 +79,7 @@ class Settings(BaseModel):
     attempts: Annotated[int, Field(ge=1, le=20)] = 3
     lease: Seconds = 60
     retention: Seconds = 7 * 86400
+    records_retention: Annotated[float, Field(gt=0, le=86400 * 3660)] = 30 * 86400
     image_timeout: Seconds = 60
     recycle_images: Count = 200
     recycle_memory_mib: Annotated[int, Field(ge=100, le=1_000_000)] = 800
@@ -98,6 +99,10 @@ class Settings(BaseModel):
         file = {"database": "jobs", "records": "records", "queue": "queue"}[kind]
         given: str = getattr(self, kind)
         return given or f"sqlite:///{self.state_dir}/{file}.sqlite3"
+
+    def records_kept(self) -> float:
+        """How long readings stand in the records: at least as long as the job that they are of."""
+        return max(self.records_retention, self.retention)
 
     def limits(self) -> Limits:
         """For the job tables."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import math
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -19,7 +22,9 @@ from ocr_pipeline.jobs.store import Claimed
 from ocr_pipeline.reading import FIELDS, Fields
 from ocr_pipeline.records.tables import Reading, Record, Tag
 
+log = logging.getLogger(__name__)
 BATCH = 500
+RETIRE_S = 3600.0
 
 
 class RecordsError(Exception):
@@ -57,10 +62,14 @@ class PhotoRow:
 
 
 class RecordStore:
-    """The records database."""
+    """The records database. Readings are kept for `retention_s`; the register until it is replaced."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: Engine, retention_s: float = math.inf, clock: Callable[[], float] = time.time
+    ) -> None:
         self._engine = engine
+        self._retention_s = retention_s
+        self._clock = clock
 
     def prepare(self) -> None:
         """Make the tables, or bring them up to date."""
@@ -77,7 +86,7 @@ class RecordStore:
             "reading": json.dumps(read.result, ensure_ascii=False),
             "needs_review": bool(read.result.get("_needs_review")),
             "crop": read.crop,
-            "read_at": time.time(),
+            "read_at": self._clock(),
         }
         same = (
             Reading.job_id == claimed.job_id,
@@ -96,6 +105,34 @@ class RecordStore:
                     connection.execute(insert(Tag), tags)
         except IntegrityError:
             return  # another worker wrote the same at the same moment
+
+    def retire(self) -> int:
+        """Remove readings and pictures of jobs whose last photo was read too long ago. How many jobs."""
+        before = self._clock() - self._retention_s
+        old = select(Reading.job_id).group_by(Reading.job_id).having(func.max(Reading.read_at) < before)
+        with reading(self._engine) as connection:
+            jobs = list(connection.scalars(old))
+        for job in jobs:  # one by one: workers write between them
+            with self._engine.begin() as connection:
+                connection.execute(delete(Reading).where(Reading.job_id == job))
+        return len(jobs)
+
+    def keep_retiring(self, stop: threading.Event, every_s: float = RETIRE_S) -> threading.Thread:
+        """Do so now and then, beside whatever else this process does, until `stop`."""
+
+        def work() -> None:
+            while True:
+                try:
+                    if jobs := self.retire():
+                        log.info("readings of %d jobs are no longer kept", jobs)
+                except Exception:  # a database that is away comes back
+                    log.exception("old readings")
+                if stop.wait(every_s):
+                    return
+
+        thread = threading.Thread(target=work, name="retire", daemon=True)
+        thread.start()
+        return thread
 
     def transformer_images(self, pole_id: str) -> int:
         """DISTINCT photos of a pole, of all jobs, in which the detector saw a transformer's plate."""

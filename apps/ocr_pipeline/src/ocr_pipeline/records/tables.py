@@ -64,6 +64,7 @@ class Reading(Base):
     __table_args__ = (
         UniqueConstraint("job_id", "pole_id", "image_sha256"),
         Index("ix_readings_feeder", "feeder", "job_id"),
+        Index("ix_readings_age", "job_id", "read_at"),  # without it every picture is passed to find the old
     )
 
 
