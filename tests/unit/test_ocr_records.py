@@ -219,7 +219,7 @@ def test_the_service_retires_what_is_too_old(
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    monkeypatch.setattr(server.uvicorn, "run", until_gone)
+    monkeypatch.setattr("uvicorn.run", until_gone)
     server.serve(Settings(state_dir=str(tmp_path)))
 
 
