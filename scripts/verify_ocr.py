@@ -8,15 +8,19 @@ go through a live service (--url) or through the pipeline in this process (--set
 
 A field counts as printed when the labels have it and it is not illegible. Silent: a wrong value, or a value
 for a field
-that is not printed, on a photo that was not marked for review. Intervals resample whole plates.
-Exit codes: 0 the bars are met, 1 one is missed, 2 could not run.
+that is not printed, on a photo that was not marked for review. Intervals resample whole plates; where all of
+them are alike it is Wilson's, of as many draws as there are plates. A photo that is refused counts as not
+read; a busy service is asked again.
+Exit codes: 0 the bars are met, 1 one is missed, 2 could not run, or not to its end: what was read is told.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import itertools
 import json
+import math
 import os
 import random
 import sys
@@ -27,15 +31,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from ocr_pipeline.errors import OcrError
+from ocr_pipeline.errors import BackendError, DeadlineError, ImageRefusedError, OcrError
 from ocr_pipeline.reading import FIELDS
 
 BOOTSTRAPS = 1000
+FOLDER_BAR = 0.853  # of a whole folder: what a feeder's real photos, easy and hard, are held against
 BARS = {"easy": 0.97, "medium": 0.97, "hard": 0.85}
 MOST_SILENT = 0.005
 MOST_REVIEWED = 0.15
 KEY_VARIABLE = "OCR_API_KEY"
 Reader = Callable[[bytes], dict[str, Any]]
+Z = 1.959964  # of 95 %
+LONGEST_WAIT_S = 30.0  # at once for a busy service, whatever it says
+PATIENCE_S = 180.0  # for one photo, all together
+UNANSWERED = 3  # photos in a row after which the service is taken to be away
+NOT_THE_PHOTO = (401, 403, 404)  # statuses that every photo will have
+BUSY = (429, 502, 503)
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class Outcome:
     guessed: list[str] = field(default_factory=list)  # a wrong value where nobody could read one
     review: bool = False
     seconds: float = 0.0
+    failed: str = ""  # why it was not read at all
 
     @property
     def printed(self) -> int:
@@ -80,6 +92,22 @@ class Outcome:
 
 class CannotRunError(Exception):
     """One line for the person."""
+
+
+class StoppedError(CannotRunError):
+    """The run ended before its end, with what was read until then."""
+
+    def __init__(self, message: str, outcomes: list[Outcome]) -> None:
+        super().__init__(message)
+        self.outcomes = outcomes
+
+
+class UnreadError(Exception):
+    """This photo was not read. `away`: for want of an answer, so others may not be either."""
+
+    def __init__(self, reason: str, *, away: bool = False) -> None:
+        super().__init__(reason)
+        self.away = away
 
 
 def labels(folder: Path) -> list[Labelled]:
@@ -139,21 +167,64 @@ def judge(photo: Labelled, answer: dict[str, Any], seconds: float) -> Outcome:
     return outcome
 
 
-def interval(outcomes: Sequence[Outcome]) -> tuple[float, float]:
-    """The 95 % interval of the share of right fields; whole plates are drawn. 0 to 1 without plates."""
-    plates: dict[str, list[Outcome]] = {}
+def _right(outcome: Outcome) -> tuple[int, int]:
+    return len(outcome.right), outcome.printed
+
+
+def interval(
+    outcomes: Sequence[Outcome], count: Callable[[Outcome], tuple[int, int]] = _right
+) -> tuple[float, float]:
+    """The 95 % interval of a share, `count` its parts in each photo; whole plates are drawn. 0 to 1 without
+    plates."""
+    counts = [both for both in _by_plate(outcomes, count) if both[1]]
+    if not counts:
+        return 0.0, 1.0
+    low, high = _drawn([(part, whole) for part, whole in counts])
+    if low < high:
+        return low, high
+    # All plates are alike, and so is every draw of them; the next plate need not be.
+    return wilson(min(1.0, low), len(counts))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share that was seen in so many draws."""
+    squared = Z * Z / count
+    middle = (share + squared / 2) / (1 + squared)
+    half = Z * math.sqrt(share * (1 - share) / count + squared / count / 4) / (1 + squared)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return (0.0 if share == 0 else low, 1.0 if share == 1 else high)
+
+
+def _by_plate(
+    outcomes: Sequence[Outcome], count: Callable[[Outcome], tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Of each plate the sum of what is counted in its photos."""
+    plates: dict[str, tuple[int, int]] = {}
     for outcome in outcomes:
-        plates.setdefault(outcome.photo.plate, []).append(outcome)
-    counts = [(sum(len(o.right) for o in row), sum(o.printed for o in row)) for row in plates.values()]
+        part, whole = count(outcome)
+        parts, wholes = plates.get(outcome.photo.plate, (0, 0))
+        plates[outcome.photo.plate] = (parts + part, wholes + whole)
+    return list(plates.values())
+
+
+def _drawn(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """The middle 95 % of the shares of plates drawn with replacement."""
     rng = random.Random(0)  # noqa: S311  (the same photos give the same interval)
     shares = []
     for _ in range(BOOTSTRAPS):
-        drawn = rng.choices(counts, k=len(counts)) if counts else []
-        printed = sum(count for _, count in drawn)
-        if printed:
-            shares.append(sum(right for right, _ in drawn) / printed)
+        drawn = rng.choices(counts, k=len(counts))
+        shares.append(sum(part for part, _ in drawn) / sum(whole for _, whole in drawn))
     shares.sort()
-    return (shares[int(0.025 * len(shares))], shares[int(0.975 * len(shares))]) if shares else (0.0, 1.0)
+    return shares[int(0.025 * len(shares))], shares[int(0.975 * len(shares))]
+
+
+def _silent(outcome: Outcome) -> tuple[int, int]:
+    return outcome.silent, outcome.printed
+
+
+def _reviewed(outcome: Outcome) -> tuple[int, int]:
+    counts = outcome.correct and bool(outcome.photo.fields)
+    return int(counts and outcome.review), int(counts)
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -162,7 +233,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     right = sum(len(outcome.right) for outcome in outcomes)
     correct = [outcome for outcome in outcomes if outcome.correct and outcome.photo.fields]
     whole = [outcome for outcome in correct if not outcome.photo.illegible]
-    seconds = sorted(outcome.seconds for outcome in outcomes)
+    seconds = sorted(outcome.seconds for outcome in outcomes if not outcome.failed)
     return {
         "photos": len(outcomes),
         "plates": len({outcome.photo.plate for outcome in outcomes}),
@@ -170,13 +241,16 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "right": right,
         "accuracy": right / printed if printed else 0.0,
         "interval": interval(outcomes),
+        "failed": sum(bool(outcome.failed) for outcome in outcomes),
         "wrong": sum(len(outcome.wrong) for outcome in outcomes),
         "missed": sum(len(outcome.missed) for outcome in outcomes),
         "silent": sum(outcome.silent for outcome in outcomes),
+        "silent_interval": interval(outcomes, _silent),
         "invented": sum(len(outcome.invented) for outcome in outcomes),
         "guessed": sum(len(outcome.guessed) for outcome in outcomes),
         "correct_plates": len(correct),
         "correct_reviewed": sum(outcome.review for outcome in correct),
+        "review_interval": interval(outcomes, _reviewed),
         "whole_plates": len(whole),
         "whole_reviewed": sum(outcome.review for outcome in whole),
         "seconds_median": seconds[len(seconds) // 2] if seconds else 0.0,
@@ -205,14 +279,18 @@ def report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def missed_bars(found: dict[str, Any]) -> list[str]:
-    """One line for each bar that is missed."""
+def missed_bars(found: dict[str, Any], folder_bar: float = FOLDER_BAR) -> list[str]:
+    """One line for each bar that is missed. `folder_bar` is that of the folder as a whole."""
     lines = []
     for level, figures in found["by_difficulty"].items():
         bar = BARS.get(level)
         if bar is not None and figures["printed"] and figures["accuracy"] < bar:
             lines.append(f"{level}: {figures['accuracy']:.1%} of printed fields, bar {bar:.0%}")
     whole = found["all"]
+    if not whole["printed"]:
+        lines.append("the folder: no printed field in its labels, so nothing was measured")
+    elif whole["accuracy"] < folder_bar:
+        lines.append(f"the folder: {whole['accuracy']:.1%} of printed fields, bar {folder_bar:.1%}")
     if whole["silent"] > MOST_SILENT * whole["printed"]:
         lines.append(
             f"{whole['silent']} silent errors in {whole['printed']} printed fields, bar {MOST_SILENT:.1%}"
@@ -225,6 +303,11 @@ def missed_bars(found: dict[str, Any]) -> list[str]:
             f"bar {MOST_REVIEWED:.0%}"
         )
     return lines
+
+
+def _between(ends: Sequence[float] | None) -> str:
+    """An interval behind its figure; figures of an older run may have none."""
+    return f" ({ends[0]:.1%} to {ends[1]:.1%})" if ends else ""
 
 
 def table(found: dict[str, Any]) -> str:
@@ -241,9 +324,9 @@ def table(found: dict[str, Any]) -> str:
             part["printed"],
             f"{part['accuracy']:.1%}",
             f"{low:.1%} to {high:.1%}",
-            part["silent"],
+            f"{part['silent']}{_between(part.get('silent_interval'))}",
             part["invented"],
-            f"{part['correct_reviewed']} of {part['correct_plates']}",
+            f"{part['correct_reviewed']} of {part['correct_plates']}{_between(part.get('review_interval'))}",
             f"{part['seconds_median']:.2f}",
         ]
         rows.append(f"| {' | '.join(str(cell) for cell in cells)} |")
@@ -251,6 +334,8 @@ def table(found: dict[str, Any]) -> str:
     for name, part in found["by_field"].items():
         counts = [part[what] for what in ("printed", "right", "wrong", "missed", "invented")]
         rows.append(f"| `{name}` | {' | '.join(str(count) for count in counts)} |")
+    if failed := found["all"].get("failed"):
+        rows += ["", f"{failed} photos were not read at all; their fields count as missed."]
     return "\n".join(rows)
 
 
@@ -262,57 +347,149 @@ def in_process(settings: str | None) -> Reader:
     pipeline = build.pipeline(module.load(settings))
 
     def read(data: bytes) -> dict[str, Any]:
-        return pipeline.read(data).flat()
+        try:
+            return pipeline.read(data).flat()
+        except (ImageRefusedError, DeadlineError) as error:
+            raise UnreadError(error.reason) from None
+        except BackendError as error:
+            raise UnreadError(f"{error.reason}: {error}", away=True) from None
 
     return read
 
 
-def live(url: str) -> Reader:
-    """Photos through a service's API; its key stands in $OCR_API_KEY."""
-    key = os.environ.get(KEY_VARIABLE, "")
-    client = httpx.Client(timeout=300, headers={"x-goog-api-key": key} if key else {}, trust_env=False)
+class Live:
+    """Photos through a service's API; its key stands in $OCR_API_KEY. `waited`: seconds without a request."""
 
-    def read(data: bytes) -> dict[str, Any]:
-        part = {"inlineData": {"mimeType": "image/jpeg", "data": base64.b64encode(data).decode()}}
-        target = f"{url.rstrip('/')}/v1beta/models/nameplate:generateContent"
+    def __init__(self, url: str) -> None:
+        self._url = url
+        key = os.environ.get(KEY_VARIABLE, "")
+        headers = {"x-goog-api-key": key} if key else {}
+        self._client = httpx.Client(timeout=300, headers=headers, trust_env=False)
+        self.waited = 0.0
+
+    def __call__(self, data: bytes) -> dict[str, Any]:
+        """The reading of a photo. Raises UnreadError, CannotRunError."""
+        part = {"inlineData": {"mimeType": mime_of(data), "data": base64.b64encode(data).decode()}}
+        body = {"contents": [{"parts": [part]}]}
+        waited, began = self.waited, time.perf_counter()
+        for attempt in itertools.count():
+            answer, problem = self._ask(body)
+            if answer is not None and answer.status_code not in BUSY:
+                return self._reading(answer)
+            wait = _retry_after(answer, 2.0**attempt)
+            if max(self.waited - waited, time.perf_counter() - began) + wait > PATIENCE_S:
+                raise UnreadError(problem, away=True)
+            time.sleep(wait)
+            self.waited += wait
+        raise AssertionError
+
+    def _ask(self, body: dict[str, Any]) -> tuple[httpx.Response | None, str]:
         try:
-            answer = client.post(target, json={"contents": [{"parts": [part]}]})
-            answer.raise_for_status()
+            answer = self._client.post(
+                f"{self._url.rstrip('/')}/v1beta/models/nameplate:generateContent", json=body
+            )
+        except httpx.TransportError as error:
+            return None, type(error).__name__
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise CannotRunError(f"{self._url}: {type(error).__name__}") from None
+        return answer, f"status {answer.status_code}"
+
+    def _reading(self, answer: httpx.Response) -> dict[str, Any]:
+        if answer.status_code in NOT_THE_PHOTO:
+            raise CannotRunError(f"{self._url}: status {answer.status_code}")
+        if answer.status_code != httpx.codes.OK:
+            raise UnreadError(_reason(answer))
+        try:
             found = json.loads(answer.json()["candidates"][0]["content"]["parts"][0]["text"])
-        except httpx.HTTPStatusError as error:
-            raise CannotRunError(f"{url}: status {error.response.status_code}") from None
-        except httpx.HTTPError as error:
-            raise CannotRunError(f"{url}: {type(error).__name__}") from None
         except (ValueError, KeyError, IndexError, TypeError):
-            raise CannotRunError(f"{url}: an answer without a reading in it") from None
+            found = None
         if not isinstance(found, dict):
-            raise CannotRunError(f"{url}: an answer without a reading in it")
+            raise CannotRunError(f"{self._url}: an answer without a reading in it")
         return found
 
-    return read
+
+def mime_of(data: bytes) -> str:
+    """The type that the bytes are of; what no service reads goes as a JPEG, and is refused."""
+    if data.startswith(b"\x89PNG"):
+        return "image/png"
+    return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "image/jpeg"
+
+
+def _retry_after(answer: httpx.Response | None, otherwise: float) -> float:
+    """How long to wait: what the service says, within bounds."""
+    try:
+        wait = float(answer.headers["retry-after"]) if answer is not None else otherwise
+    except (KeyError, ValueError):
+        wait = otherwise
+    return min(max(wait, 0.5), LONGEST_WAIT_S)
+
+
+def _reason(answer: httpx.Response) -> str:
+    """Why a photo was refused, as the service calls it."""
+    try:
+        return str(answer.json()["error"]["details"][0]["reason"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        return f"status {answer.status_code}"
 
 
 def run(folder: Path, photos: Sequence[Labelled], read: Reader, say: Callable[[str], None]) -> list[Outcome]:
-    """Read every photo. Raises CannotRunError, OcrError."""
-    outcomes = []
+    """Read every photo. Raises CannotRunError, StoppedError, OcrError."""
+    outcomes: list[Outcome] = []
+    away = 0
     for at, photo in enumerate(photos, 1):
         try:
             data = (folder / photo.file).read_bytes()
         except OSError as error:
-            raise CannotRunError(f"{folder / photo.file}: {error.strerror}") from None
-        started = time.perf_counter()
-        answer = read(data)
-        outcomes.append(judge(photo, answer, time.perf_counter() - started))
+            raise StoppedError(f"{folder / photo.file}: {error.strerror}", outcomes) from None
+        started, waited = time.perf_counter(), getattr(read, "waited", 0.0)
+        try:
+            answer, failed, away = read(data), "", 0
+        except UnreadError as error:
+            answer, failed, away = {}, str(error), away + 1 if error.away else 0
+            say(f"{photo.file}: not read: {failed}")
+        except CannotRunError as error:
+            raise StoppedError(str(error), outcomes) from None
+        seconds = time.perf_counter() - started - (getattr(read, "waited", 0.0) - waited)
+        outcomes.append(judge(photo, answer, seconds))
+        outcomes[-1].failed = failed
+        if away == UNANSWERED:
+            told = f"{away} photos one after the other had no answer, the last: {failed}"
+            raise StoppedError(told, outcomes[:-away])
         if at % 10 == 0 or at == len(photos):
             say(f"{at} of {len(photos)} photos")
     return outcomes
 
 
-def compared(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, int]:
-    """Fields that only one of two configurations reads right."""
-    better = sum(len(set(o.right) - set(other.right)) for o, other in zip(first, second, strict=True))
-    worse = sum(len(set(other.right) - set(o.right)) for o, other in zip(first, second, strict=True))
-    return {"only_first_right": better, "only_second_right": worse}
+def compared(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, Any]:
+    """Fields that only one of two configurations reads right, and how much more of them the second reads,
+    with the 95 % interval: plates are drawn in pairs, each as both have read it."""
+    better = worse = 0
+    more: dict[int, int] = {}
+    for at, (one, other) in enumerate(zip(first, second, strict=True)):
+        lost, won = len(set(one.right) - set(other.right)), len(set(other.right) - set(one.right))
+        better, worse, more[id(one)] = better + lost, worse + won, won - lost
+        assert one.photo == other.photo, at
+    counts = [both for both in _by_plate(first, lambda one: (more[id(one)], one.printed)) if both[1]]
+    printed = sum(whole for _, whole in counts)
+    low, high = _drawn(counts) if counts else (-1.0, 1.0)
+    if low == high:  # all plates alike: as far as one plate in as many may do otherwise
+        half = wilson(0.0, len(counts))[1]
+        low, high = max(-1.0, low - half), min(1.0, high + half)
+    return {
+        "only_first_right": better,
+        "only_second_right": worse,
+        "difference": (worse - better) / printed if printed else 0.0,
+        "interval": (low, high),
+    }
+
+
+def spoken(found: dict[str, Any]) -> str:
+    """The comparison in one line."""
+    low, high = found["interval"]
+    return (
+        f"{found['only_first_right']} fields only the first reads right, {found['only_second_right']} "
+        f"only the second: {found['difference']:+.1%} of printed fields, {low:+.1%} to {high:+.1%}"
+    )
 
 
 def chart(found: dict[str, Any], path: Path) -> None:
@@ -330,6 +507,14 @@ def chart(found: dict[str, Any], path: Path) -> None:
     picture.save(path)
 
 
+def share(text: str) -> float:
+    """A share on the command line."""
+    found = float(text)
+    if not 0 <= found <= 1:
+        raise ValueError
+    return found
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -342,6 +527,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     where.add_argument("--settings", metavar="FILE", help="in this process, with these settings")
     parser.add_argument(
         "--versus", metavar="FILE", help="A/B: the same photos in this process with these settings"
+    )
+    parser.add_argument(
+        "--bar",
+        type=share,
+        default=FOLDER_BAR,
+        metavar="SHARE",
+        help="of printed fields that must be right in the folder as a whole; default: %(default)s",
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--chart", type=Path, metavar="FILE.png")
@@ -357,27 +549,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         photos = labels(args.folder)
-        outcomes = run(args.folder, photos, live(args.url) if args.url else in_process(args.settings), say)
+        stopped = None
+        try:
+            outcomes = run(
+                args.folder, photos, Live(args.url) if args.url else in_process(args.settings), say
+            )
+        except StoppedError as error:
+            stopped, outcomes = error, error.outcomes
         found = report(outcomes)
-        print(table(found))
-        if args.versus:
-            others = run(args.folder, photos, in_process(args.versus), say)
+        if outcomes:
+            print(table(found))
+        others: list[Outcome] = []
+        if args.versus and not stopped:
+            try:
+                others = run(args.folder, photos, in_process(args.versus), say)
+            except StoppedError as error:
+                stopped = error
+        if args.versus and not stopped:
             found = {**found, "versus": report(others), "compared": compared(outcomes, others)}
-            print(f"\n{args.versus}:\n{table(found['versus'])}\n\n{json.dumps(found['compared'])}")
-        if args.json:
+            print(f"\n{args.versus}:\n{table(found['versus'])}\n\n{spoken(found['compared'])}")
+        if args.json and outcomes:
             rows = [{**asdict(o), "photo": o.photo.file} for o in outcomes]
             args.json.write_text(
                 json.dumps({**found, "outcomes": rows}, indent=1, default=str) + "\n", encoding="utf-8"
             )
-        if args.chart:
+        if args.chart and outcomes:
             chart(found, args.chart)
+        if stopped:
+            say(f"verify_ocr: {stopped}; {len(outcomes)} of {len(photos)} photos are counted")
+            return 2
     except (CannotRunError, OcrError) as error:
         say(f"verify_ocr: {error}")
         return 2
     except OSError as error:
         say(f"verify_ocr: {error.filename}: {error.strerror}")
         return 2
-    bars = missed_bars(found)
+    bars = missed_bars(found, args.bar)
     for line in bars:
         say(f"missed: {line}")
     return 1 if bars else 0

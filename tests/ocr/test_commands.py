@@ -87,6 +87,8 @@ def test_a_folder_is_verified_through_a_live_service_and_against_other_settings(
     assert (found["all"]["printed"], found["all"]["accuracy"], found["all"]["silent"]) == (printed, 1.0, 0)
     lost = printed - found["versus"]["all"]["right"]
     assert lost > 0, "its crop is too small for one of them"
-    assert found["compared"] == {"only_first_right": lost, "only_second_right": 0}
+    compared = found["compared"]
+    assert (compared["only_first_right"], compared["only_second_right"]) == (lost, 0)
+    assert compared["difference"] == pytest.approx(-lost / printed)
     assert done.rc == 0, done.tail()
     assert chart.read_bytes().startswith(b"\x89PNG")

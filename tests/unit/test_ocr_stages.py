@@ -462,7 +462,11 @@ def test_the_bars_are_held_against_each_difficulty() -> None:
     bad = verify_ocr.judge(photo(fases=3), {"fases": 1}, 0.1)
     assert verify_ocr.missed_bars(verify_ocr.report([good])) == []
     told = verify_ocr.missed_bars(verify_ocr.report([good, bad]))
-    assert [line.split(":")[0] for line in told] == ["easy", "1 silent errors in 2 printed fields, bar 0.5%"]
+    assert [line.split(":")[0] for line in told] == [
+        "easy",
+        "the folder",
+        "1 silent errors in 2 printed fields, bar 0.5%",
+    ]
 
 
 def test_labels_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
