@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import yaml
-from llama_common.roles import OcrKey, OcrShare, RoleVariables
+from llama_common.ocr_service import OcrKey, OcrPipeline, OcrShare
+from llama_common.roles import RoleVariables
+from ocr_pipeline import settings as pipeline
 from ocr_pipeline.api.keys import Key, new
 from ocr_pipeline.api.settings import Settings, ShareEntry
+from pydantic import BaseModel, ValidationError
 
 from tests.support import ROOT
 
 ROLE = ROOT / "roles/ocr_service"
+SHARE = {"server": "nas.lan", "share": "photos", "username": "ocr", "password": "hunter22"}
 
 
 def read(path: str) -> Any:
@@ -67,6 +71,21 @@ def test_the_defaults_pass_the_validation(variables: RoleVariables) -> None:
         ("ocr_service_keys", [{"name": "x"}]),
         ("ocr_service_shares", {"field": {"server": "a b", "share": "s", "username": "u", "password": "p"}}),
         ("ocr_service_shares", {"field": {"server": "a", "share": "s", "username": "u"}}),
+        ("ocr_service_shares", {"my share!": SHARE}),
+        ("ocr_service_shares", {"field": {**SHARE, "share": "photos/2026"}}),
+        ("ocr_service_shares", {"field": {**SHARE, "password": ""}}),
+        ("ocr_service_keys", [{"name": "x", "sha256": "a" * 64}, {"name": "x", "sha256": "b" * 64}]),
+        ("ocr_service_keys", [{"name": "x", "sha256": "a" * 64}, {"name": "y", "sha256": "A" * 64}]),
+        ("ocr_service_database", "mysql://u:p@h/d"),
+        ("ocr_service_records", "sqlite:///relative.db"),
+        ("ocr_service_records", "postgresql://host"),
+        ("ocr_service_queue", "postgresql://u:p@h/d"),
+        ("ocr_service_records_retention", 60),
+        ("ocr_service_pipeline", {"vision": {"backend": "magic"}}),
+        ("ocr_service_pipeline", {"visoin": {}}),
+        ("ocr_service_pipeline", {"vision": {"url": "127.0.0.1:8090"}}),
+        ("ocr_service_pipeline", {"reasoning": {"max_tokens": 1}}),
+        ("ocr_service_pipeline", {"gpu_lock": "gpu.lock"}),
         ("ocr_service_competing_units", ["lmstudio; reboot"]),
         ("ocr_service_worker_memory_max", "lots"),
     ],
@@ -77,6 +96,108 @@ def test_bad_data_is_refused_before_the_box_is_contacted(
     found = variables.check({name: value})
     assert [problem.path[0] for problem in found] == [name]
     assert all(problem.fix for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (
+            "ocr_service_pipeline",
+            {"visoin": {}},
+            ("ocr_service_pipeline.visoin", "did you mean 'vision'?"),
+        ),
+        (
+            "ocr_service_pipeline",
+            {"vision": {"backend": "magic"}},
+            ("ocr_service_pipeline.vision.backend", "magic", "must be one of rapidocr, llama-server"),
+        ),
+        ("ocr_service_shares", {"my share!": SHARE}, ("ocr_service_shares", "my share!", "server: nas.lan")),
+        (
+            "ocr_service_keys",
+            [{"name": "x", "sha256": "a" * 64}, {"name": "x", "sha256": "b" * 64}],
+            ("two keys are called 'x'", "give each a name of its own"),
+        ),
+        (
+            "ocr_service_database",
+            "mysql://u:hunter22@h/d",
+            ("must be sqlite:////FILE or postgresql://", "leave it empty"),
+        ),
+    ],
+)
+def test_a_refusal_is_one_line_with_key_and_fix(
+    variables: RoleVariables, name: str, value: Any, words: tuple[str, ...]
+) -> None:
+    (found,) = variables.check({name: value})
+    line = found.line("inventory")
+    assert "\n" not in line
+    assert "hunter22" not in line
+    for word in words:
+        assert word in line
+
+
+def test_a_key_in_the_place_of_its_hash_is_not_shown(variables: RoleVariables) -> None:
+    (found,) = variables.check({"ocr_service_keys": [{"name": "x", "sha256": "ocr-hunter22"}]})
+    assert "hunter22" not in found.line("inventory")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ocr_service_database", "postgresql://ocr:p%40ss@db.lan:5432/ocr"),
+        ("ocr_service_database", "postgresql:///ocr?host=/run/postgresql"),
+        ("ocr_service_records", "sqlite:////var/lib/ocr/records.sqlite3"),
+        ("ocr_service_queue", "redis://redis.lan:6379/0"),
+        ("ocr_service_shares", {"field-1": {**SHARE, "share": "my photos"}}),
+        ("ocr_service_pipeline", {"vision": {"timeout_s": 390}, "detector": {"classes": ["a", "b"]}}),
+    ],
+)
+def test_good_data_passes(variables: RoleVariables, name: str, value: Any) -> None:
+    assert variables.check({name: value}) == []
+
+
+def same(mine: type[BaseModel], theirs: type[BaseModel], at: str = "") -> None:
+    """The same keys with the same defaults, in every mapping."""
+    assert mine.model_fields.keys() == theirs.model_fields.keys(), at
+    for name, field in mine.model_fields.items():
+        other = theirs.model_fields[name]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            assert isinstance(other.annotation, type)
+            same(field.annotation, other.annotation, f"{at}.{name}")
+        else:
+            one, two = ([*d] if isinstance(d := f.default, list | tuple) else d for f in (field, other))
+            assert one == two, f"{at}.{name}"
+
+
+def test_the_stages_of_the_inventory_are_the_pipelines() -> None:
+    same(OcrPipeline, pipeline.Settings)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({"detector": {"backend": name}} for name in ("onnx", "text", "whole", "yolo")),
+        *({"vision": {"backend": name}} for name in ("rapidocr", "llama-server", "ollama")),
+        *({"reasoning": {"backend": name}} for name in ("parser", "ollama", "openai", "llama-server")),
+        *({"detector": {"score": score}} for score in (0, 1, -0.1, 1.1)),
+        *({"vision": {"threads": threads}} for threads in (0, 1, 64, 65)),
+        *({stage: {"max_tokens": n}} for stage in ("vision", "reasoning") for n in (15, 16, 8192, 8193)),
+        *({stage: {"timeout_s": n}} for stage in ("vision", "reasoning") for n in (0, 0.5, 3600, 3601)),
+        *({"vision": {"url": url}} for url in ("http://h:1", "https://h/x", "http://u@h", "ftp://h", "")),
+        *({"gpu_lock": path} for path in ("", "/var/lib/ocr/gpu.lock", "gpu.lock")),
+        *({name: n} for name in ("max_bytes", "max_pixels", "seconds_per_image") for n in (0, 1)),
+        {"surprise": 1},
+    ],
+    ids=str,
+)
+def test_the_validation_refuses_what_the_pipeline_refuses(value: dict[str, Any]) -> None:
+    def takes(model: type[BaseModel]) -> bool:
+        try:
+            model.model_validate(value)
+        except ValidationError:
+            return False
+        return True
+
+    assert takes(OcrPipeline) is takes(pipeline.Settings)
 
 
 def test_no_refusal_shows_a_password(variables: RoleVariables) -> None:

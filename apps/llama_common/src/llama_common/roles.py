@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from llama_common import ocr_service
 from llama_common.fields import (
     Address,
     Checked,
@@ -41,6 +42,7 @@ from llama_common.translate import closest, misspelt, problems_of
 OWNED: Final = frozenset(HostConfig.model_fields)
 SECRET_SUFFIXES: Final = ("_token", "_password", "_secret")
 ROUTER_KEYS: Final = "litellm_router_keys"
+OCR_KEYS: Final = "ocr_service_keys"
 PUBLIC_KEYS: Final = "llm_user_authorized_keys"
 PUBLIC_KEY_FIX: Final = "write the whole line of a .pub file, in a list, e.g. ssh-ed25519 AAAA… name"
 
@@ -221,40 +223,6 @@ Fingerprint = Annotated[
 Sha256 = Annotated[
     str, Text(r"[0-9a-fA-F]{64}", "a SHA-256, 64 hexadecimal digits", "copy it from who publishes the file")
 ]
-
-
-class OcrKey(BaseModel):
-    """A key of the OCR service, by its hash: what `ocr-key new NAME` prints."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    name: Annotated[
-        str,
-        Text(
-            r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}",
-            "a key's name: letters, digits and ._@-",
-            "write it like laptop",
-        ),
-    ]
-    sha256: Annotated[
-        str, Text(r"[0-9a-fA-F]{64}", "the SHA-256 of the key, 64 hexadecimal digits", "ocr-key new NAME")
-    ]
-
-
-class OcrShare(BaseModel):
-    """A share that TRA jobs may name."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    server: Annotated[
-        str, Text(r"[A-Za-z0-9][A-Za-z0-9.:-]{0,252}", "a server's name or address", "write it like nas.lan")
-    ]
-    share: Line
-    username: Line
-    password: Line
-    folder: Line = ""
-    domain: Line = ""
-    port: Annotated[int, Field(ge=1, le=65535)] = 445
 
 
 class OllamaArchive(BaseModel):
@@ -453,8 +421,7 @@ LIMITS: Final[Mapping[str, Any]] = {
     "ocr_service_port": Annotated[int, Field(ge=1024, le=65535)],
     "ocr_service_state_dir": StateFolder,
     "ocr_service_workers": Annotated[int, Field(ge=1, le=64)],
-    "ocr_service_keys": list[OcrKey],
-    "ocr_service_shares": dict[str, OcrShare],
+    **ocr_service.LIMITS,
     "ocr_service_queue_limit": Annotated[int, Field(ge=1, le=1_000_000)],
     "ocr_service_job_limit": Annotated[int, Field(ge=1, le=1_000_000)],
     "ocr_service_attempts": Annotated[int, Field(ge=1, le=20)],
@@ -572,8 +539,11 @@ class RoleVariables:
             return Problem(problem.path, HIDDEN, problem.message, PUBLIC_KEY_FIX)
         if problem.path[0] == ROUTER_KEYS:  # somebody may have written the key itself
             return Problem(problem.path, HIDDEN, problem.message, problem.fix)
+        if problem.path[0] == OCR_KEYS and problem.path[-1] != "name":
+            return Problem(problem.path, HIDDEN, problem.message, problem.fix)
         if self._shown(problem.path[0], "") == HIDDEN:
-            return Problem(problem.path, HIDDEN, problem.message, "write one line of text, in quotes")
+            fix = ocr_service.FIXES.get(problem.path[0], "write one line of text, in quotes")
+            return Problem(problem.path, HIDDEN, problem.message, fix)
         return problem
 
 
