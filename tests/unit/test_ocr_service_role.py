@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from llama_common.ocr_service import OcrKey, OcrPipeline, OcrShare
 from llama_common.roles import RoleVariables
+from ocr_pipeline import check
 from ocr_pipeline import settings as pipeline
 from ocr_pipeline.api.keys import Key, new
 from ocr_pipeline.api.settings import Settings, ShareEntry
 from pydantic import BaseModel, ValidationError
 
-from tests.support import ROOT
+from tests.support import BIN, ROOT, Run, run
 
 ROLE = ROOT / "roles/ocr_service"
 SHARE = {"server": "nas.lan", "share": "photos", "username": "ocr", "password": "hunter22"}
@@ -205,6 +208,112 @@ def test_no_refusal_shows_a_password(variables: RoleVariables) -> None:
     found = variables.check({"ocr_service_shares": {"field": share}})
     assert found
     assert "hunter22" not in "".join(problem.line("x") for problem in found)
+
+
+# --- the box's own check ---
+
+
+def whole(**changed: Any) -> dict[str, Any]:
+    """The content of the four files as the role renders them, some of it changed."""
+    files = {"service.json": {}, "keys.json": {"version": 1, "keys": []}}
+    files |= {
+        "shares.json": {"version": 1, "shares": {}},
+        "pipeline.json": {"gpu_lock": "/var/lib/ocr/gpu.lock"},
+    }
+    return {**files, **{name.replace("_", "."): content for name, content in changed.items()}}
+
+
+def test_the_program_takes_the_roles_defaults() -> None:
+    assert check.problems(whole()) == []
+    address = {"database": "postgresql://u:p@h/d", "queue": "redis://h:6379/0"}
+    assert check.problems(whole(service_json=address)) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (
+            {"pipeline_json": {"vision": {"backend": "magic"}}},
+            "pipeline.json: vision.backend: Input should be",
+        ),
+        ({"pipeline_json": {"visoin": {}}}, "pipeline.json: visoin: Extra inputs"),
+        (
+            {"keys_json": {"keys": [{"name": "x", "sha256": digit * 64} for digit in "ab"]}},
+            "keys.json: the whole: two keys have one name; give each its own",
+        ),
+        (
+            {"shares_json": {"shares": {"my share!": SHARE}}},
+            "shares.json: shares.my share!.[key]: String should",
+        ),
+        (
+            {"service_json": {"database": "mysql://u:hunter22@h/d"}},
+            "service.json: mysql://u:***@h/d is not supp",
+        ),
+        ({"service_json": {"queue": "amqp://u:hunter22@h"}}, "service.json: queue amqp://…: write it like"),
+        ({"service_json": {"port": 0}}, "service.json: port: Input should be"),
+    ],
+)
+def test_the_program_says_in_one_line_what_it_does_not_take(changed: dict[str, Any], line: str) -> None:
+    (found,) = check.problems(whole(**changed))
+    assert found.startswith(line)
+    assert "hunter22" not in found
+    assert "\n" not in found
+
+
+def test_the_check_reads_standard_input_and_makes_nothing(tmp_path: Path) -> None:
+    def asked(text: str) -> Run:
+        return run(BIN / "python", "-I", "-m", "ocr_pipeline.check", stdin=text)
+
+    state = tmp_path / "state"
+    assert asked(json.dumps(whole(service_json={"state_dir": str(state)}))).rc == 0
+    assert not state.exists()
+    bad = asked(json.dumps(whole(pipeline_json={"visoin": {}}, service_json={"port": 0})))
+    assert (bad.rc, len(bad.stdout.splitlines())) == (1, 2)
+    for text in ("", "[1]", '{"surprise.json": {}}', "3"):
+        done = asked(text)
+        assert (done.rc, len(done.stderr.splitlines())) == (2, 1), done.tail()
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({}, ""),
+        ({"ocr_service_pipeline": {"visoin": {}}}, "pipeline.json: visoin: Extra inputs are not permitted"),
+        (
+            {"ocr_service_database": "mysql://u:hunter22@h/d"},
+            "service.json: mysql://u:***@h/d is not supported",
+        ),
+    ],
+)
+def test_the_roles_own_tasks_stop_with_that_line(
+    tmp_path: Path, variables: dict[str, Any], line: str
+) -> None:
+    tasks = [
+        task for task in read("tasks/main.yml") if task["name"].startswith(("Ask the prog", "Stop where"))
+    ]
+    files = [str(ROLE / "defaults/main.yml"), str(ROLE / "vars/main.yml")]
+    share = {"field": SHARE}
+    more = {"ocr_service_path": str(BIN.parent), "ocr_service_shares": share, **variables}
+    play = {"hosts": "localhost", "gather_facts": False, "vars_files": files, "tasks": tasks}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    (tmp_path / "more.yml").write_text(yaml.safe_dump(more))
+    done = run(
+        *(BIN / "ansible-playbook", "-i", "localhost,", "-c", "local", tmp_path / "play.yml"),
+        *("-e", f"@{tmp_path / 'more.yml'}", "-vvv"),
+    )
+    assert done.rc == (2 if line else 0), done.tail()
+    assert line in done.stdout
+    assert "hunter22" not in done.stdout + done.stderr
+
+
+def test_the_role_asks_before_it_writes_anything() -> None:
+    names = [task["name"] for task in read("tasks/main.yml")]
+    asked, stopped = (
+        names.index("Ask the program whether it takes the settings"),
+        names.index("Stop where it does not"),
+    )
+    written = [task["name"] for task in read("tasks/main.yml") if "ansible.builtin.copy" in task]
+    assert asked < stopped < min(names.index(name) for name in written)
 
 
 @pytest.mark.parametrize("unit", ["ocr-api.service", "ocr-worker@.service"])

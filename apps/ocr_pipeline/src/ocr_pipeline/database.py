@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 BUSY_TIMEOUT_S = 30
@@ -21,8 +21,8 @@ class DatabaseError(Exception):
     """A database that cannot be used; the text is one line for the person, without its password."""
 
 
-def open_engine(url: str, *, pool_size: int = 5) -> Engine:
-    """An engine for `sqlite:///FILE` or `postgresql://…`. Raises DatabaseError for any other address."""
+def address(url: str) -> URL:
+    """The address of a database that can be used. Raises DatabaseError."""
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -31,8 +31,17 @@ def open_engine(url: str, *, pool_size: int = 5) -> Engine:
         ) from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
-    kind = parsed.get_backend_name()
-    if kind == "postgresql":
+    file = parsed.drivername == "sqlite" and parsed.database and parsed.database != ":memory:"
+    if not file and parsed.drivername != "postgresql+psycopg":
+        fix = "use sqlite:///FILE or postgresql://USER@HOST/NAME"
+        raise DatabaseError(f"{parsed.render_as_string(hide_password=True)} is not supported; {fix}")
+    return parsed
+
+
+def open_engine(url: str, *, pool_size: int = 5) -> Engine:
+    """An engine for `sqlite:///FILE` or `postgresql://…`. Raises DatabaseError for any other address."""
+    parsed = address(url)
+    if parsed.get_backend_name() == "postgresql":
         return create_engine(
             parsed,
             pool_size=pool_size,
@@ -40,9 +49,7 @@ def open_engine(url: str, *, pool_size: int = 5) -> Engine:
             pool_pre_ping=True,
             connect_args={"connect_timeout": 10},
         )
-    if kind != "sqlite" or not parsed.database or parsed.database == ":memory:":
-        fix = "use sqlite:///FILE or postgresql://USER@HOST/NAME"
-        raise DatabaseError(f"{parsed.render_as_string(hide_password=True)} is not supported; {fix}")
+    assert parsed.database is not None
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, pool_size=pool_size, max_overflow=pool_size)
     event.listen(engine, "connect", _prepare_sqlite)
