@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,45 @@ def test_the_role_asks_before_it_writes_anything() -> None:
     )
     written = [task["name"] for task in read("tasks/main.yml") if "ansible.builtin.copy" in task]
     assert asked < stopped < min(names.index(name) for name in written)
+
+
+SYSTEMCTL = """#!/bin/sh
+echo "$@" >> {log}
+case "$1 $2" in
+"list-units "*) printf 'ocr-worker@1.service loaded active running The OCR service: worker 1\\n'
+  printf 'ocr-worker@3.service loaded active running The OCR service: worker 3\\n' ;;
+"is-enabled "*) echo enabled ;;
+"show "*) printf 'Id=%s\\nLoadState=loaded\\nActiveState=active\\nUnitFileState=enabled\\n' "$2" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("workers", "over"), [(1, [2, 3, 12]), (2, [3, 12]), (12, [])])
+def test_workers_above_the_number_are_stopped_and_disabled(
+    tmp_path: Path, workers: int, over: list[int]
+) -> None:
+    log, program = tmp_path / "log", tmp_path / "bin/systemctl"
+    program.parent.mkdir()
+    program.write_text(SYSTEMCTL.replace("{log}", str(log)))
+    program.chmod(0o755)
+    wanted = tmp_path / "multi-user.target.wants"
+    wanted.mkdir()
+    for name in ("ocr-worker@2.service", "ocr-worker@12.service", "ocr-api.service"):
+        (wanted / name).symlink_to("/nowhere")
+    tasks = [task for task in read("tasks/main.yml") if "more workers" in task["name"]]
+    files = [str(ROLE / "defaults/main.yml"), str(ROLE / "vars/main.yml")]
+    play = {"hosts": "localhost", "gather_facts": False, "vars_files": files, "tasks": tasks}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    done = run(
+        *(BIN / "ansible-playbook", "-i", "localhost,", "-c", "local", tmp_path / "play.yml"),
+        *("-e", json.dumps({"ocr_service_workers": workers, "_ocr_service_units_dir": str(tmp_path)})),
+        env={"PATH": f"{program.parent}:{os.environ['PATH']}"},
+    )
+    assert done.rc == 0, done.tail()
+    asked = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    for verb in ("stop", "disable"):
+        found = {words[-1] for words in asked if words[0] == verb}
+        assert found == {f"ocr-worker@{number}.service" for number in over}, done.tail()
 
 
 @pytest.mark.parametrize("unit", ["ocr-api.service", "ocr-worker@.service"])
