@@ -49,7 +49,7 @@ VISION = {
     "scope": "system",
     "listen": "127.0.0.1:8090",
 }
-PIPELINE = {
+PIPELINE: dict[str, Any] = {
     "vision": {
         "backend": "llama-server",
         "url": SERVER,
@@ -60,6 +60,22 @@ PIPELINE = {
     "reasoning": {"backend": "openai", "url": SERVER, "model": "vision", "timeout_s": 390, "max_tokens": 256},
     "seconds_per_image": 800,
 }
+
+# A reasoning server that makes a serial number up, whatever it is asked.
+INVENTOR, INVENTED = "ocr-inventor", "QX904177"
+INVENTS = f"""
+import http.server, json
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        fields = json.dumps({{"numero_serie": "{INVENTED}"}})
+        data = json.dumps({{"choices": [{{"message": {{"content": fields}}}}]}}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+http.server.HTTPServer(("127.0.0.1", 8099), Handler).serve_forever()
+"""
 
 # One request on the host: status and text of the answer, [0, why] without one.
 ASK = f"""
@@ -108,6 +124,7 @@ def wanted(on_host: OnHost, tmp_path: Path) -> Iterator[dict[str, Any]]:
         "ocr_service_answer_timeout": 900,
     }
     play(tmp_path).check()
+    on_host(OCR, f"sudo systemctl stop {INVENTOR}.service || true").check()
     on_host(OCR, f"sudo rm -f {PROJECTOR} ~llm/models/gguf/*tiny-projector*").check()
 
 
@@ -158,6 +175,17 @@ def test_a_photo_takes_the_full_path_and_its_answer_is_in_the_schema_and_grounde
     given = {name: flat[name] for name in FIELDS if flat[name] is not None}
     ungrounded = {name: value for name, value in given.items() if not grounded(name, value, printed)}
     assert not ungrounded, (ungrounded, printed)
+
+    # The model of nonsense may give no value at all, and then none is ungrounded: one that is made up is
+    # dropped.
+    on_host(OCR, f"sudo systemd-run --unit={INVENTOR} python3 -c {shlex.quote(INVENTS)}").check()
+    inventor = {**PIPELINE, "reasoning": {**PIPELINE["reasoning"], "url": "http://127.0.0.1:8099"}}
+    assert play(tmp_path, **{**wanted, "ocr_service_pipeline": inventor}).check().changed > 0
+    assert ask(on_host, "/ready")["status"] == "ready"
+    answer = post(on_host, READ, body)
+    flat = json.loads(answer["candidates"][0]["content"]["parts"][0]["text"])
+    assert flat["numero_serie"] is None
+    assert "not_grounded:numero_serie" in flat["_reasons"], "the reasoning server was asked"
 
     # A changed command restarts it; without it the service says so, and stays up.
     changed = {**wanted, "llama_presets": {"vision": {**VISION, "context": 2048}}}
