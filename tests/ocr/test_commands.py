@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from ocr_pipeline.stages import LineClass
 from PIL import Image
 
 from tests.ocr.service import REAL_WORKER, running
-from tests.support import BIN, Run, run
+from tests.support import BIN, ROOT, Run, run
 
 PLATES = Path(__file__).parent / "plates"
 FEW = ("3012.jpg", "3034.jpg")
@@ -92,3 +94,20 @@ def test_a_folder_is_verified_through_a_live_service_and_against_other_settings(
     assert compared["difference"] == pytest.approx(-lost / printed)
     assert done.rc == 0, done.tail()
     assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_command_of_the_apis_page_sends_a_photo_of_a_phones_size(tmp_path: Path) -> None:
+    page = (ROOT / "docs/ocr-api.md").read_text()
+    command = page.partition("```console\n$ ")[2].partition("```")[0].partition("|\n    jq ")[0]
+    photo = bytes(range(256)) * 16384  # 4 MB
+    (tmp_path / "plate.jpg").write_bytes(photo)
+    program = tmp_path / "curl"
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\ncat > {tmp_path}/body\n')
+    program.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("bash", "-ec", command, cwd=tmp_path, env={"PATH": path, "KEY": "k"})
+    assert done.rc == 0, done.tail()
+    assert (tmp_path / "words").read_text().split()[-2:] == ["-d", "@-"]
+    part = json.loads((tmp_path / "body").read_text())["contents"][0]["parts"][0]["inlineData"]
+    assert part["mimeType"] == "image/jpeg"
+    assert base64.b64decode(part["data"]) == photo

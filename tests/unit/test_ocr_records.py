@@ -28,6 +28,8 @@ from ocr_pipeline.records.store import RecordsError, RecordStore, RegisterRow, r
 from ocr_pipeline.records.tables import Tag
 from sqlalchemy import func, select
 
+from tests.support import BIN, run
+
 HOSTILE = '<script>alert(1)</script>"&\'=HYPERLINK("x")'
 
 
@@ -400,6 +402,18 @@ def test_an_import_is_all_or_nothing_and_replaces(store: RecordStore) -> None:
     store.import_rows([row("P1", fases=1), row("P2")])
     store.import_rows([row("P1", fases=3)])
     assert {pole: fields["fases"] for pole, fields in store.register("F1").items()} == {"P1": 3, "P2": None}
+
+
+def test_a_register_and_a_report_pass_through_standard_input_and_output(tmp_path: Path) -> None:
+    """The service's account may open neither file in the home of who sends the command."""
+    program = (BIN / "ocr-records", "--database", f"sqlite:///{tmp_path}/r.sqlite3")
+    text = "pole_id;feeder;fabricante\nP1;F1;São José\n"
+    taken = run(*program, "import", "-", stdin=f"\ufeff{text}")
+    assert (taken.rc, taken.stdout) == (0, "1 poles\n"), taken.tail()
+    told = run(*program, "report", "F1", "--format", "json")
+    assert json.loads(told.stdout)["poles"][0]["fields"]["fabricante"]["record"] == "São José"
+    wrong = run(*program, "import", "-", stdin="x\n")
+    assert (wrong.rc, wrong.stderr.splitlines()[0][:40]) == (1, "ocr-records: standard input: line 1: col")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         "import",
         help="read a register in CSV: pole_id, feeder, and any of the 11 fields; all of it or nothing",
     )
-    importer.add_argument("file", metavar="FILE.csv", type=Path)
+    importer.add_argument("file", metavar="FILE.csv", help="- for standard input")
     maker = verbs.add_parser("report", help="write a feeder's report")
     maker.add_argument("feeder", metavar="FEEDER")
     maker.add_argument("--job", help="of this job's photos only")
@@ -62,8 +63,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, store: RecordStore) -> int:
     if options.verb == "import":
-        with options.file.open(encoding="utf-8-sig", newline="") as file:
-            count = store.import_rows(list(read_register(file, options.file.name)))
+        if options.file == "-":
+            raw, name = io.BytesIO(sys.stdin.buffer.read()), "standard input"
+        else:
+            raw, name = io.BytesIO(Path(options.file).read_bytes()), Path(options.file).name
+        with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+            count = store.import_rows(list(read_register(file, name)))
         print(f"{count} poles")
     elif options.verb == "report":
         made = report.build(store, options.feeder, options.job)
