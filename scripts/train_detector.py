@@ -25,6 +25,7 @@ import onnx
 import torch
 from ocr_pipeline.detect import GREY, letterbox, plates_of
 from ocr_pipeline.geometry import Box
+from ocr_pipeline.settings import DetectorSettings
 from ocr_pipeline.synthetic.scene import IDENTIFICATION, TRANSFORMER, sample
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ LEFT = 0.6  # of a plate's area that must be within the cut, or it is none to fi
 THREADS = 2
 RATE = 3e-3
 CAUTION = 0.6  # taken off the logit of a utility's plate: a false one makes a bank where there is none
+SCORE = DetectorSettings().score  # what the service takes for a plate is what is counted
 ENOUGH = 0.9  # of the plates that must be found, or the weights are not written
 
 
@@ -216,7 +218,7 @@ def score(model: Detector, photos: list[tuple[np.ndarray, np.ndarray]]) -> dict[
     for square, rows in photos:
         with torch.no_grad():
             output = model(torch.from_numpy(square.transpose(2, 0, 1)[None].astype(np.float32) / 255)).numpy()
-        plates = plates_of(output, names, 0.35, 1.0, 0.0, 0.0, SIDE, SIDE)
+        plates = plates_of(output, names, SCORE, 1.0, 0.0, 0.0, SIDE, SIDE)
         used = set()
         for kind, *sides in rows.tolist():
             name = NAMES[int(kind)]
@@ -235,6 +237,7 @@ def score(model: Detector, photos: list[tuple[np.ndarray, np.ndarray]]) -> dict[
                 overlaps.append(best[0])
         false += len(plates) - len(used)
     return {
+        "score": SCORE,
         "found": found,
         "there": there,
         "false": false,
@@ -287,6 +290,7 @@ def main() -> int:
     recipe = {
         "parameters": sum(weights.numel() for weights in model.parameters()),
         "photos": args.photos,
+        "photos_twice": len(rare),
         "epochs": epochs,
         "seeds": [TRAIN_SEED, HELD_OUT_SEED],
         "side": SIDE,

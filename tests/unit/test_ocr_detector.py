@@ -13,6 +13,7 @@ import pytest
 from ocr_pipeline import build
 from ocr_pipeline.detect import SHIPPED, OnnxDetector
 from ocr_pipeline.rapid import session
+from ocr_pipeline.settings import DetectorSettings
 from ocr_pipeline.stages import PlateClass
 
 DATA = Path(str(resources.files("ocr_pipeline") / "data"))
@@ -45,6 +46,7 @@ def test_the_recipe_and_the_held_out_figures_are_beside_it(detector: OnnxDetecto
     recipe, held_out = page["recipe"], page["held_out"]
     assert recipe["side"] == detector.side
     assert recipe["seeds"][1] >= recipe["seeds"][0] + recipe["photos"]
+    assert held_out["score"] == DetectorSettings().score, "figures of what the service takes for a plate"
     assert sum(held_out["found"].values()) >= 0.9 * sum(held_out["there"].values())
 
 
