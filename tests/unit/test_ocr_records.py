@@ -416,6 +416,13 @@ def test_a_register_and_a_report_pass_through_standard_input_and_output(tmp_path
     assert (wrong.rc, wrong.stderr.splitlines()[0][:40]) == (1, "ocr-records: standard input: line 1: col")
 
 
+def test_a_register_that_is_not_utf8_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "register.csv"
+    file.write_bytes("pole_id;feeder;fabricante\nP1;F1;São José\n".encode("latin-1"))
+    assert cli.main(["--database", f"sqlite:///{tmp_path}/r.sqlite3", "import", str(file)]) == 1
+    assert "register.csv: no CSV in UTF-8" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     database = ["--database", f"sqlite:///{tmp_path}/r.sqlite3"]
     file = tmp_path / "register.csv"

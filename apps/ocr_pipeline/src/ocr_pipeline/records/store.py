@@ -211,7 +211,10 @@ def _photo(row: Any) -> PhotoRow:
 
 def read_register(file: TextIO, name: str) -> Iterator[RegisterRow]:
     """The rows of a register in CSV: `pole_id`, `feeder`, any of the 11 fields. Raises RecordsError."""
-    head = file.read(4096)
+    try:
+        head = file.read(4096)
+    except UnicodeDecodeError as error:
+        raise RecordsError(f"{name}: no CSV in UTF-8 ({error})") from None
     file.seek(0)
     delimiter = ";" if head.partition("\n")[0].count(";") > head.partition("\n")[0].count(",") else ","
     table = csv.DictReader(file, delimiter=delimiter, strict=True)
