@@ -128,6 +128,7 @@ UFW = {"chain": {"family": "ip", "table": "filter", "name": "ufw-before-input"}}
         ([], "", {"firewalld.service"}, {}, "disable --now firewalld"),
         ([], "", {"nftables.service"}, {}, "disable nftables.service"),
         ([chain("ip", "filter", "FORWARD", hook="forward"), DOCKER], "", set(), {}, "docker.socket"),
+        ([DOCKER], "", set(), {}, "docker.socket"),  # it drops nothing where somebody else forwards
         ([chain("ip6", "mine", "in")], "", set(), {}, "chain ip6 mine in"),
         (
             [],
@@ -161,7 +162,8 @@ class Kernel:
     """A host's nft and systemd, told by their command lines; a rule set is its own listing."""
 
     def __init__(self) -> None:
-        self.loaded, self.armed, self.enabled, self.broken = "former", False, False, False
+        self.loaded, self.armed, self.enabled = "former", False, False
+        self.broken = self.full = False
         self.told: list[str] = []
 
     def run(self, *argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -172,6 +174,8 @@ class Kernel:
             said = stdin
         elif line.startswith("nft --stateless list"):
             code, said = (0, self.loaded) if self.loaded else (1, "")
+        elif line == f"nft -f {module.FORMER}":
+            self.loaded = module.FORMER.read_text().removeprefix(module.EMPTY)
         elif line == "nft -f -":
             code, said = (1, "syntax error") if self.broken else (0, "")
             self.loaded = self.loaded if self.broken else stdin
@@ -184,7 +188,8 @@ class Kernel:
         elif line.startswith("systemctl show"):
             said = f"ActiveState={'active' if self.enabled else 'inactive'}\nUnitFileState=enabled\n"
         elif line.startswith("systemctl enable"):
-            self.enabled = True
+            code, said = (1, "no room") if self.full else (0, "")
+            self.enabled = not self.full
         return subprocess.CompletedProcess(argv, code, said, "")
 
     def position(self, start: str) -> int:
@@ -263,3 +268,18 @@ def test_two_runs_at_once_do_not_take_each_other_s_way_back(kernel: Kernel, tmp_
     with pytest.raises(module.Refused, match="another run"):
         host(tmp_path).apply(check=False)
     assert kernel.loaded == "former"
+
+
+def test_the_rules_of_a_run_that_died_are_not_kept_by_the_next_one(kernel: Kernel, tmp_path: Path) -> None:
+    assert host(tmp_path).apply(check=False)["pending"]
+    with pytest.raises(module.Refused, match="another run"):
+        host(tmp_path).apply(check=False)
+    assert kernel.armed and not kernel.enabled and not (tmp_path / "llmbox").exists()
+
+
+def test_rules_that_cannot_be_kept_for_a_boot_are_taken_back(kernel: Kernel, tmp_path: Path) -> None:
+    host(tmp_path).apply(check=False)
+    kernel.full = True
+    with pytest.raises(module.Refused, match="no room"):
+        host(tmp_path).confirm("another")
+    assert kernel.loaded == "former" and not kernel.armed

@@ -149,16 +149,14 @@ def others(
             if f":{name} DROP" in text
         ]
         names |= {"DOCKER-USER"} if ":DOCKER-USER " in text else set()
-    if not dropping:
-        return
-    if "ufw-before-input" in names:
+    if dropping and "ufw-before-input" in names:
         yield f"ufw drops what these rules let in (chain {dropping[0]}); fix: ufw disable"
-    elif "DOCKER-USER" in names:
+    elif "DOCKER-USER" in names:  # whether or not it drops what is forwarded
         yield (
-            f"Docker leads what it publishes past these rules (chain {dropping[0]} drops); fix: "
+            "Docker leads what it publishes past these rules (chain DOCKER-USER); fix: "
             "systemctl disable --now docker.socket docker.service and reboot, or firewall_enabled: false here"
         )
-    else:
+    elif dropping:
         yield (
             f"another firewall drops what these rules let in (chain {dropping[0]} drops); fix: "
             "remove it, or firewall_enabled: false here"
@@ -219,14 +217,14 @@ class Firewall:
         if check and not shutil.which("nft", path="/usr/sbin:/usr/bin"):  # a new host
             return {"changed": True, "diff": diff("", self.rules)}
         look_for_others()
+        if not check and armed():  # whatever they are, nobody has confirmed them
+            raise Refused("rules of another run wait for their confirmation; fix: try again in a minute")
         loaded, wanted = listing(), listed(self.rules)
         if loaded == wanted:
             return {"changed": self.keep(check=check), "diff": []}
         shown = {"changed": True, "diff": diff(loaded, wanted)}
         if check:
             return shown
-        if armed():
-            raise Refused("rules of another run wait for their confirmation; fix: try again in a minute")
         write(FORMER, EMPTY + loaded, 0o600)
         run("systemctl", "reset-failed", f"{REVERT}.service")
         must(
@@ -250,7 +248,11 @@ class Firewall:
         must("systemctl", "stop", f"{REVERT}.timer")
         if listing() != listed(self.rules):  # the timer was faster
             raise Refused(TOO_LATE)
-        self.keep(check=False)
+        try:
+            self.keep(check=False)
+        except (OSError, Refused):  # rules that no boot would load: the timer that took them back has stopped
+            must("nft", "-f", str(FORMER))
+            raise
         FORMER.unlink(missing_ok=True)
         return {"changed": True}
 
