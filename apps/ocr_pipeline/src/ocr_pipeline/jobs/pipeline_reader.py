@@ -9,16 +9,18 @@ import httpx
 from ocr_pipeline.jobs.reader import Read
 from ocr_pipeline.pipeline import Pipeline
 from ocr_pipeline.settings import Settings
+from ocr_pipeline.stages import Deadline
 
 CHECK_TIMEOUT_S = 2.0
 _HEALTH = {"llama-server": "/health", "ollama": "/api/version", "openai": "/v1/models"}
 
 
 class PipelineReader:
-    """One Pipeline, for one process."""
+    """One Pipeline, for one process. `seconds`: what its stages may take together at most, for one photo."""
 
-    def __init__(self, pipeline: Pipeline, settings: Settings, version: str) -> None:
+    def __init__(self, pipeline: Pipeline, settings: Settings, version: str, seconds: float) -> None:
         self._pipeline = pipeline
+        self._seconds = min(settings.seconds_per_image, seconds)
         vision, reasoning = settings.vision, settings.reasoning
         self.model = f"ocr-pipeline/{version} {vision.backend}+{reasoning.backend}"
         self._servers = {
@@ -28,15 +30,18 @@ class PipelineReader:
         }
 
     def read(self, data: bytes, *, pole_id: str | None, text_only: bool) -> Read:
+        deadline = Deadline(self._seconds)
         if text_only:
-            found = self._pipeline.text(data)
+            found = self._pipeline.text(data, deadline=deadline)
             lines: list[dict[str, Any]] = [
                 {"texto": line.text, "classe": str(line.kind), "confianca": round(line.confidence, 3)}
                 for line in found.lines
             ]
             return Read(result={}, text=found.text, lines=lines)
-        seen = self._pipeline.inspect(data)
-        tags = self._pipeline.confirmed_tags(seen) if pole_id else seen.tags  # only a pole has a bank
+        seen = self._pipeline.inspect(data, deadline=deadline)
+        tags = seen.tags
+        if pole_id:  # only a pole has a bank
+            tags = self._pipeline.confirmed_tags(seen, deadline=deadline)
         return Read(result=seen.reading.flat(), tags=tags, crop=seen.crop_jpeg())
 
     def check(self) -> str:

@@ -63,7 +63,7 @@ def pipeline_reader(settings: Settings) -> Reader:
     from ocr_pipeline.jobs.pipeline_reader import PipelineReader
 
     chosen = pipeline_settings.load(settings.pipeline_file or None)
-    return PipelineReader(build.pipeline(chosen), chosen, VERSION)
+    return PipelineReader(build.pipeline(chosen), chosen, VERSION, settings.worker().reading_s)
 
 
 def main(argv: list[str] | None = None) -> int:

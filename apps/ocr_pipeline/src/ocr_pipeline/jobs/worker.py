@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 EXIT_RECYCLE = 0
 EXIT_OVERRAN = 75
+ENDING_S = 10.0  # to look whether a server still answers, and to write down what became of a photo
 Keep = Callable[[Claimed, str, Read], None]
 
 
@@ -49,6 +50,12 @@ class WorkerSettings:
     hang_delay_s: float = 30.0
     max_image_bytes: int = 32 * 1024 * 1024
     nice: int = 10
+
+    @property
+    def reading_s(self) -> float:
+        """What the stages may take together: less than a photo, so that a hang is told before the process
+        ends."""
+        return self.image_timeout_s - min(ENDING_S, self.image_timeout_s / 4)
 
 
 def rss_mib() -> float:
