@@ -150,3 +150,27 @@ def test_a_photo_that_is_a_pdf_too_is_refused() -> None:
 
 def test_bytes_behind_a_jpeg_are_left_alone() -> None:
     assert images.load(encoded() + b"PK\3\4 a phone's own data").width == 64
+
+
+def progressive(extra: int) -> bytes:
+    """A progressive JPEG whose last scan is there so many times more."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * extra + data[-2:]
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_undecoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert images.load(progressive(20)).width == 64
+    monkeypatch.setattr(images, "_decode", lambda _: pytest.fail("it was decoded"))
+    error = refused(progressive(4000))
+    assert (error.reason, error.http_status) == ("TOO_MANY_SCANS", 400)
+
+
+def test_scans_of_thumbnails_and_behind_the_end_cost_nothing() -> None:
+    many, jpeg = b"\xff\xda\x00\x02" * 200, encoded()
+    segment = b"\xff\xed" + (len(many) + 2).to_bytes(2, "big") + many
+    assert images.load(jpeg[:2] + segment + jpeg[2:] + many).width == 64

@@ -11,6 +11,7 @@ name.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ READ_AS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: the JPEG with a second picture 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 DECODED_PIXELS = 16_000_000  # a larger photo is made smaller: a nameplate keeps enough of them
 MAX_EXIF = 512 * 1024
+MAX_SCANS = (
+    100  # of a progressive JPEG; cameras write 1, encoders about 10, and each costs a pass over the pixels
+)
+MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # not a stuffed byte, a fill byte or a restart
+JPEG_START, JPEG_END, JPEG_SCAN, JPEG_BARE = 0xD8, 0xD9, 0xDA, 0x01
 ZIP_END, ZIP_END_MAX = b"PK\5\6", 22 + 0xFFFF  # its last record, with a comment of at most 64 KB
 OURS = ("a JPEG", "a PNG", "a WebP")
 KNOWN = (
@@ -88,6 +94,8 @@ def load(data: bytes, limits: Limits | None = None) -> Photo:
         )
     if other := also(data):
         raise ImageRefusedError("POLYGLOT", f"the file is {other} as well as an image; send the photo alone")
+    if scans(data) > MAX_SCANS:
+        raise ImageRefusedError("TOO_MANY_SCANS", f"the JPEG has more than {MAX_SCANS} scans; save it anew")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is refused below anyway
@@ -128,6 +136,25 @@ def also(data: bytes) -> str:
     if end >= 0 and end + 22 + int.from_bytes(data[end + 20 : end + 22], "little") == len(data):
         return "a ZIP file"
     return ""
+
+
+def scans(data: bytes) -> int:
+    """How many times a decoder goes over the pixels of a JPEG; counted up to one more than are read.
+
+    Segments are skipped by their length: the thumbnail in one is no scan, nor is what follows the JPEG's end.
+    """
+    if kind(data) != "a JPEG":
+        return 0
+    count, at = 0, 2
+    while count <= MAX_SCANS and (found := MARKER.search(data, at)):
+        code = found.group(1)[0]
+        at = found.end()
+        if code == JPEG_END:
+            break
+        if code not in (JPEG_START, JPEG_BARE):
+            count += code == JPEG_SCAN
+            at += int.from_bytes(data[at : at + 2], "big")
+    return count
 
 
 def _damaged(seems: str) -> ImageRefusedError:
