@@ -19,14 +19,16 @@ from ocr_pipeline.database import open_engine
 from ocr_pipeline.geometry import Box
 from ocr_pipeline.images import Pixels
 from ocr_pipeline.jobs.pipeline_reader import PipelineReader
+from ocr_pipeline.jobs.reader import Read
 from ocr_pipeline.jobs.store import JobStore, Limits, NewItem
 from ocr_pipeline.jobs.tables import Kind
-from ocr_pipeline.jobs.worker import Worker, WorkerSettings
+from ocr_pipeline.jobs.worker import EXIT_OVERRAN, Worker, WorkerSettings
 from ocr_pipeline.parser import Parser
 from ocr_pipeline.pipeline import Pipeline
 from ocr_pipeline.servers import ServerReasoner, ServerVision
 from ocr_pipeline.settings import ReasoningSettings, Settings, VisionSettings
 from ocr_pipeline.stages import Deadline, Line, Plate, PlateClass, PoleIdContext
+from sqlalchemy.exc import OperationalError
 
 from tests.unit.test_ocr_images import encoded
 from tests.unit.test_ocr_jobs import NoDispatch
@@ -79,7 +81,7 @@ def test_a_server_that_hangs_is_told_as_a_hang_before_the_worker_has_to_end(
     store: JobStore, silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "PROBE_S", 0.2)
-    found, ended = worked(store, reading(silent, 2.0), 2.0)
+    found, ended = worked(store, reading(silent, 4.0), 4.0)
     assert (found.error_code, found.error_status, ended) == ("GPU_HANG", 503, [])
 
 
@@ -88,7 +90,7 @@ def test_a_gpu_that_others_have_is_told_as_busy_before_the_worker_has_to_end(
 ) -> None:
     lock = str(tmp_path / "gpu")
     with gpu.turn(lock, Deadline(1)):
-        found, ended = worked(store, reading(silent, 1.0, lock), 1.0)
+        found, ended = worked(store, reading(silent, 4.0, lock), 4.0)
     assert (found.error_code, found.error_status, ended) == ("GPU_BUSY", 503, [])
 
 
@@ -160,3 +162,44 @@ def test_of_a_poles_photo_only_confirmed_plates_are_kept(pole: str | None, tags:
     reader = PipelineReader(pipeline, Settings(), "1", 45.0)
     assert reader.read(encoded(), pole_id=pole, text_only=False).tags == tags
     assert reader.read(encoded(), pole_id=pole, text_only=True).text is not None
+
+
+class Sleeps:
+    """A reader that takes longer than it may."""
+
+    model = "sleeps"
+
+    def __init__(self, ended: list[int]) -> None:
+        self.ended = ended
+
+    def read(self, data: bytes, *, pole_id: str | None, text_only: bool) -> Read:
+        until = time.monotonic() + 10
+        while not self.ended and time.monotonic() < until:
+            time.sleep(0.01)
+        return Read({})
+
+    def check(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("fault", ["locked", "silent", "silent to the heartbeat"])
+def test_a_worker_that_overran_ends_whatever_its_database_does(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    ended: list[int] = []
+
+    def away(*_: Any, **__: Any) -> bool:
+        if fault == "locked":
+            raise OperationalError("UPDATE", {}, Exception("database is locked"))
+        until = time.monotonic() + 5
+        while not ended and time.monotonic() < until:
+            time.sleep(0.01)
+        return False
+
+    store.submit(Kind.ALT, "me", [NewItem("P1", "photo", "h", b"x")])
+    monkeypatch.setattr(store, "heartbeat" if "heartbeat" in fault else "put_back", away)
+    settings = WorkerSettings(image_timeout_s=0.1, heartbeat_s=0.02, noting_s=0.1)
+    started = time.monotonic()
+    Worker(store, Sleeps(ended), NoDispatch(), settings, exit_process=ended.append).work_once()
+    assert ended == [EXIT_OVERRAN]
+    assert time.monotonic() - started < 3

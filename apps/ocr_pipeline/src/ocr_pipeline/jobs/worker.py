@@ -50,6 +50,7 @@ class WorkerSettings:
     hang_delay_s: float = 30.0
     max_image_bytes: int = 32 * 1024 * 1024
     nice: int = 10
+    noting_s: float = ENDING_S
 
     @property
     def reading_s(self) -> float:
@@ -228,8 +229,14 @@ class Worker:
             claimed.job_id,
             limit,
         )
-        self._put_back(claimed, "IMAGE_TIMEOUT", f"took more than {limit:.0f} s", 504, 0.0)
-        self._exit(EXIT_OVERRAN)
+        told = ("IMAGE_TIMEOUT", f"took more than {limit:.0f} s", 504, 0.0)
+        # Beside this thread: a database that is locked or away must not keep the process.
+        noting = threading.Thread(target=self._put_back, args=(claimed, *told), name="overran", daemon=True)
+        try:
+            noting.start()
+            noting.join(timeout=self._settings.noting_s)
+        finally:
+            self._exit(EXIT_OVERRAN)
 
     def renew(self, claimed: Claimed) -> bool:
         """Keep the lease."""
@@ -248,25 +255,26 @@ class _Guard:
         self._worker = worker
         self._claimed = claimed
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
+        # Two, so that a database that does not answer to the one does not keep the other from its watch.
+        self._threads = [
+            threading.Thread(target=work, name="guard", daemon=True) for work in (self._watch, self._renew)
+        ]
 
     def __enter__(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._thread.join(timeout=30)
+        for thread in self._threads:
+            thread.join(timeout=30)
 
     def _watch(self) -> None:
-        settings = self._worker.settings
-        deadline = time.monotonic() + settings.image_timeout_s
-        while True:
-            left = deadline - time.monotonic()
-            if self._done.wait(max(0.0, min(settings.heartbeat_s, left))):
-                return
-            if time.monotonic() >= deadline:
-                self._worker.overran(self._claimed)
-                return
+        if not self._done.wait(self._worker.settings.image_timeout_s):
+            self._worker.overran(self._claimed)
+
+    def _renew(self) -> None:
+        while not self._done.wait(self._worker.settings.heartbeat_s):
             try:
                 self._worker.renew(self._claimed)
             except Exception:
