@@ -30,9 +30,7 @@ READ_AS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: the JPEG with a second picture 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 DECODED_PIXELS = 16_000_000  # a larger photo is made smaller: a nameplate keeps enough of them
 MAX_EXIF = 512 * 1024
-MAX_SCANS = (
-    100  # of a progressive JPEG; cameras write 1, encoders about 10, and each costs a pass over the pixels
-)
+MAX_SCANS = 100  # of a JPEG; encoders write about 10, and each is a pass over all pixels
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # not a stuffed byte, a fill byte or a restart
 JPEG_START, JPEG_END, JPEG_SCAN, JPEG_BARE = 0xD8, 0xD9, 0xDA, 0x01
 ZIP_END, ZIP_END_MAX = b"PK\5\6", 22 + 0xFFFF  # its last record, with a comment of at most 64 KB

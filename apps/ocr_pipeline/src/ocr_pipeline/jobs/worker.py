@@ -229,14 +229,20 @@ class Worker:
             claimed.job_id,
             limit,
         )
-        told = ("IMAGE_TIMEOUT", f"took more than {limit:.0f} s", 504, 0.0)
         # Beside this thread: a database that is locked or away must not keep the process.
-        noting = threading.Thread(target=self._put_back, args=(claimed, *told), name="overran", daemon=True)
+        noting = threading.Thread(target=self._note_overrun, args=(claimed,), name="overran", daemon=True)
         try:
             noting.start()
             noting.join(timeout=self._settings.noting_s)
         finally:
             self._exit(EXIT_OVERRAN)
+
+    def _note_overrun(self, claimed: Claimed) -> None:
+        told = f"took more than {self._settings.image_timeout_s:.0f} s"
+        try:
+            self._put_back(claimed, "IMAGE_TIMEOUT", told, 504, 0.0)
+        except Exception:  # its lease runs out all the same
+            log.exception("photo %d of job %s", claimed.item_id, claimed.job_id)
 
     def renew(self, claimed: Claimed) -> bool:
         """Keep the lease."""
