@@ -29,6 +29,7 @@ from ocr_pipeline.records import tables as record_tables
 from ocr_pipeline.records.store import RecordStore
 from ocr_pipeline.smb.share import ShareEmptyError, ShareSettings, ShareUnreachableError
 from sqlalchemy import select, text
+from sqlalchemy.exc import OperationalError
 
 
 class Clock:
@@ -395,7 +396,7 @@ def worker(store: JobStore, reader: FakeReader, **more: Any) -> Worker:
     [
         (ImageRefusedError("DAMAGED_IMAGE", "cut short"), ("failed", "DAMAGED_IMAGE", 400, 1)),
         (GpuHangError("hung"), ("queued", "GPU_HANG", 503, 1)),
-        (BackendError("away"), ("queued", "BACKEND_UNAVAILABLE", 503, 1)),
+        (BackendError("away"), ("queued", "BACKEND_UNAVAILABLE", 503, 0)),
         (DeadlineError("slow"), ("queued", "DEADLINE_EXCEEDED", 504, 1)),
         (GpuBusyError("busy"), ("queued", "GPU_BUSY", 503, 0)),
         (MemoryError(), ("failed", "IMAGE_TOO_LARGE", 413, 1)),
@@ -415,7 +416,7 @@ def test_what_becomes_of_a_photo_that_is_not_read(
 
 
 def test_after_a_hang_the_worker_is_not_ready_for_a_while_or_until_a_photo_was_read(store: JobStore) -> None:
-    store.submit(Kind.ALT, "me", photos(1))
+    store.submit(Kind.READ, "me", photos(1))
     reader = FakeReader()
     reader.raises = GpuHangError("hung")
     made = worker(store, reader)
@@ -425,6 +426,85 @@ def test_after_a_hang_the_worker_is_not_ready_for_a_while_or_until_a_photo_was_r
     made.work_once()
     made._report()
     assert [row[1] for row in store.workers()] == [True]
+
+
+def test_a_backend_that_is_away_for_an_hour_costs_a_job_nothing(store: JobStore, clock: Clock) -> None:
+    job = store.submit(Kind.ALT, "me", photos(100))
+    reader = FakeReader()
+    made = worker(store, reader)
+    made._report()
+    reader.raises, reader.problem = BackendError("refused"), "the vision server does not answer"
+    assert made.work_once()
+    for _ in range(720):
+        clock.now += 5
+        made._problem_until = 0.0
+        made._report()
+        assert not made.work_once(), "the others of the job wait where they are"
+    assert (len(reader.seen), made.images) == (1, 0), "a fresh process would not help"
+    reader.raises, reader.problem = None, ""
+    made._report()
+    for _ in range(100):
+        assert made.work_once()
+    assert state(store, job.job_id) is JobState.DONE
+    assert {outcome.attempts for outcome in store.results(job.job_id)} == {1}
+
+
+def test_who_waits_for_an_answer_is_told_at_once_that_a_backend_is_away(store: JobStore) -> None:
+    store.submit(Kind.ALT, "me", photos(1))
+    store.submit(Kind.READ, "me", photos(1))
+    reader = FakeReader()
+    reader.raises, reader.problem = BackendError("refused"), "the vision server does not answer"
+    made = worker(store, reader)
+    made._report()
+    for _ in range(3):
+        assert made.work_once()
+    assert not made.work_once(), "nobody waits any longer than three attempts"
+    assert [key for key, count in store.counts().items() if count] == [("ALT", "queued"), ("READ", "failed")]
+
+
+def test_a_photo_that_no_backend_reads_is_given_up_at_last(store: JobStore, clock: Clock) -> None:
+    job = store.submit(Kind.ALT, "me", photos(1))
+    reader = FakeReader()
+    reader.raises = BackendError("status 500")
+    made = worker(store, reader)
+    began, tries = clock.now, 0
+    while state(store, job.job_id) is not JobState.FAILED:
+        made._problem_until = 0.0
+        tries += made.work_once()
+        clock.now += 10
+    assert 5.9 * 3600 < clock.now - began < 6.2 * 3600
+    assert tries < 150, "and less often the longer it lasts"
+    assert store.results(job.job_id)[0].error_code == "BACKEND_UNAVAILABLE"
+
+
+@pytest.mark.parametrize(("problem", "attempts"), [("", 1), ("the vision server does not answer", 0)])
+def test_a_hang_is_the_photos_attempt_only_where_the_box_is_well_afterwards(
+    store: JobStore, problem: str, attempts: int
+) -> None:
+    job = store.submit(Kind.ALT, "me", photos(1))
+    reader = FakeReader()
+    reader.raises, reader.problem = GpuHangError("hung"), problem
+    worker(store, reader).work_once()
+    assert store.results(job.job_id)[0].attempts == attempts
+
+
+def test_records_that_are_away_cost_no_attempt(store: JobStore) -> None:
+    job = store.submit(Kind.ALT, "me", photos(2))
+    away = [True]
+
+    def keep(claimed: Claimed, digest: str, read: Read) -> None:
+        if away:
+            raise OperationalError("INSERT", {}, Exception("server closed the connection"))
+
+    made = worker(store, FakeReader(), keep=keep)
+    assert made.work_once()
+    assert not made.work_once(), "the other one waits"
+    found = store.results(job.job_id)[0]
+    assert (found.state, found.error_code, found.attempts) == (State.QUEUED, "RECORDS_UNAVAILABLE", 0)
+    away.clear()
+    made._problem_until = 0.0
+    assert [made.work_once() for _ in range(2)] == [True, True]
+    assert state(store, job.job_id) is JobState.DONE
 
 
 def test_a_reading_goes_to_the_records_before_it_is_called_done(store: JobStore) -> None:

@@ -48,6 +48,12 @@ class BackendError(OcrError):
     retry_after_s = 10.0
 
 
+class RecordsError(BackendError):
+    """The records database does not answer; what was read is read again later."""
+
+    reason = "RECORDS_UNAVAILABLE"
+
+
 class GpuHangError(BackendError):
     """A stage ran past its deadline and the server behind it does not answer at all any more."""
 

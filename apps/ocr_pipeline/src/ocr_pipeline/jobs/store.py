@@ -23,6 +23,7 @@ from ocr_pipeline.jobs.tables import UNDER_WAY, Item, Job, JobState, Kind, Photo
 PRIORITY = {Kind.READ: 0, Kind.TEXT: 0, Kind.ALT: 10, Kind.TRA: 10}
 RECENT = 50  # photos that an estimate is taken from
 WORKER_GONE_S = 30.0
+LONGEST_DELAY_S = 300.0
 ABANDONED = "ABANDONED"
 CANCELLED = "CANCELLED"
 UNAVAILABLE = 503
@@ -357,13 +358,17 @@ class JobStore:
 
     # --- what workers do ---
 
-    def claim(self, worker: str) -> Claimed | None:
-        """Take the next photo that may be read now."""
+    def claim(self, worker: str, *, single: bool = False) -> Claimed | None:
+        """Take the next photo that may be read now. `single`: only one that somebody waits for."""
         now = self._clock()
         with self._engine.begin() as connection:
             query = (
                 select(Item.id, Item.job_id, Item.pole_id, Item.name, Item.image_hash, Item.attempts)
-                .where(Item.state == State.QUEUED.value, Item.not_before <= now)
+                .where(
+                    Item.state == State.QUEUED.value,
+                    Item.not_before <= now,
+                    *([Item.priority == 0] if single else []),
+                )
                 .order_by(Item.priority, Item.id)
                 .limit(1)
             )
@@ -463,6 +468,37 @@ class JobStore:
                 )
             )
             return done.rowcount == 1
+
+    def put_off(
+        self, claimed: Claimed, worker: str, code: str, message: str, *, delay_s: float, patience_s: float
+    ) -> bool:
+        """A photo goes back because of the box: no attempt of its own, but for `patience_s` at most.
+
+        It waits for `delay_s` at first, and longer the longer the trouble lasts.
+        """
+        now = self._clock()
+        with self._engine.begin() as connection:
+            since = connection.scalar(select(Item.trouble_since).where(_owned(claimed, worker)))
+            lasts = 0.0 if since is None else now - since
+            if lasts < patience_s:
+                done = connection.execute(
+                    update(Item)
+                    .where(_owned(claimed, worker))
+                    .values(
+                        state=State.QUEUED.value,
+                        lease_owner=None,
+                        lease_until=None,
+                        not_before=now + max(delay_s, min(LONGEST_DELAY_S, lasts / 4)),
+                        trouble_since=now - lasts,
+                        attempts=claimed.attempts - 1,
+                        error_code=code,
+                        error=message[:500],
+                        error_status=UNAVAILABLE,
+                    )
+                )
+                return done.rowcount == 1
+        last = f"{message} (for {lasts / 60:.0f} min, then given up)"
+        return self.fail(claimed, worker, code, last, status=UNAVAILABLE)
 
     def _finish(self, claimed: Claimed, worker: str, values: dict[str, Any]) -> bool:
         with self._engine.begin() as connection:

@@ -3,6 +3,7 @@
 queued ──claim──▶ leased ──▶ done | failed | cancelled      (terminal: never left again)
    ▲                 │
    └── lease expired, GPU hung, share away: attempts are counted, and bounded
+       backend or records away: bounded by the time since, not by attempts
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Item(Base):
     heartbeat_at: Mapped[float | None] = mapped_column(Float(53))
     started_at: Mapped[float | None] = mapped_column(Float(53))
     finished_at: Mapped[float | None] = mapped_column(Float(53))
+    trouble_since: Mapped[float | None] = mapped_column(Float(53))
     result: Mapped[str | None] = mapped_column(Text)
     error_code: Mapped[str | None] = mapped_column(String(32))
     error: Mapped[str | None] = mapped_column(String(500))

@@ -20,7 +20,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ocr_pipeline.errors import BackendError, GpuHangError, ImageRefusedError, OcrError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from ocr_pipeline.errors import BackendError, GpuHangError, ImageRefusedError, OcrError, RecordsError
 from ocr_pipeline.gpu import GpuBusyError
 from ocr_pipeline.jobs.dispatch import Dispatch
 from ocr_pipeline.jobs.reader import Read, Reader
@@ -51,6 +54,7 @@ class WorkerSettings:
     max_image_bytes: int = 32 * 1024 * 1024
     nice: int = 10
     noting_s: float = ENDING_S
+    patience_s: float = 6 * 3600.0  # how long a photo of a job waits for backends and records that are away
 
     @property
     def reading_s(self) -> float:
@@ -96,6 +100,7 @@ class Worker:
         self._open: dict[str, Share] = {}
         self._problem = ""
         self._problem_until = 0.0
+        self._away = ""
         self.images = 0
 
     def stop(self) -> None:
@@ -130,24 +135,28 @@ class Worker:
 
     def work_once(self) -> bool:
         """Take one photo and bring it to an end. False: none waits."""
-        claimed = self._store.claim(self.name)
+        claimed = self._store.claim(self.name, single=self._in_trouble())
         if claimed is None:
             return False
-        self.images += 1
         with _Guard(self, claimed):
             self._process(claimed)
         return True
+
+    def _in_trouble(self) -> bool:
+        """Photos of jobs then wait; who waits for an answer is told at once, as their photo is tried."""
+        return bool(self._away) or time.monotonic() < self._problem_until
 
     def _process(self, claimed: Claimed) -> None:
         settings = self._settings
         try:
             data = self._bytes_of(claimed)
+            self.images += 1
             text_only = claimed.kind is Kind.TEXT
             read = self._reader.read(data, pole_id=claimed.pole_id or None, text_only=text_only)
             digest = hashlib.sha256(data).hexdigest()
-            if self._keep is not None and claimed.kind in (Kind.ALT, Kind.TRA):
-                self._keep(claimed, digest, read)
-            self._problem = ""
+            if claimed.kind in (Kind.ALT, Kind.TRA):
+                self._to_records(claimed, digest, read)
+            self._problem, self._problem_until = "", 0.0
             self._store.complete(claimed, self.name, _stored(claimed, read, digest))
         except ImageRefusedError as error:
             self._fail(claimed, error.reason, str(error), error.http_status)
@@ -160,6 +169,7 @@ class Worker:
         except GpuHangError as error:
             self._trouble(claimed, error, settings.hang_delay_s)
         except GpuBusyError as error:
+            self.images -= 1
             self._store.put_back(
                 claimed, self.name, error.reason, str(error), status=503, delay_s=1.0, counts=False
             )
@@ -180,12 +190,36 @@ class Worker:
     def _put_back(self, claimed: Claimed, code: str, message: str, status: int, delay_s: float) -> None:
         self._store.put_back(claimed, self.name, code, message, status=status, delay_s=delay_s)
 
+    def _to_records(self, claimed: Claimed, digest: str, read: Read) -> None:
+        if self._keep is None:
+            return
+        try:
+            self._keep(claimed, digest, read)
+        except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+            log.error("the records do not answer: %s", str(error).splitlines()[0])
+            raise RecordsError("the records database does not answer") from None
+
     def _trouble(self, claimed: Claimed, error: BackendError, delay_s: float) -> None:
-        """The box has it, not the photo: back into the queue, and everybody is told."""
+        """The box has it, not the photo: back into the queue, and everybody is told.
+
+        A hang after which everything answers may be the photo's doing, and nobody waits long for a single
+        photo: these are attempts.
+        """
+        self.images -= 1  # it cost nothing that a fresh process would mend
         self._problem = f"{error.reason}: {error}"
         self._problem_until = time.monotonic() + max(delay_s, self._settings.sweep_s)
         log.warning("photo %d of job %s goes back to the queue: %s", claimed.item_id, claimed.job_id, error)
-        self._put_back(claimed, error.reason, str(error), error.http_status, delay_s)
+        its_own = claimed.kind in (Kind.READ, Kind.TEXT)
+        if not its_own and isinstance(error, GpuHangError):
+            self._away = self._reader.check()
+            its_own = not self._away
+        if its_own:
+            self._put_back(claimed, error.reason, str(error), error.http_status, delay_s)
+        else:
+            patience = self._settings.patience_s
+            self._store.put_off(
+                claimed, self.name, error.reason, str(error), delay_s=delay_s, patience_s=patience
+            )
         self._report()
 
     def _bytes_of(self, claimed: Claimed) -> bytes:
@@ -217,7 +251,8 @@ class Worker:
 
     def _report(self) -> None:
         lately = self._problem if time.monotonic() < self._problem_until else ""
-        problem = lately or self._reader.check()
+        self._away = self._reader.check()
+        problem = lately or self._away
         self._store.report_worker(self.name, ready=not problem, problem=problem, model=self._reader.model)
 
     def overran(self, claimed: Claimed) -> None:
