@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
@@ -17,11 +18,12 @@ import httpx
 import pytest
 from ocr_pipeline.database import open_engine, reading
 from ocr_pipeline.jobs.dispatch import HueyDispatch
-from ocr_pipeline.jobs.store import JobStore, Limits
+from ocr_pipeline.jobs.store import JobStore, Limits, NewItem
+from ocr_pipeline.jobs.tables import Item, Job, JobState, Kind, State
 from ocr_pipeline.records.tables import Reading
 from ocr_pipeline.synthetic.scene import sample
 from PIL import Image
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from tests.ocr import servers
 from tests.ocr.hostile import saved
@@ -290,3 +292,41 @@ def test_several_boxes_share_redis_and_postgresql(
     with reading(engine) as connection:
         assert connection.scalar(select(func.count()).select_from(Reading)) == 60
     engine.dispose()
+
+
+@pytest.mark.parametrize("first", ["submit", "settle"])
+def test_a_photo_that_is_sent_again_as_its_job_ends_is_not_lost(postgresql_url: str, first: str) -> None:
+    """Two transactions that overlap: one job needs the bytes, the other one drops them."""
+    engine = open_engine(postgresql_url)
+    store = JobStore(engine, Limits())
+    store.prepare()
+    sha256 = ("1" if first == "submit" else "2") * 64
+    sent = [NewItem("", "photo", sha256, b"bytes")]
+    done = store.submit(Kind.READ, "me", sent)
+    claimed = store.claim("w1")
+    assert claimed is not None
+    again = Job(id="3" * 31 + sha256[0], kind="READ", state=JobState.QUEUED.value, owner="me", created_at=1.0)
+    again.feeder = again.share = again.fingerprint = ""
+    try:
+        if first == "submit":
+            other = threading.Thread(target=store.complete, args=(claimed, "w1", "{}"))
+            with engine.begin() as connection:
+                store._insert(connection, again, sent)
+                other.start()
+                other.join(1)
+        else:
+            other = threading.Thread(target=store.submit, args=(Kind.READ, "me", sent))
+            with engine.begin() as connection:
+                values = {"state": State.DONE.value}
+                connection.execute(update(Item).where(Item.id == claimed.item_id).values(values))
+                store._settle(connection, done.job_id)
+                other.start()
+                other.join(1)
+        other.join(30)
+        assert store.photo(sha256) == b"bytes"
+        left = store.claim("w2")
+        assert left is not None
+        assert store.complete(left, "w2", "{}")
+        assert store.photo(sha256) is None
+    finally:
+        engine.dispose()

@@ -158,6 +158,10 @@ def test_position_and_estimate_count_what_comes_first(store: JobStore, clock: Cl
     view = store.view(first.job_id)
     assert view is not None
     assert view.queue_position == 0
+    claim(store)
+    view = store.view(first.job_id)
+    assert view is not None
+    assert (view.queue_position, view.estimate_s) == (0, 10.0), "its own photo in work is not before it"
 
 
 def test_a_job_is_its_owners(store: JobStore) -> None:

@@ -239,9 +239,8 @@ class JobStore:
         values = {column.key: getattr(job, column.key) for column in Job.__table__.columns}
         connection.execute(insert(Job).values({**values, "duplicates": duplicates}))
         stored = {photo.image_hash: photo.data for photo in distinct.values() if photo.data is not None}
-        for sha256, data in stored.items():
-            if not connection.scalar(select(exists().where(Photo.sha256 == sha256))):
-                connection.execute(_insert_once(self._engine).values(sha256=sha256, data=data))
+        for sha256, data in sorted(stored.items()):  # in one order: no two then wait for each other
+            self._keep_photo(connection, sha256, data)
         connection.execute(
             insert(Item),
             [
@@ -257,6 +256,23 @@ class JobStore:
             ],
         )
         return Submitted(job.id, len(distinct), duplicates)
+
+    def _keep_photo(self, connection: Connection, sha256: str, data: bytes) -> None:
+        """Store a photo's bytes, or hold the row that has them until this transaction's items are there.
+
+        On PostgreSQL another transaction may be about to drop them: `_settle` locks the rows as this does, so
+        whoever comes second sees what the first has done. On SQLite there is one writer at a time.
+        """
+        if not self._skip_locked:
+            if not connection.scalar(select(exists().where(Photo.sha256 == sha256))):
+                connection.execute(insert(Photo).values(sha256=sha256, data=data))
+            return
+        from sqlalchemy.dialects import postgresql
+
+        made = postgresql.insert(Photo).values(sha256=sha256, data=data)
+        connection.execute(
+            made.on_conflict_do_update(index_elements=[Photo.sha256], set_={"sha256": made.excluded.sha256})
+        )
 
     def view(self, job_id: str, owner: str | None = None) -> JobView | None:
         """A job; None when there is none, or when it is another's."""
@@ -291,7 +307,7 @@ class JobStore:
                 .order_by(Item.priority, Item.id)
                 .limit(1)
             ).one()
-            position = self._ahead(connection, first.priority, first.id)
+            position = self._ahead(connection, first.priority, first.id, Item.job_id != job.id)
         estimate = self._estimate(connection, position + left) if left else None
         return JobView(
             id=job.id,
@@ -532,6 +548,11 @@ class JobStore:
         )
         mine = select(Item.image_hash).where(Item.job_id == job_id)
         needed = select(Item.image_hash).where(Item.state.in_(UNDER_WAY))
+        if self._skip_locked:
+            # First the rows' locks, then what is needed: a submit that holds one is over by then, and seen.
+            connection.execute(
+                select(Photo.sha256).where(Photo.sha256.in_(mine)).order_by(Photo.sha256).with_for_update()
+            ).all()
         connection.execute(delete(Photo).where(Photo.sha256.in_(mine), Photo.sha256.not_in(needed)))
 
     def sweep(self) -> int:
@@ -630,10 +651,12 @@ class JobStore:
         query = select(func.count()).select_from(Item).where(Item.state == State.QUEUED.value, *conditions)
         return connection.scalar(query) or 0
 
-    def _ahead(self, connection: Connection, priority: int, item_id: int) -> int:
+    def _ahead(self, connection: Connection, priority: int, item_id: int, *conditions: Any) -> int:
         before = or_(Item.priority < priority, and_(Item.priority == priority, Item.id < item_id))
         return (
-            connection.scalar(select(func.count()).select_from(Item).where(Item.state.in_(UNDER_WAY), before))
+            connection.scalar(
+                select(func.count()).select_from(Item).where(Item.state.in_(UNDER_WAY), before, *conditions)
+            )
             or 0
         )
 
@@ -689,14 +712,3 @@ def _final_state(counts: dict[str, int]) -> JobState:
     if not counts.get(State.FAILED):
         return JobState.DONE
     return JobState.PARTIAL if counts.get(State.DONE) else JobState.FAILED
-
-
-def _insert_once(engine: Engine) -> Any:
-    """An insert of a photo that is no error when the photo is there already."""
-    if engine.dialect.name == "postgresql":
-        from sqlalchemy.dialects import postgresql
-
-        return postgresql.insert(Photo).on_conflict_do_nothing()
-    from sqlalchemy.dialects import sqlite
-
-    return sqlite.insert(Photo).on_conflict_do_nothing()
