@@ -353,6 +353,7 @@ def test_a_hung_gpu_is_503_with_a_hint_and_the_photo_goes_back(service: Service)
         error = answer.json()["error"]
         assert error["status"] == "UNAVAILABLE"
         assert error["details"][0]["reason"] == "GPU_HANG"
+        assert error["details"][0]["metadata"]["queuePosition"] == "0"
         assert int(answer.headers["retry-after"]) >= 1
         assert "back in the queue" in error["message"]
         assert client.get("/health").status_code == 200

@@ -122,7 +122,8 @@ class Service:
             raise Refusal(503, "ANSWER_TIMEOUT", message, retry_after_s=retry, queue=queue)
         if outcome.state is State.DONE:
             return outcome
-        raise _refusal(outcome, self.settings)
+        standing = None if outcome.over else await asyncio.to_thread(self.store.standing, item_id)
+        raise _refusal(outcome, self.settings, standing)
 
     async def _while_here(self, request: Request, item_id: int) -> Outcome | None:
         """The outcome, unless the client leaves first: nobody then waits for the photo."""
@@ -158,15 +159,23 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _refusal(outcome: Outcome, settings: Settings) -> Refusal:
-    """Why a photo was not read."""
+def _refusal(
+    outcome: Outcome, settings: Settings, standing: tuple[int, float | None] | None = None
+) -> Refusal:
+    """Why a photo was not read. `standing`: photos before it and seconds, where it waits again."""
     code = outcome.error_status or 500
     retry = settings.hang_delay if outcome.error_code == "GPU_HANG" else settings.retry_delay
+    if standing and standing[1]:
+        retry = min(300.0, max(retry, standing[1]))
     message = outcome.error or "it was not read"
     if code == 503 and not outcome.over:
         message += "; the photo is back in the queue, try again"
     return Refusal(
-        code, outcome.error_code or "INTERNAL", message, retry_after_s=retry if code == 503 else None
+        code,
+        outcome.error_code or "INTERNAL",
+        message,
+        retry_after_s=retry if code == 503 else None,
+        queue=Queue(*standing) if standing else None,
     )
 
 
