@@ -6,8 +6,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ocr_pipeline.api import envelope, orders, schema
+from ocr_pipeline.api.aside import Aside, FullError
 from ocr_pipeline.api.bodies import Bodies
 from ocr_pipeline.api.errors import Queue, Refusal, invalid
 from ocr_pipeline.api.keys import KeyStore
@@ -48,6 +49,8 @@ ALIASES = (MODEL, "gemini-2.5-flash")  # any other name answers too
 PAGE = 500
 BUSY_RETRY_S = 5.0
 LEAVE_POLL_S = 0.5
+LISTINGS = 4  # of one share at once; a share that hangs keeps nobody from the others
+LISTING_S = 60.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": schema.ErrorAnswer} for code in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 }
@@ -80,12 +83,47 @@ class Service:
         self.report = report
         self.bodies = Bodies(settings.max_buffered, settings.body_timeout)
         self.waiting = Waiting(store.news)
+        self.listings = Aside(LISTINGS, LISTING_S)
         self.metrics = Metrics(store.counts, store.workers)
 
     async def submit(self, kind: Kind, owner: str, photos: list[NewItem], **more: Any) -> Submitted:
         """Take photos in and wake a worker. Raises Refusal 429 and 409."""
-        try:
+        with self._told(kind):
             taken = await asyncio.to_thread(partial(self.store.submit, kind, owner, photos, **more))
+        if not taken.known:
+            await asyncio.to_thread(self.dispatch.wake, taken.images)
+        return taken
+
+    async def submit_listed(self, owner: str, order: orders.Order, key: str | None) -> Submitted:
+        """Take a TRA job in. Its share is asked only for a job that is new and has room. Raises Refusal."""
+        fingerprint = order.fingerprint() if key else ""
+        with self._told(order.kind):
+            known = await asyncio.to_thread(self.store.look, order.kind, owner, key, fingerprint)
+        if known:
+            return known
+        try:
+            photos = await self.listings.run(order.share, partial(self.listed, order))
+        except FullError:
+            message = f"{self.listings.most} jobs wait for share {order.share!r} already; try again later"
+            raise Refusal(429, "SHARE_BUSY", message, retry_after_s=30) from None
+        except TimeoutError:
+            told = f"share {order.share!r} did not list {order.folder} within {self.listings.seconds:.0f} s"
+            raise Refusal(503, "SMB_UNREACHABLE", told, retry_after_s=30) from None
+        return await self.submit(
+            order.kind,
+            owner,
+            photos,
+            feeder=order.feeder,
+            share=order.share,
+            idempotency=key,
+            fingerprint=fingerprint,
+        )
+
+    @contextmanager
+    def _told(self, kind: Kind) -> Iterator[None]:
+        """Why the job tables take nothing, as a Refusal."""
+        try:
+            yield
         except QueueFullError as error:
             estimate = error.estimate_s
             retry = min(300.0, max(1.0, estimate / 4)) if estimate else BUSY_RETRY_S
@@ -96,9 +134,6 @@ class Service:
         except IdempotencyConflictError:
             message = "this Idempotency-Key came with another job before; take a new one"
             raise Refusal(409, "IDEMPOTENCY_KEY_REUSED", message) from None
-        if not taken.known:
-            await asyncio.to_thread(self.dispatch.wake, taken.images)
-        return taken
 
     async def read_one(self, request: Request, kind: Kind, owner: str, data: bytes, pole_id: str) -> Outcome:
         """One photo through the queue, in front of all jobs. Raises Refusal."""
@@ -356,18 +391,17 @@ def _job_routes(app: FastAPI) -> None:
         key = orders.idempotency_key(idempotency_key)
         async with _body(service, request, service.settings.max_job_body) as body:
             order = await asyncio.to_thread(orders.order, body, service.settings)
-            photos = list(order.photos)
             if order.kind is Kind.TRA:
-                photos = await asyncio.to_thread(service.listed, order)
-            taken = await service.submit(
-                order.kind,
-                owner,
-                photos,
-                feeder=order.feeder,
-                share=order.share,
-                idempotency=key,
-                fingerprint=order.fingerprint() if key else "",
-            )
+                taken = await service.submit_listed(owner, order, key)
+            else:
+                taken = await service.submit(
+                    order.kind,
+                    owner,
+                    list(order.photos),
+                    feeder=order.feeder,
+                    idempotency=key,
+                    fingerprint=order.fingerprint() if key else "",
+                )
         view = await asyncio.to_thread(service.store.view, taken.job_id)
         if view is None:
             raise Refusal(404, "NO_SUCH_JOB", "the job is no longer kept")

@@ -197,6 +197,17 @@ class JobStore:
                 raise
             return known
 
+    def look(self, kind: Kind, owner: str, idempotency: str | None, fingerprint: str) -> Submitted | None:
+        """Whether a job of this key is there already, and there is room for one that is not.
+
+        Raises QueueFullError and IdempotencyConflictError, as `submit` would.
+        """
+        with reading(self._engine) as connection:
+            known = self._known(connection, owner, idempotency, fingerprint)
+            if known is None:
+                self._refuse_when_full(connection, kind)
+            return known
+
     def _known(
         self, connection: Connection, owner: str, idempotency: str | None, fingerprint: str
     ) -> Submitted | None:

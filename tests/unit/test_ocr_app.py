@@ -1,0 +1,134 @@
+"""The API without its processes: shares that hang, clients that leave, memory that is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ocr_pipeline.api import app
+from ocr_pipeline.api.aside import Aside
+from ocr_pipeline.api.keys import KeyStore
+from ocr_pipeline.api.settings import Settings
+from ocr_pipeline.database import open_engine
+from ocr_pipeline.jobs.store import JobStore
+from ocr_pipeline.smb.share import Entry, ShareSettings
+
+from tests.unit.test_ocr_jobs import NoDispatch
+
+JOBS = "/api/v41/ocr/jobs"
+ORDER = {"type": "TRA", "feeder": "F1", "share": "field", "folder": "F1"}
+
+
+class Field:
+    """A share: `hangs` until `back` is set, then it lists one photo."""
+
+    hangs = False
+    listed = 0
+    back = threading.Event()
+
+    def __init__(self, settings: ShareSettings) -> None: ...
+
+    def __enter__(self) -> Field:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def list(self, folder: str) -> list[Entry]:
+        Field.listed += 1
+        if self.hangs:
+            self.back.wait(30)
+        return [Entry(f"{folder}/P1/a.jpg", 1, 1.0)]
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[app.Service]:
+    settings = Settings(state_dir=str(tmp_path), job_limit=2)
+    engine = open_engine(settings.url("database"))
+    store = JobStore(engine, settings.limits())
+    store.prepare()
+    store.report_worker("w1", ready=True)
+    monkeypatch.setattr(app, "Share", Field)
+    monkeypatch.setattr(Field, "hangs", False)
+    monkeypatch.setattr(Field, "listed", 0)
+    monkeypatch.setattr(Field, "back", threading.Event())
+    shares = {name: ShareSettings("server", "share", "user", "word") for name in ("field", "other")}
+    yield app.Service(settings, store, NoDispatch(), KeyStore(None), shares)
+    Field.back.set()
+    engine.dispose()
+
+
+def asked(service: app.Service, work: Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]]) -> None:
+    """Work as a client of the service."""
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(app.create(service), client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://box", timeout=60) as client:
+            await work(client)
+
+    asyncio.run(run())
+
+
+def reason(answer: httpx.Response) -> str:
+    return str(answer.json()["error"]["details"][0]["reason"])
+
+
+def test_a_share_that_hangs_stops_nobody_else(service: app.Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Field, "hangs", True)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        submits = [asyncio.create_task(client.post(JOBS, json=ORDER)) for _ in range(60)]
+        started = time.monotonic()
+        while Field.listed < min(app.LISTINGS, 4):
+            await asyncio.sleep(0.01)
+        assert (await client.get("/ready")).status_code == 200
+        assert time.monotonic() - started < 10
+        await asyncio.sleep(1)
+        early = [task.result() for task in submits if task.done()]
+        assert {(answer.status_code, reason(answer)) for answer in early} == {(429, "SHARE_BUSY")}
+        assert (len(early), Field.listed) == (60 - app.LISTINGS, app.LISTINGS)
+        assert early[0].headers["retry-after"] == "30"
+        monkeypatch.setattr(Field, "hangs", False)
+        assert (await client.post(JOBS, json={**ORDER, "share": "other"})).status_code == 202
+        Field.back.set()
+        late = [answer.status_code for answer in await asyncio.gather(*submits)]
+        assert late.count(202) == 1, "one job more is within the limit"
+
+    asked(service, work)
+
+
+def test_a_listing_has_its_time_and_its_thread_counts_until_it_ends(
+    service: app.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Field, "hangs", True)
+    service.listings = Aside(1, 0.2)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        first = await client.post(JOBS, json=ORDER)
+        assert (first.status_code, reason(first)) == (503, "SMB_UNREACHABLE")
+        assert reason(await client.post(JOBS, json=ORDER)) == "SHARE_BUSY"
+        Field.back.set()
+        await asyncio.sleep(0.2)
+        assert (await client.post(JOBS, json=ORDER)).status_code == 202
+
+    asked(service, work)
+
+
+def test_a_share_is_not_asked_for_a_job_that_is_known_or_has_no_room(service: app.Service) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        first = await client.post(JOBS, json=ORDER, headers={"Idempotency-Key": "k"})
+        again = await client.post(JOBS, json=ORDER, headers={"Idempotency-Key": "k"})
+        assert (first.status_code, again.status_code, Field.listed) == (202, 200, 1)
+        assert again.json()["id"] == first.json()["id"]
+        other = await client.post(JOBS, json={**ORDER, "folder": "F2"}, headers={"Idempotency-Key": "k"})
+        assert (other.status_code, Field.listed) == (409, 1)
+        assert (await client.post(JOBS, json=ORDER)).status_code == 202
+        full = await client.post(JOBS, json=ORDER)
+        assert (full.status_code, reason(full), Field.listed) == (429, "QUEUE_FULL", 2)
+
+    asked(service, work)
