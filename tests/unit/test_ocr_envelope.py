@@ -198,3 +198,31 @@ def test_a_refusal_tells_the_position_the_estimate_and_when_to_come_back() -> No
     info, retry = refusal.body()["error"]["details"]
     assert info["metadata"] == {"queuePosition": "7", "estimateSeconds": "4"}
     assert retry["retryDelay"] == "2s"
+
+
+JPEG = b"\xff\xd8\xff\xe0 and so on"
+
+
+@pytest.mark.parametrize(
+    ("claimed", "expected"),
+    [
+        ("image/heic", "WRONG_MIME_TYPE"),
+        ("image/svg+xml", "WRONG_MIME_TYPE"),
+        ("image/gif", "WRONG_MIME_TYPE"),
+        ("image/tiff", "WRONG_MIME_TYPE"),
+        ("image/bmp", "WRONG_MIME_TYPE"),
+        ("image/png", "WRONG_MIME_TYPE"),
+        ("application/pdf", "UNSUPPORTED_FORMAT"),
+        ("text/html", "UNSUPPORTED_FORMAT"),
+    ],
+)
+def test_a_photo_that_is_called_something_else_is_refused(claimed: str, expected: str) -> None:
+    inline = {"mimeType": claimed, "data": base64.b64encode(JPEG).decode()}
+    error = refused({"contents": [{"parts": [{"inlineData": inline}]}]})
+    assert (error.reason, error.code) == (expected, 400)
+
+
+@pytest.mark.parametrize("claimed", ["image/jpeg", "IMAGE/JPEG", "image/jpg", "image/pjpeg"])
+def test_a_jpegs_other_names_are_a_jpegs(claimed: str) -> None:
+    inline = {"mimeType": claimed, "data": base64.b64encode(JPEG).decode()}
+    assert envelope.asked({"contents": [{"parts": [{"inlineData": inline}]}]}).pictures[0].data == JPEG

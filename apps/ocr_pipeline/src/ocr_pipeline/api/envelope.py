@@ -23,6 +23,14 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _WHITESPACE = b" \t\r\n\v\f"
 _NOT_BASE64 = re.compile(rb"[^A-Za-z0-9+/]")
 _MIME = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,63}/[a-z0-9][a-z0-9!#$&^_.+-]{0,63}")
+# Other names that cameras and browsers have for them.
+_ALIASES = {
+    "image/jpg": "image/jpeg",
+    "image/pjpeg": "image/jpeg",
+    "image/jpe": "image/jpeg",
+    "image/mpo": "image/jpeg",
+    "image/x-png": "image/png",
+}
 # The types of photos that are read, and how each begins.
 _MAGIC = {
     "image/jpeg": (0, b"\xff\xd8\xff"),
@@ -113,7 +121,9 @@ def picture(value: object, where: str) -> Picture:
         raise invalid("BAD_ENVELOPE", f"{where}.mime_type = {mime!r:.60}: must be like image/jpeg")
     claimed, data = mime.strip().lower(), decode_base64(found.get("data"), f"{where}.data")
     real = next((name for name, (at, magic) in _MAGIC.items() if data[at : at + len(magic)] == magic), "")
-    if real and claimed in _MAGIC.keys() - {real}:
+    if not claimed.startswith("image/"):
+        raise invalid("UNSUPPORTED_FORMAT", f"{where}.mime_type = {claimed!r}: must be an image's")
+    if real and _ALIASES.get(claimed, claimed) != real:
         raise invalid("WRONG_MIME_TYPE", f"{where}.mime_type = {claimed!r}: the bytes are {real}")
     return Picture(data, claimed)
 
