@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -19,6 +20,7 @@ from ocr_pipeline.database import open_engine
 from ocr_pipeline.jobs.store import JobStore
 from ocr_pipeline.smb.share import Entry, ShareSettings
 
+from tests.ocr.service import generate, photo
 from tests.unit.test_ocr_jobs import NoDispatch
 
 JOBS = "/api/v41/ocr/jobs"
@@ -132,3 +134,38 @@ def test_a_share_is_not_asked_for_a_job_that_is_known_or_has_no_room(service: ap
         assert (full.status_code, reason(full), Field.listed) == (429, "QUEUE_FULL", 2)
 
     asked(service, work)
+
+
+def test_a_client_that_leaves_is_no_error_of_the_service(
+    service: app.Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its photo is taken out of the queue, and the log has one line."""
+    caplog.set_level("INFO")
+    sent: list[dict[str, Any]] = [
+        {"type": "http.request", "body": json.dumps(generate(photo())).encode(), "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1beta/models/x:generateContent",
+        "raw_path": b"/v1beta/models/x:generateContent",
+        "query_string": b"",
+        "headers": [],
+        "client": ("127.0.0.1", 1),
+        "server": ("box", 80),
+    }
+
+    async def receive() -> dict[str, Any]:
+        return sent.pop(0) if len(sent) > 1 else sent[0]
+
+    async def send(message: Any) -> None: ...
+
+    asyncio.run(app.create(service)(scope, receive, send))
+    assert service.store.counts() == {("READ", "cancelled"): 1}
+    assert not [record for record in caplog.records if record.exc_info]
+    assert b'status="499"} 1.0' in service.metrics.render()
+    assert b'status="500"' not in service.metrics.render()

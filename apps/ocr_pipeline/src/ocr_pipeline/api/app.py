@@ -145,7 +145,7 @@ class Service:
         item_id = await asyncio.to_thread(self.store.item_of, taken.job_id)
         try:
             outcome = await self._while_here(request, item_id)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, Refusal):
             await asyncio.shield(asyncio.to_thread(self.store.cancel, taken.job_id))
             raise
         if outcome is None:
@@ -169,7 +169,7 @@ class Service:
                 if done:
                     return asked.result()
                 if await request.is_disconnected():
-                    raise asyncio.CancelledError
+                    raise Refusal(499, "CLIENT_LEFT", "the client left")
         finally:
             asked.cancel()
 
@@ -271,8 +271,6 @@ async def _generate(service: Service, request: Request, owner: str) -> dict[str,
     async with _body(service, request, service.settings.max_body) as body:
         asked = await asyncio.to_thread(envelope.asked, body)
         picture = envelope.the_picture(asked)
-        if not picture.mime_type.startswith("image/"):
-            raise invalid("UNSUPPORTED_FORMAT", f"mimeType = {picture.mime_type}: must be an image's")
         outcome = await service.read_one(request, Kind.READ, owner, picture.data, "")
     text = json.dumps(json.loads(outcome.result or "{}")["reading"], ensure_ascii=False)
     model = await asyncio.to_thread(_model_version, service)
