@@ -14,11 +14,14 @@ import httpx
 import pytest
 from ocr_pipeline.api import app
 from ocr_pipeline.api.aside import Aside
+from ocr_pipeline.api.bodies import MULTIPLE, Bodies
+from ocr_pipeline.api.errors import Refusal
 from ocr_pipeline.api.keys import KeyStore
 from ocr_pipeline.api.settings import Settings
 from ocr_pipeline.database import open_engine
 from ocr_pipeline.jobs.store import JobStore
 from ocr_pipeline.smb.share import Entry, ShareSettings
+from starlette.requests import Request
 
 from tests.ocr.service import generate, photo
 from tests.unit.test_ocr_jobs import NoDispatch
@@ -169,3 +172,54 @@ def test_a_client_that_leaves_is_no_error_of_the_service(
     assert not [record for record in caplog.records if record.exc_info]
     assert b'status="499"} 1.0' in service.metrics.render()
     assert b'status="500"' not in service.metrics.render()
+
+
+def body_of(size: int) -> Request:
+    """A request whose body is a text of that size."""
+    parts = [b'"' + b"A" * (size - 2) + b'"']
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": parts.pop(), "more_body": False}
+
+    return Request({"type": "http", "headers": []}, receive)
+
+
+def test_bodies_count_with_the_memory_that_they_take() -> None:
+    async def work() -> None:
+        held = Bodies(6000, 5)
+        _, size = await held.json(body_of(1000), 2000)
+        assert (size, held.buffered) == (1000, 3000)
+        with pytest.raises(Refusal) as caught:
+            await held.json(body_of(1001), 2000)
+        assert (caught.value.code, caught.value.reason) == (429, "TOO_MUCH_BUFFERED")
+        assert held.buffered == 3000
+        held.release(size)
+        assert held.buffered == 0
+
+    asyncio.run(work())
+
+
+def test_with_the_defaults_the_api_stays_below_what_systemd_gives_it() -> None:
+    """A job of the largest size fits, two at once do not; 200 MB are left for the program itself."""
+    settings = Settings()
+    assert settings.max_job_body * MULTIPLE <= settings.max_buffered < 2 * settings.max_job_body * MULTIPLE
+    assert settings.max_buffered + 200_000_000 < 1024**3
+    with pytest.raises(ValueError, match="max_buffered must be at least"):
+        Settings(max_buffered=400_000_000)
+
+
+def test_what_waits_for_its_answer_holds_no_memory(service: app.Service) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        read = "/v1beta/models/x:generateContent"
+        asked = asyncio.create_task(client.post(read, json=generate(photo())))
+        while not service.store.ready_count():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert (service.bodies.buffered, asked.done()) == (0, False)
+        claimed = service.store.claim("w1")
+        assert claimed is not None
+        service.store.complete(claimed, "w1", '{"reading": {}}')
+        answer = (await asked).json()
+        assert answer["usageMetadata"]["promptTokenCount"] == 258
+
+    asked(service, work)

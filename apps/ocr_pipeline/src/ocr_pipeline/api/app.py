@@ -135,15 +135,18 @@ class Service:
             message = "this Idempotency-Key came with another job before; take a new one"
             raise Refusal(409, "IDEMPOTENCY_KEY_REUSED", message) from None
 
-    async def read_one(self, request: Request, kind: Kind, owner: str, data: bytes, pole_id: str) -> Outcome:
-        """One photo through the queue, in front of all jobs. Raises Refusal."""
+    async def enter(self, kind: Kind, owner: str, data: bytes, pole_id: str) -> Submitted:
+        """One photo into the queue, in front of all jobs. Raises Refusal."""
         if len(data) > self.settings.max_image:
             message = f"the image has {len(data)} bytes; at most {self.settings.max_image} are read"
             raise invalid("IMAGE_TOO_LARGE", message, 413)
         digest = await asyncio.to_thread(_sha256, data)
-        taken = await self.submit(kind, owner, [NewItem(pole_id, "photo", digest, data)])
-        item_id = await asyncio.to_thread(self.store.item_of, taken.job_id)
+        return await self.submit(kind, owner, [NewItem(pole_id, "photo", digest, data)])
+
+    async def outcome_of(self, request: Request, taken: Submitted) -> Outcome:
+        """What became of the photo that `enter` took in. Raises Refusal."""
         try:
+            item_id = await asyncio.to_thread(self.store.item_of, taken.job_id)
             outcome = await self._while_here(request, item_id)
         except (asyncio.CancelledError, Refusal):
             await asyncio.shield(asyncio.to_thread(self.store.cancel, taken.job_id))
@@ -270,8 +273,10 @@ def _model_version(service: Service) -> str:
 async def _generate(service: Service, request: Request, owner: str) -> dict[str, Any]:
     async with _body(service, request, service.settings.max_body) as body:
         asked = await asyncio.to_thread(envelope.asked, body)
-        picture = envelope.the_picture(asked)
-        outcome = await service.read_one(request, Kind.READ, owner, picture.data, "")
+        taken = await service.enter(Kind.READ, owner, envelope.the_picture(asked).data, "")
+        asked = asked.emptied()
+    del body  # its memory is given back, and does not wait for the answer
+    outcome = await service.outcome_of(request, taken)
     text = json.dumps(json.loads(outcome.result or "{}")["reading"], ensure_ascii=False)
     model = await asyncio.to_thread(_model_version, service)
     return envelope.answer(text, asked, model, f"ocr-{outcome.item_id}")
@@ -355,8 +360,9 @@ def _job_routes(app: FastAPI) -> None:
         generateContent's."""
         async with _body(service, request, service.settings.max_body) as body:
             asked = await asyncio.to_thread(envelope.asked, body)
-            data = envelope.the_picture(asked).data
-            outcome = await service.read_one(request, Kind.TEXT, owner, data, pole_id)
+            taken = await service.enter(Kind.TEXT, owner, envelope.the_picture(asked).data, pole_id)
+        del body, asked
+        outcome = await service.outcome_of(request, taken)
         found = json.loads(outcome.result or "{}")
         return JSONResponse({"poste": pole_id, "texto": found["text"], "linhas": found["lines"]})
 

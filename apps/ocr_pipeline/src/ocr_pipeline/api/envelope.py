@@ -59,6 +59,10 @@ class Asked:
         """An estimate in Gemini's terms."""
         return len(self.pictures) * TOKENS_PER_IMAGE + -(-self.characters // CHARACTERS_PER_TOKEN)
 
+    def emptied(self) -> Asked:
+        """The same without the photos' bytes: what waits for its answer does not hold them."""
+        return Asked(tuple(Picture(b"", each.mime_type) for each in self.pictures), self.characters)
+
 
 def snake(key: str) -> str:
     """`inlineData`, `inline_data`: the same key."""

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ocr_pipeline.api.bodies import MULTIPLE
 from ocr_pipeline.errors import SettingsError
 from ocr_pipeline.jobs.store import Limits
 from ocr_pipeline.jobs.worker import WorkerSettings
@@ -67,7 +68,7 @@ class Settings(BaseModel):
 
     max_body: Bytes = 32 * 1024 * 1024
     max_job_body: Bytes = 200 * 1000 * 1000
-    max_buffered: Bytes = 400 * 1000 * 1000
+    max_buffered: Bytes = 640 * 1000 * 1000  # memory: bodies count MULTIPLE times their size
     max_image: Bytes = 25_000_000
     body_timeout: Seconds = 60
     answer_timeout: Seconds = 120
@@ -93,6 +94,13 @@ class Settings(BaseModel):
         if address and "://" not in address:
             raise ValueError("must be an address like sqlite:////var/lib/ocr/jobs.sqlite3")
         return address
+
+    @model_validator(mode="after")
+    def _room(self) -> Settings:
+        largest = max(self.max_body, self.max_job_body) * MULTIPLE
+        if self.max_buffered < largest:
+            raise ValueError(f"max_buffered must be at least {largest}: {MULTIPLE} times the largest body")
+        return self
 
     def url(self, kind: Literal["database", "records", "queue"]) -> str:
         """An address; without one a SQLite file in the state folder."""
