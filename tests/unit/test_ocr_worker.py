@@ -18,6 +18,7 @@ from ocr_pipeline.audit import PlateAuditor
 from ocr_pipeline.database import open_engine
 from ocr_pipeline.geometry import Box
 from ocr_pipeline.images import Pixels
+from ocr_pipeline.jobs import pipeline_reader
 from ocr_pipeline.jobs.pipeline_reader import PipelineReader
 from ocr_pipeline.jobs.reader import Read
 from ocr_pipeline.jobs.store import JobStore, Limits, NewItem
@@ -81,6 +82,7 @@ def test_a_server_that_hangs_is_told_as_a_hang_before_the_worker_has_to_end(
     store: JobStore, silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "PROBE_S", 0.2)
+    monkeypatch.setattr(pipeline_reader, "CHECK_TIMEOUT_S", 0.1)
     found, ended = worked(store, reading(silent, 4.0), 4.0)
     assert (found.error_code, found.error_status, ended) == ("GPU_HANG", 503, [])
 
