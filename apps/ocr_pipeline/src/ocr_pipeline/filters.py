@@ -70,7 +70,10 @@ def classify(lines: Sequence[Line], context: PoleIdContext) -> list[Line]:
     marks = [mark(line.text) for line in lines]
     groups = clusters([line.box for line in lines])
     kinds: list[LineClass] = []
+    last: LineClass | None = None  # mark, among lines without boxes: only their order tells what is beside
     for at, found in enumerate(marks):
+        if lines[at].box is None:
+            last = found or last
         beside = [marks[other] for other in groups[at]]
         own = beside.count(LineClass.NAMEPLATE)
         foreign = max(FOREIGN, key=beside.count)
@@ -80,6 +83,8 @@ def classify(lines: Sequence[Line], context: PoleIdContext) -> list[Line]:
             kinds.append(found)
         elif found is not None:
             kinds.append(found)
+        elif lines[at].box is None and last in FOREIGN:
+            kinds.append(last)
         elif beside.count(foreign) > own:
             kinds.append(foreign)
         elif own:
