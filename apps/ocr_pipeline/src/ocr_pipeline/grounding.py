@@ -35,7 +35,8 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
     joined = " ".join(texts)
     match name:
         case "potencia_kva":
-            return any(_number(text, float(value)) for text in texts)
+            shown = normal.power(raw) == value and squeezed(raw) in squeezed(joined)
+            return shown or any(_number(text, float(value)) or normal.power(text) == value for text in texts)
         case "tensao_primaria":
             # `13,8` where the label has the unit, kV.
             found = [volts for text in texts for volts in normal.voltages(text)]
@@ -74,7 +75,7 @@ def _number(text: str, value: float) -> bool:
     folded = fold(text)
     for raw in (*re.findall(r"[0-9OISB][0-9OISB.,]*", folded), *re.findall(normal.NUMBER, folded)):
         found = normal.number(raw.strip(".,"))
-        if found is not None and (found == value or found / 10 == value):
+        if found == value:
             return True
     return False
 

@@ -31,7 +31,8 @@ ANSWERS = ("SIM", "NAO", "YES")  # values, never a label's words: `AUTOPROT. NÃ
 VALUE = re.compile(r"[2-9]|[0-9]{2}")  # digits that no letter was misread for
 NUMBER_BEFORE = re.compile(r"[0-9]\s*\W?\s*$")  # `75 kVA`: a unit, no label
 VALUE_BEFORE = re.compile(r"[0-9]\s*[kK]?VA?$")  # `300 kVASÉRIE`
-IN_BRACKETS = re.compile(r"[\s.:]*[(\[][^()\[\]0-9]{0,14}(?:[)\]]|$)")  # `(kV)`, `(MÊS/ANO)`: the label's
+# `(kV)`, `(MÊS/ANO)`: the label's; `( )` and `(X)` are boxes of its values.
+IN_BRACKETS = re.compile(r"[\s.:]*[(\[](?!\s*[Xx]?\s*[)\]])[^()\[\]0-9]{0,14}(?:[)\]]|$)")
 TO_THE_VALUE = re.compile(r"(?:[\s:;.,=_)\]·•…*|]|-(?![0-9]))*")  # `-2010`: the month is covered
 JOINING = re.compile(
     r"(?:D[EOA]|OF)\b", re.IGNORECASE

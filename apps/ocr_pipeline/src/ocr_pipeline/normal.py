@@ -54,16 +54,24 @@ def number(text: str) -> float | None:
     return float(parts[0]) if len(parts) == 1 else float("".join(parts[:-1]) + "." + parts[-1])
 
 
+SEVERAL_POWERS = re.compile(r"\b[23]\s*X\s*[0-9]|[0-9]\s*/\s*[0-9.,]+\s*K[VU]A\b")
+
+
 def foreign(folded: str) -> bool:
     """Whether a text has the unit of another quantity behind its number: `302 L`, `480 kg`, `60 Hz`."""
     return re.search(r"[0-9][\s']*(?:KG|HZ|%|L|A|O?C|MM|DB|ANOS?)(?![0-9A-Z])", folded) is not None
 
 
 def power(text: str) -> float | None:
-    """kVA, from `112,5 kVA`, `POT 75`, `112.5KVA`."""
+    """kVA, from `112,5 kVA`, `POT 75`, `112.5KVA`, `5 MVA`; None for two ratings, `112,5/150 kVA`, and for
+    several units, `3 x 37,5 kVA`.
+    """
     folded = fold(text)
-    if foreign(folded):
+    if foreign(folded) or SEVERAL_POWERS.search(folded):
         return None
+    if mega := re.search(rf"(?<![0-9A-Z.,])({NUMBER})\s*M[VU]A\b", folded):
+        value = number(mega.group(1))
+        return value * 1000 if value else None
     found = re.search(rf"(?<![0-9A-Z.,])({NUMBER})\s*K?\s*[VU]A\b", folded) or re.search(
         r"(?<![0-9A-Z.,])([0-9][0-9OISB]*(?:[.,](?:[0-9OISB]+| [0-9]))?)(?![0-9A-Z%/])", folded
     )
@@ -202,16 +210,26 @@ def phases(text: str) -> int | None:
     return int(as_digits(found.group(1))) if found else None
 
 
+YES, NO = ("SIM", "S", "SI", "YES", "SLM", "5IM"), ("NAO", "N", "NO", "NA0", "NAQ")
+
+
 def self_protected(text: str) -> bool | None:
-    """true from SIM, S, X; false from NÃO, N."""
+    """true from SIM, S, X; false from NÃO, N; of both the marked one, and None where no box tells which."""
     folded = re.sub(r"[^A-Z0-9]", " ", fold(text)).split()
-    if "X" in folded[:-1]:  # `( ) SIM  (X) NÃO`
+    if {*YES} & {*folded} and {*NO} & {*folded}:
+        plain = text.strip(" .:;,_|")
+        begins, ends = plain[:1] in ("(", "["), plain[-1:] in (")", "]")
+        if folded.count("X") != 1 or begins == ends:
+            return None
+        at = folded.index("X")  # `( ) SIM  (X) NÃO` or `SIM [ ]  NÃO [X]`
+        folded = folded[at + 1 : at + 2] if begins else folded[max(0, at - 1) : at]
+    elif "X" in folded[:-1]:
         folded = folded[folded.index("X") + 1 :]
     if not folded:
         return None
-    if folded[0] in ("SIM", "S", "SI", "YES", "X", "SLM", "5IM"):
+    if folded[0] in (*YES, "X"):
         return True
-    return False if folded[0] in ("NAO", "N", "NO", "NA0", "NAQ") else None
+    return False if folded[0] in NO else None
 
 
 def code(text: str) -> str | None:

@@ -160,8 +160,7 @@ class Parser:
         names = [
             (at, *found)
             for at, line in enumerate(sheet.lines)
-            if (found := self.templates.named_in(line.text))
-            and not (at in sheet.labelled and _one_of(found[0], "_title"))  # `Nº TRAFO 1234`
+            if (found := self.templates.named_in(line.text)) and _a_maker_s(found[0], line.text)
         ]
         if not names:
             return _heading(sheet, extraction)
@@ -191,6 +190,15 @@ class Parser:
             return at, *found, True
         name = brand(text)
         return (at, name, name, False) if name else None
+
+
+def _a_maker_s(name: str, text: str) -> bool:
+    """Whether a text names this manufacturer: where it is an ordinary word, beside nothing but a company's
+    words: `Nº TRAFO 1234` and `TRAFO DE DISTRIBUIÇÃO` name none.
+    """
+    return not _one_of(name, "_title") or all(
+        _one_of(word, "_company") for word in _words(text) if word != name
+    )
 
 
 def _first(label: Label, sheet: _Sheet) -> bool:
@@ -393,7 +401,8 @@ def _unlabelled(sheet: _Sheet) -> None:
             if label.fields == ("autoprotegido",) and label.start > 0 and BARE.match(fold(label.rest)):
                 line = lines[label.line]
                 sure = min(UNLABELLED, line.weakest)
-                found["autoprotegido"] = [_Found(Candidate(True, line.text, label.line, sure), 2.0)]
+                denied = _words(line.text[: label.start])[-1:] in (["NAO"], ["NOT"])
+                found["autoprotegido"] = [_Found(Candidate(not denied, line.text, label.line, sure), 2.0)]
 
 
 # --- a table of taps ---
@@ -597,7 +606,12 @@ def _candidate(
     value = _value(name, text, unit)
     if value is None:
         return None
-    return Candidate(value, text, at, sureness(lines[at], max(0, start), text))
+    sure = sureness(lines[at], max(0, start), text)
+    if (
+        isinstance(value, float) and value % 1 and not re.search("[.,]", text)
+    ):  # `1125 kVA`: its comma is a guess
+        sure = min(UNSURE, sure)
+    return Candidate(value, text, at, sure)
 
 
 def sureness(line: Line, start: int, text: str) -> float:

@@ -149,6 +149,9 @@ class ServerVision:
         return Seen(tuple(lines[:MAX_LINES]), 0, time.perf_counter() - started)
 
 
+OF_THE_PLATE = (Reason.AMBIGUOUS, Reason.UNLABELLED_VALUE)
+
+
 class ServerReasoner:
     """Stage 2 on Ollama or an OpenAI-compatible server. The parser reads along: where the two differ, a
     person looks.
@@ -184,13 +187,17 @@ class ServerReasoner:
         for name in FIELDS:
             value = self._value(name, given.get(name))
             if value is not None:
-                raw = given.get(name)
-                extraction.candidates[name] = Candidate(value, str(raw)[:MAX_LINE], line_of(str(raw), lines))
+                raw = str(given.get(name))
+                at = line_of(raw, lines)
+                sure = 1.0 if at is None else lines[at].confidence
+                extraction.candidates[name] = Candidate(value, raw[:MAX_LINE], at, sure)
         other = self._parser.extract(lines, context, deadline)
         for name, candidate in other.candidates.items():
             mine = extraction.candidates.get(name)
             if mine is not None and mine.value != candidate.value:
                 extraction.reasons.append(f"{Reason.FILTERS_DISAGREE}:{name}")
+        # What is wrong with the plate is wrong whoever reads it.
+        extraction.reasons += [one for one in other.reasons if one.partition(":")[0] in OF_THE_PLATE]
         return extraction
 
     def _ask(self, texts: Sequence[str], deadline: Deadline) -> str:

@@ -1,0 +1,88 @@
+"""Words of a plate that look like a value of one field and are of another: null or right, never wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from ocr_pipeline import normal, templates
+from ocr_pipeline.grounding import grounded
+from ocr_pipeline.parser import Parser
+from ocr_pipeline.servers import ServerReasoner
+from ocr_pipeline.settings import ReasoningSettings
+from ocr_pipeline.stages import Deadline, Line, PoleIdContext
+
+from tests.unit.test_ocr_fields import column, parsed
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("AUTOPROTEGIDO: ( ) SIM (X) NÃO", "autoprotegido", False),
+        ("AUTOPROTEGIDO: (X) SIM ( ) NÃO", "autoprotegido", True),
+        ("AUTOPROTEGIDO SIM [ ] NÃO [X]", "autoprotegido", False),
+        ("AUTOPROTEGIDO SIM [X] NÃO [ ]", "autoprotegido", True),
+        ("AUTOPROTEGIDO SIM X NÃO", "autoprotegido", None),
+        ("AUTOPROTEGIDO SIM NÃO", "autoprotegido", None),
+        ("TRANSFORMADOR NÃO AUTOPROTEGIDO", "autoprotegido", False),
+        ("TRANSFORMADOR AUTOPROTEGIDO", "autoprotegido", True),
+        ("TRAFO DE DISTRIBUIÇÃO", "fabricante", None),
+        ("TIPO: TRAFO TRIFÁSICO", "fabricante", None),
+        ("TRAFO EQUIPAMENTOS ELÉTRICOS", "fabricante", "TRAFO"),
+        ("DATA REFORMA: 03/2019", "data_fabricacao", None),
+        ("DATA DO ENSAIO: 03/2019", "data_fabricacao", None),
+        ("DATA DE VENC. GARANTIA: 03/2019", "data_fabricacao", None),
+        ("DATA: 03/2019", "data_fabricacao", "2019-03"),
+        ("POTÊNCIA: 5 MVA", "potencia_kva", 5000.0),
+        ("POTÊNCIA: 112,5/150 kVA", "potencia_kva", None),
+        ("POTÊNCIA: 3 x 37,5 kVA", "potencia_kva", None),
+        ("MAT. ENROLAMENTO: ALUMÍNIO 1350", "matricula", None),
+        ("MAT. 135067", "matricula", "135067"),
+    ],
+)
+def test_a_value_is_read_for_what_it_is(text: str, name: str, value: Any) -> None:
+    values, _ = parsed(*column(text, "FASES: 3", "Nº DE SÉRIE: 998877"))
+    assert values.get(name) == value
+    assert values["numero_serie"] == "998877"
+
+
+def test_a_box_that_nobody_marked_says_nothing() -> None:
+    assert normal.self_protected("( ) SIM ( ) NÃO") is None
+    assert normal.self_protected("(X) SIM (X) NÃO") is None
+
+
+@pytest.mark.parametrize(("text", "marked"), [("POTÊNCIA: 1125 kVA", True), ("POTÊNCIA: 112,5 kVA", False)])
+def test_a_comma_that_was_guessed_is_for_a_person(text: str, marked: bool) -> None:
+    values, reasons = parsed(*column(text, "FASES: 3", "Nº DE SÉRIE: 998877"))
+    assert values["potencia_kva"] == 112.5
+    assert ("low_confidence:potencia_kva" in reasons) is marked
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "there"),
+    [(30.0, "300 KW", False), (112.5, "POTÊNCIA 1125 kVA", True), (75.0, "POT 75 kVA AT 13800", True)],
+)
+def test_a_tenth_of_a_number_is_no_power_that_was_printed(value: float, text: str, there: bool) -> None:
+    assert grounded("potencia_kva", value, [Line(text)]) is there
+
+
+def test_a_model_s_values_are_as_sure_as_their_lines_and_the_plate_s_doubts_are_told() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        content = '{"numero_serie": "998877", "potencia_kva": 75}'
+        return httpx.Response(200, json={"choices": [{"message": {"content": content}}]})
+
+    settings = ReasoningSettings(backend="openai")
+    reasoner = ServerReasoner(settings, templates.load(), transport=httpx.MockTransport(answer))
+    lines = [
+        Line("Nº DE SÉRIE: 998877", None, 0.3),
+        Line("Nº DE SÉRIE: 112233"),
+        Line("75 kVA"),
+        Line("445566"),
+    ]
+    found = reasoner.extract(lines, PoleIdContext.NAMEPLATE, Deadline(10))
+    assert found.candidates["numero_serie"].confidence == 0.3
+    assert found.candidates["potencia_kva"].confidence == 1.0
+    alone = Parser(templates.load()).extract(lines, PoleIdContext.NAMEPLATE, Deadline(10)).reasons
+    assert {"ambiguous:numero_serie", "value_without_label"} <= {*alone}
+    assert {"ambiguous:numero_serie", "value_without_label"} <= {*found.reasons}
