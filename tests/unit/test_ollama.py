@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -40,9 +41,22 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests/stand_in_ollama.py"), "serve"], env=environment
     )
-    yield f"http://{place}"
-    server.kill()
-    server.wait(10)
+    try:
+        deadline = time.monotonic() + 30
+        while not answers(f"http://{place}"):
+            assert time.monotonic() < deadline and server.poll() is None
+            time.sleep(0.05)
+        yield f"http://{place}"
+    finally:
+        server.kill()
+        server.wait(10)
+
+
+def answers(url: str) -> bool:
+    """Whether the stand-in listens yet."""
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/api/version", trust_env=False, timeout=5).is_success
+    return False
 
 
 def test_a_model_is_pulled_once(url: str) -> None:
