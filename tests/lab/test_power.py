@@ -77,14 +77,16 @@ def lab(*words: str) -> support.Run:
     return support.run(support.BIN / "python", "-m", "lab", *words, timeout=180)
 
 
-def play(folder: Path, action: str, host: str = support.CLIENT, **variables: object) -> support.PlaybookRun:
+def play(
+    folder: Path, action: str, host: str = support.CLIENT, *, timeout: float = 300, **variables: object
+) -> support.PlaybookRun:
     """The real playbook, on one host of the lab that its groups may not name."""
     (play,) = yaml.safe_load((support.ROOT / "playbooks/power.yml").read_text())
     play["hosts"] = host
     file = folder / "power.yml"
     file.write_text(yaml.safe_dump([play]))
     given = {"power_action": action, "power_mac": MAC, "power_windows_ports": [445], **variables}
-    return support.ansible_playbook(file, "-e", json.dumps(given), timeout=300)
+    return support.ansible_playbook(file, "-e", json.dumps(given), timeout=timeout)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Wake-on-LAN by the real netplan on a machine that boots; ethtool judges, on an emulated card."""
+"""Wake-on-LAN and the hardware clock on a machine that boots; ethtool judges, on an emulated card."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.vm.machine import NAME, Machine
 
 pytestmark = pytest.mark.long
 
+LINK = "/etc/systemd/network/50-llmbox-wake-on-lan.link"
 NETPLAN = "/etc/netplan/90-llmbox-wake-on-lan.yaml"
 
 
@@ -29,6 +30,28 @@ def card(machine: Machine) -> str:
 def wakes(machine: Machine, interface: str) -> bool:
     """Whether a magic packet would wake it, as ethtool says."""
     return "g" in machine.out(f"sudo ethtool {interface} | sed -n 's/^\\s*Wake-on: //p'")
+
+
+def test_on_debian_a_file_for_the_link_keeps_it_over_a_boot(restored: Machine) -> None:
+    machine = restored
+    interface = card(machine)
+    machine.run("sudo apt-get update", timeout=600).check()  # what role base does before this one
+    set_up = role(machine, gpu_host_wake_on_lan=interface, gpu_host_hardware_clock="local").check()
+    assert set_up.changed >= 2
+    assert wakes(machine, interface)
+    assert machine.out("tail -n 1 /etc/adjtime") == "LOCAL"
+    assert role(machine, gpu_host_wake_on_lan=interface, gpu_host_hardware_clock="local").check().changed == 0
+
+    machine.reboot()
+    assert card(machine) == interface, "it has another name"
+    assert wakes(machine, interface)
+
+    machine.run(f"sudo ethtool -s {interface} wol d").check()  # by hand: seen and mended
+    assert role(machine, gpu_host_wake_on_lan=interface).check().changed == 1
+    assert wakes(machine, interface)
+    role(machine, gpu_host_hardware_clock="utc").check()
+    assert machine.run(f"test -e {LINK}").rc == 1, "it was taken out of the data"
+    assert machine.run("grep LOCAL /etc/adjtime").rc != 0, "without the file it is UTC, too"
 
 
 def test_netplan_keeps_it_and_the_connection_over_a_boot(restored: Machine) -> None:
