@@ -163,7 +163,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self.loaded, self.armed, self.enabled = "former", False, False
-        self.broken = self.full = False
+        self.broken = self.full = self.hangs = False
         self.told: list[str] = []
 
     def run(self, *argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -188,6 +188,8 @@ class Kernel:
         elif line.startswith("systemctl show"):
             said = f"ActiveState={'active' if self.enabled else 'inactive'}\nUnitFileState=enabled\n"
         elif line.startswith("systemctl enable"):
+            if self.hangs:
+                raise subprocess.TimeoutExpired(argv, 60)
             code, said = (1, "no room") if self.full else (0, "")
             self.enabled = not self.full
         return subprocess.CompletedProcess(argv, code, said, "")
@@ -275,11 +277,16 @@ def test_the_rules_of_a_run_that_died_are_not_kept_by_the_next_one(kernel: Kerne
     with pytest.raises(module.Refused, match="another run"):
         host(tmp_path).apply(check=False)
     assert kernel.armed and not kernel.enabled and not (tmp_path / "llmbox").exists()
+    with pytest.raises(module.Refused, match="another run"):  # the timer would put the former rules back
+        host(tmp_path, rules="").apply(check=False)
 
 
-def test_rules_that_cannot_be_kept_for_a_boot_are_taken_back(kernel: Kernel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hangs", [False, True])
+def test_rules_that_cannot_be_kept_for_a_boot_are_taken_back(
+    kernel: Kernel, tmp_path: Path, *, hangs: bool
+) -> None:
     host(tmp_path).apply(check=False)
-    kernel.full = True
-    with pytest.raises(module.Refused, match="no room"):
+    kernel.full, kernel.hangs = True, hangs
+    with pytest.raises((module.Refused, subprocess.TimeoutExpired), match=r"no room|timed out"):
         host(tmp_path).confirm("another")
     assert kernel.loaded == "former" and not kernel.armed

@@ -212,13 +212,13 @@ class Firewall:
 
     def apply(self, *, check: bool) -> dict[str, Any]:
         """The first phase. Raises Refused, OSError, subprocess.TimeoutExpired."""
+        if not check and armed():  # whatever they are, nobody has confirmed them
+            raise Refused("rules of another run wait for their confirmation; fix: try again in a minute")
         if not self.rules:
             return self.remove(check=check)
         if check and not shutil.which("nft", path="/usr/sbin:/usr/bin"):  # a new host
             return {"changed": True, "diff": diff("", self.rules)}
         look_for_others()
-        if not check and armed():  # whatever they are, nobody has confirmed them
-            raise Refused("rules of another run wait for their confirmation; fix: try again in a minute")
         loaded, wanted = listing(), listed(self.rules)
         if loaded == wanted:
             return {"changed": self.keep(check=check), "diff": []}
@@ -250,7 +250,11 @@ class Firewall:
             raise Refused(TOO_LATE)
         try:
             self.keep(check=False)
-        except (OSError, Refused):  # rules that no boot would load: the timer that took them back has stopped
+        except (
+            OSError,
+            Refused,
+            subprocess.TimeoutExpired,
+        ):  # rules that no boot would load: the timer that took them back has stopped
             must("nft", "-f", str(FORMER))
             raise
         FORMER.unlink(missing_ok=True)
