@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import pwd
+import shlex
 import shutil
 import socket
 import subprocess
@@ -368,9 +369,13 @@ def links() -> list[dict[str, Any]]:
 def command_line() -> list[str]:
     """The words that the kernel was started with; none where it has no such file."""
     try:
-        return Path("/proc/cmdline").read_text().split()
+        text = Path("/proc/cmdline").read_text()
     except OSError:
         return []
+    try:
+        return shlex.split(text)
+    except ValueError:
+        return text.split()
 
 
 def machine(wake: str) -> dict[str, Any]:

@@ -177,9 +177,12 @@ def firewall_check(seen: Mapping[str, str] | None) -> Check:
 
 
 def kernel_check(parameter: str, command_line: Sequence[str], detail: str = NOT_IN_EFFECT) -> Check:
-    """The kernel was started with this parameter."""
-    value = parameter if parameter in command_line else ""
-    return equal(f"kernel_{parameter.partition('=')[0]}", value, parameter, detail)
+    """The kernel was started with this parameter, and no later word of its name takes its place."""
+    name = parameter.partition("=")[0]
+    given = [word for word in command_line if word.partition("=")[0] == name]
+    repeats = name in ("console", "earlycon", "acpi_osi")  # each of these words counts
+    value = parameter if parameter in (given if repeats else given[-1:]) else "".join(given[-1:])
+    return equal(f"kernel_{name}", value, parameter, detail)
 
 
 def machine_checks(

@@ -152,11 +152,16 @@ def test_the_user_cannot_change_what_it_runs(box: LlmBox, as_root: Run, wanted: 
     assert output(as_root(f"find {paths} -not -type l -exec {run}")) == ""
 
 
-def test_sudo_allows_exactly_one_command(box: LlmBox, as_root: Run, as_llm: Run, host: Any) -> None:
+def test_sudo_allows_exactly_what_is_declared(
+    box: LlmBox, wanted: Any, as_root: Run, as_llm: Run, host: Any
+) -> None:
     allowed = [
         line.strip() for line in output(as_root(f"sudo -l -U {box.user}")).splitlines() if "NOPASSWD" in line
     ]
-    assert allowed == ["(root) NOPASSWD: /usr/bin/systemctl suspend"]
+    declared = {"(root) NOPASSWD: /usr/bin/systemctl suspend"}
+    if wanted.variables.get("dual_boot_enabled"):
+        declared.add('(root) NOPASSWD: /usr/local/sbin/llmbox-bootwin ""')
+    assert {*allowed} == declared
     assert as_llm("sudo -n -l /usr/bin/systemctl suspend").rc == 0
     for wider in (
         "/usr/bin/systemctl suspend --force",

@@ -352,8 +352,35 @@ def test_no_reboot_into_what_does_not_parse(module: Any, grub: Path) -> None:
 def test_asked_is_told_from_in_effect(module: Any) -> None:
     running = "BOOT_IMAGE=/vmlinuz root=UUID=1 ro quiet old=1"
     assert module.pending(["pcie_aspm=off"], CONFIGURATION, running) == ["+pcie_aspm=off", "-old=1"]
-    unresolved = CONFIGURATION.replace("quiet", "quiet $vt_handoff")
-    assert module.pending([], unresolved, running + " vt.handoff=7 pcie_aspm=off") == []
+    unresolved = CONFIGURATION.replace("quiet pcie_aspm=off", "quiet $vt_handoff")
+    gone = module.pending([], unresolved, running + " vt.handoff=7 pcie_aspm=off")
+    assert gone == ["-old=1", "-pcie_aspm=off"]
+    quoted = CONFIGURATION.replace("quiet", 'quiet acpi_osi="Windows 2009"')
+    as_asked = running.replace("old=1", 'acpi_osi="Windows 2009" pcie_aspm=off')
+    assert module.pending([], quoted, as_asked) == []
+    unknown = CONFIGURATION.replace("quiet pcie_aspm=off", "quiet $mine")
+    assert module.pending([], unknown, running) == []  # `old=1` may be what that is
+
+
+@of("device")
+def test_an_initramfs_whose_update_failed_is_brought_up_to_date_later(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, made = tmp_path / "nvidia.conf", tmp_path / "initrd.img"
+    monkeypatch.setattr(module, "MODPROBE", tmp_path)
+    monkeypatch.setattr(module, "INITRAMFS", made)
+    options.touch()
+    assert not module.initramfs_stale({options: ""}), "a machine without one"
+    made.touch()
+    os.utime(options, (100, 100))
+    assert not module.initramfs_stale({options: ""})
+    os.utime(made, (50, 50))
+    assert module.initramfs_stale({options: ""})
+    assert not module.initramfs_stale({tmp_path / "units" / "other": ""})
+    monkeypatch.setattr(module, "states", lambda _: {})
+    monkeypatch.setattr(module, "converge", lambda *_, **__: [])
+    found = module.apply({"files": {str(options): "x"}, "enabled": [], "started": [], "version": ""}, True)
+    assert found["modprobe"] and found["changed"]
 
 
 # --- Wake-on-LAN ---

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from scripts import _probe
-from scripts.verify_health import machine_asked, machine_checks
+from scripts.verify_health import kernel_check, machine_asked, machine_checks
 
 ASKED = {"parameters": ["pcie_aspm=off"], "driver": "580.159.03-1ubuntu1", "wake": "eno1"}
 GIVEN = ("ro", "pcie_aspm=off")
@@ -41,6 +41,7 @@ def test_a_machine_that_is_as_asked_is_well() -> None:
             "kernel_pcie_aspm",
             "asked for, not in effect; fix: run site.yml with -e allow",
         ),
+        ({"command_line": (*GIVEN, "pcie_aspm=force")}, "kernel_pcie_aspm", "asked for, not in effect"),
         ({"driver": "570.1"}, "nvidia_driver", "asked for, not in effect"),
         ({"uvm": False}, "nvidia_uvm", "llmbox-gpu-devices.service"),
         ({"wake_on": "d"}, "wake_on_lan", "ethtool eno1"),
@@ -76,3 +77,8 @@ def test_the_link_s_control_register_is_found_among_the_capabilities() -> None:
     config[0x78] = 0x05
     assert _probe.link_control(bytes(config)) is None
     assert _probe.link_control(b"") is None
+
+
+def test_each_console_counts() -> None:
+    consoles = ("console=tty0", "console=ttyS0")
+    assert kernel_check("console=tty0", consoles).ok and not kernel_check("console=tty1", consoles).ok

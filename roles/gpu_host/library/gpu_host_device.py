@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,8 @@ pending: {description: "Why a reboot is wanted; empty when it is not.", returned
 UNITS = Path("/etc/systemd/system")
 LOADED = Path("/sys/module/nvidia/version")
 DEVICES = Path("/dev")
+MODPROBE = Path("/etc/modprobe.d")
+INITRAMFS = Path(f"/boot/initrd.img-{os.uname().release}")
 START_TIMEOUT_S = 180
 
 
@@ -74,6 +77,14 @@ def states(units: Sequence[str]) -> dict[str, tuple[str, str, str]]:
         if "Id" in values:
             found[values["Id"]] = (values["LoadState"], values["UnitFileState"], values["ActiveState"])
     return found
+
+
+def initramfs_stale(files: Mapping[Path, str | None]) -> bool:
+    """Whether the initramfs that boots is older than our options of modules: an update of it has failed."""
+    if not INITRAMFS.exists():
+        return False
+    made = INITRAMFS.stat().st_mtime
+    return any(path.parent == MODPROBE and path.exists() and path.stat().st_mtime > made for path in files)
 
 
 def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
@@ -105,6 +116,7 @@ def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
                 done = run("systemctl", "restart", unit, timeout_s=START_TIMEOUT_S)
                 if done.returncode != 0:
                     notes = f"{unit} could not do its work yet; look with: journalctl -u {unit}"
+    modprobe = any(Path(path).parent == MODPROBE for path in differing) or initramfs_stale(files)
     loaded = LOADED.read_text().strip() if LOADED.exists() else ""
     asked = wanted["version"].partition("-")[0]
     pending = ""
@@ -113,9 +125,9 @@ def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
     elif asked and not (DEVICES / "nvidia-uvm").exists():
         pending = notes or "the driver is loaded, /dev/nvidia-uvm is missing"
     return {
-        "changed": bool(diffs or disabled),
+        "changed": bool(diffs or disabled or modprobe),
         "diff": [*diffs, *({"before": "", "after": f"{unit}: enabled\n"} for unit in disabled)],
-        "modprobe": any(path.startswith("/etc/modprobe.d/") for path in differing),
+        "modprobe": modprobe,
         "pending": pending,
     }
 

@@ -51,6 +51,7 @@ OWN = FOLDER / "99-llmbox.cfg"
 BOOTS = Path("/boot/grub/grub.cfg")
 FRESH = Path("/boot/grub/llmbox-new.cfg")
 COMMAND_LINE = Path("/proc/cmdline")
+HANDOFF = "vt.handoff="  # what Ubuntu's $vt_handoff becomes where there is a splash screen
 # os-prober looks at every partition.
 GENERATE_TIMEOUT_S = 600
 
@@ -87,9 +88,13 @@ def pending(parameters: Sequence[str], configuration: str, running: str) -> list
     given = command_line(configuration)
     if given is None:
         return []
-    now = [word for word in running.split() if not word.startswith("BOOT_IMAGE=")]
-    # GRUB's variables are resolved at boot: such a word is not known here.
-    open_words = any("$" in word for word in given)
+    try:
+        started = shlex.split(running)  # `acpi_osi="Windows 2009"` is one word, as in GRUB's configuration
+    except ValueError:
+        started = running.split()
+    now = [word for word in started if not word.startswith(("BOOT_IMAGE=", HANDOFF))]
+    # GRUB's variables are resolved at boot: such a word is not known here, but for Ubuntu's for the splash.
+    open_words = any("$" in word for word in given if word != "$vt_handoff")
     return [
         *(f"+{one}" for one in given if one not in now and "$" not in one),
         *(f"-{one}" for one in now if one not in given and not open_words),

@@ -265,7 +265,9 @@ def must_exist(packages: Mapping[str, str], url: str) -> None:
         rows = [line.split("|") for line in must("apt-cache", "madison", name).splitlines()]
         found = list(dict.fromkeys(row[1].strip() for row in rows if len(row) == 3))
         if not found:
-            raise Refused(f"{url} has no package {name}; fix: gpu_host_driver_package, gpu_host_cuda_version")
+            raise Refused(
+                f"{url} has no package {name}; fix: gpu_host_driver_packages, gpu_host_cuda_version"
+            )
         if version and version not in found:
             raise Refused(
                 f"{url} has no {name} {version}, but {', '.join(found[:6])}; "
