@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -143,13 +143,9 @@ class _Sheet:
         return x
 
 
-@lru_cache(maxsize=256)
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A typeface. Raises FileNotFoundError that names the packages."""
-    path = FOLDER / name
-    if not path.is_file():
-        raise FileNotFoundError(2, f"no such font; install {', '.join(sorted(PACKAGES.values()))}", str(path))
-    return ImageFont.truetype(str(path), size)
+    return plates.font(str(FOLDER / name), size, tuple(sorted(PACKAGES.values())))
 
 
 def values_of(rng: random.Random, english: bool) -> tuple[dict[str, Value], list[int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,13 +266,9 @@ def content(rng: random.Random, unit: Unit, layout: str) -> Content:
 # --- how it is drawn ---
 
 
-@lru_cache(maxsize=256)
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A typeface. Raises FileNotFoundError that names the packages."""
-    path = FOLDER / name
-    if not path.is_file():
-        raise FileNotFoundError(2, f"no such font; install {', '.join(sorted(PACKAGES.values()))}", str(path))
-    return ImageFont.truetype(str(path), size)
+    return plates.font(str(FOLDER / name), size, tuple(sorted(PACKAGES.values())))
 
 
 def length(texts: Texts, face: str, size: int) -> float:

@@ -484,14 +484,9 @@ class JobStore:
                 update(Item)
                 .where(_owned(claimed, worker))
                 .values(
-                    state=State.QUEUED.value,
-                    lease_owner=None,
-                    lease_until=None,
+                    **_queued(code, message, status),
                     not_before=self._clock() + delay_s,
                     attempts=claimed.attempts if counts else claimed.attempts - 1,
-                    error_code=code,
-                    error=message[:500],
-                    error_status=status,
                 )
             )
             return done.rowcount == 1
@@ -512,15 +507,10 @@ class JobStore:
                     update(Item)
                     .where(_owned(claimed, worker))
                     .values(
-                        state=State.QUEUED.value,
-                        lease_owner=None,
-                        lease_until=None,
+                        **_queued(code, message, UNAVAILABLE),
                         not_before=now + max(delay_s, min(LONGEST_DELAY_S, lasts / 4)),
                         trouble_since=now - lasts,
                         attempts=claimed.attempts - 1,
-                        error_code=code,
-                        error=message[:500],
-                        error_status=UNAVAILABLE,
                     )
                 )
                 return done.rowcount == 1
@@ -723,3 +713,15 @@ def _final_state(counts: dict[str, int]) -> JobState:
     if not counts.get(State.FAILED):
         return JobState.DONE
     return JobState.PARTIAL if counts.get(State.DONE) else JobState.FAILED
+
+
+def _queued(code: str, message: str, status: int) -> dict[str, Any]:
+    """What an item is that goes back to the queue, and why."""
+    return {
+        "state": State.QUEUED.value,
+        "lease_owner": None,
+        "lease_until": None,
+        "error_code": code,
+        "error": message[:500],
+        "error_status": status,
+    }

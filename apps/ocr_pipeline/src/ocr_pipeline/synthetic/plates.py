@@ -111,11 +111,15 @@ class Drawn:
 
 
 @lru_cache(maxsize=256)
-def font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font of this size. Raises FileNotFoundError that names the package."""
+def font(
+    name: str, size: int, packages: tuple[str, ...] = tuple(sorted(PACKAGES.values()))
+) -> ImageFont.FreeTypeFont:
+    """A font of this size; `packages` bring what a generator draws with. Raises FileNotFoundError that names
+    them.
+    """
     path = FONT_ROOT / name
     if not path.is_file():
-        raise FileNotFoundError(2, f"no such font; install {', '.join(sorted(PACKAGES.values()))}", str(path))
+        raise FileNotFoundError(2, f"no such font; install {', '.join(packages)}", str(path))
     return ImageFont.truetype(str(path), size)
 
 
