@@ -109,9 +109,22 @@ class Terminal:
         if self.pid == 0:
             os.chdir(folder)
             os.execvpe(command[0], command, {**os.environ, "TERM": "xterm-256color"})  # noqa: S606 - no shell
-        fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        self.resize(COLUMNS)
         self.raw = b""
         self.heard = time.monotonic()
+
+    def resize(self, columns: int) -> None:
+        """Make the window so wide. The program on it is told."""
+        self.columns = columns
+        fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
+
+    def screen(self) -> str:
+        """What stands on the screen now: a resized one is drawn whole, of a key only what it changed."""
+        self.settle()
+        since = len(self.raw)
+        self.resize(self.columns - 1)
+        self.settle()
+        return self.seen(since)
 
     def seen(self, since: int = 0) -> str:
         """What was written on the screen since then, without spaces."""
@@ -161,9 +174,8 @@ def typed(command: list[str], folder: Path, answer: str) -> list[Any]:
     try:
         terminal.see("trust this folder")
         for _ in range(3):  # what is pressed in the first half second is taken back
-            if not terminal.seen().rpartition("\u276f")[2].startswith("Yes"):
+            if "\u276fYes" not in terminal.screen():
                 terminal.press(DOWN)
-                terminal.settle()
         terminal.see("shift+tab", terminal.press(ENTER))
         terminal.see(QUESTION, terminal.press(QUESTION.encode()))
         terminal.see(answer, terminal.press(ENTER))
