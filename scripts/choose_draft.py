@@ -135,17 +135,17 @@ def with_draft(config: HostConfig, preset: str, choice: DraftChoice | None) -> H
 
 
 def too_large(config: HostConfig, preset: str) -> str:
-    """Why a preset with its draft does not fit the card; "" when it does, or nobody can say."""
-    card = config.gpu_room
-    if not card:
-        return ""
+    """Why a preset with its draft fits the card or main memory not; "" when it does, or nobody can say."""
+    room = fit.Room.of(config)
     try:
-        taken = fit.estimate_of(config, preset, fit.models(config)).gpu.total
+        taken = fit.estimate_of(config, preset, fit.models(config), gpu=bool(room.gpu))
     except NotPredicted:
         return ""
-    if taken <= card:
-        return ""
-    return f"with it the preset takes {fit.gib(taken)} of the GPU, which has {fit.gib(card)}"
+    return "; ".join(
+        f"with it the preset takes {fit.gib(fit.use_of(taken, place).total)} of {fit.PLACES[place][0]}, "
+        f"which has {fit.gib(room.at(place))}"
+        for place in room.lacking(taken)
+    )
 
 
 def commands(box: Box, preset: str, choice: DraftChoice) -> Commands:

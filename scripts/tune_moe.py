@@ -179,6 +179,31 @@ def too_large(config: HostConfig, name: str, models: Mapping[str, Model]) -> Cal
     return judge
 
 
+def with_room(
+    made: Sequence[Axis], config: HostConfig, name: str, models: Mapping[str, Model]
+) -> tuple[Axis, ...]:
+    """The axes without the n_cpu_moe whose experts main memory has no room for; the one in use stays.
+
+    The search could not tell them from those the card has no room for: it takes n_cpu_moe to help there.
+    """
+    room = fit.Room.of(config)
+    used = config.llama_presets[name].n_cpu_moe
+
+    def fits(value: int) -> bool:
+        try:
+            data = with_setting(config, name, {"n_cpu_moe": value})
+            return "cpu" not in room.lacking(fit.estimate_of(data, name, models))
+        except NotPredicted:
+            return True
+
+    return tuple(
+        replace(axis, values=tuple(value for value in axis.values if value == used or fits(value)))
+        if axis.name == "n_cpu_moe" and room.cpu
+        else axis
+        for axis in made
+    )
+
+
 @dataclass(frozen=True)
 class Commands:
     """The command lines of one preset on its box, from the inventory's data and the release's own flags."""
@@ -239,6 +264,7 @@ def tune(host: Host, args: argparse.Namespace, tell: Tell) -> Found:
     models = headers(box)
     card = box.config.llama_presets_gpu_memory_mib
     made, used = axes(preset, models.get(preset.model), card, cores_of(run(host, CORES)), args.axis)
+    made = with_room(made, box.config, name, models)
     shape = depth(box.slot_context(name), args.depth)
     with watched(host) as gpu:
         driver = gpu.driver

@@ -220,11 +220,15 @@ def test_a_draft_that_does_not_fit_the_card_is_never_started(
 
 
 @pytest.mark.parametrize(("more", "refused"), [(0, False), (1, True)])
-def test_a_draft_with_which_the_card_is_full_to_the_last_byte_fits(
-    monkeypatch: pytest.MonkeyPatch, more: int, refused: bool
+@pytest.mark.parametrize("place", ["gpu", "cpu"])
+def test_a_draft_with_which_a_memory_is_full_to_the_last_byte_fits(
+    monkeypatch: pytest.MonkeyPatch, place: fit.Place, more: int, refused: bool
 ) -> None:
-    data = config(BOTH, SIZES, llama_presets_gpu_memory_mib=2048)
-    monkeypatch.setattr(fit, "estimate_of", lambda *_: Estimate(Use(data.gpu_room + more)))
+    data = config(BOTH, SIZES, **{f"{fit.PLACES[place][1]}_memory_mib": 9216})
+    use = Use(fit.Room.of(data).at(place) + more)
+    monkeypatch.setattr(
+        fit, "estimate_of", lambda *_, **__: Estimate(use) if place == "gpu" else Estimate(Use(), use)
+    )
     assert bool(choose_draft.too_large(data, "p")) is refused
 
 

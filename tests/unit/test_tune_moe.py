@@ -29,7 +29,7 @@ from scripts._measure import NotMeasured, Shape, Timed
 from scripts._search import Axis, OutOfTime, Setting
 from scripts._trial import Serving, TrialFailed
 from scripts._tuning import RUNS, Case, NotTuned, Point, Points, Tuner
-from scripts.tune_moe import Commands, axes, cores_of, searched, too_large
+from scripts.tune_moe import Commands, axes, cores_of, searched, too_large, with_room, with_setting
 from tests.unit.test_search import SERVED, Surface, between
 from tests.unit.test_verify_health import COMMIT, VARIABLES, seen
 
@@ -335,6 +335,25 @@ def test_a_setting_that_fills_the_card_to_the_last_byte_fits(monkeypatch: pytest
     for more, said in ((0, ""), (1, "needs 0.29 GiB of 0.29 GiB")):
         monkeypatch.setattr(fit, "estimate_of", lambda *_, more=more: Estimate(Use(config.gpu_room + more)))
         assert too_large(config, "one", {})({"ubatch": 64}) == said
+
+
+def test_experts_that_main_memory_cannot_hold_are_no_values(moe: Model) -> None:
+    """A search that ran into one would take everything else for too large as well."""
+    data = box_data(card=300, n_cpu_moe=moe.layers).config
+    axis = Axis("n_cpu_moe", tuple(range(moe.layers + 1)), "falls")
+    taken = [
+        fit.estimate_of(with_setting(data, "one", {"n_cpu_moe": value}), "one", {"small": moe}).cpu.total
+        for value in axis.values
+    ]
+    assert taken == sorted(set(taken))
+    room = data.model_copy(
+        update={"llama_presets_main_memory_mib": taken[2] // 2**20 + 1, "llama_presets_main_reserved_mib": 0}
+    )
+    kept = tuple(value for value in axis.values if taken[value] <= room.main_room)
+    (cut,) = with_room([axis], room, "one", {"small": moe})
+    assert 2 < len(kept) < len(axis.values) and cut.values == (*kept, moe.layers)
+    assert with_room([axis], data, "one", {"small": moe}) == (axis,)
+    assert with_room([axis], room, "one", {}) == (axis,)
 
 
 def test_what_a_head_takes_is_not_guessed(moe: Model) -> None:
