@@ -698,7 +698,7 @@ def now() -> str:
 
 
 def write_summary(path: Path, issue: str, cases: Sequence[str], head: str) -> None:
-    """Write the summary of the long run: one row for each case, from the stored results."""
+    """Write the summary of the long run: one row for each case that has a stored result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         f"# Long run, issue {issue}",
@@ -709,16 +709,15 @@ def write_summary(path: Path, issue: str, cases: Sequence[str], head: str) -> No
         "| case | result | seconds | commit | date |",
         "|---|---|---:|---|---|",
     ]
-    for case in cases:
-        result = stored(case)
-        if result is None:
-            lines.append(f"| `{case}` | not run | | | |")
-        else:
-            lines.append(
-                f"| `{case}` | {result.verdict} ({result.passed}/{result.failed}/{result.skipped}) "
-                f"| {result.seconds:.0f} | {result.commit} | {result.date} |"
-            )
+    results = [result for case in cases if (result := stored(case)) is not None]
+    lines += [
+        f"| `{result.case}` | {result.verdict} ({result.passed}/{result.failed}/{result.skipped}) "
+        f"| {result.seconds:.0f} | {result.commit} | {result.date} |"
+        for result in results
+    ]
     lines += ["", "In brackets: checks passed / failed / skipped.", ""]
+    if missing := len(cases) - len(results):
+        lines += [f"Not run on this machine: {missing} of {len(cases)} cases.", ""]
     path.write_text("\n".join(lines))
     print(f"summary: {path.relative_to(ROOT)}")
 
