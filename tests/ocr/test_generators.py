@@ -18,10 +18,10 @@ from ocr_pipeline.synthetic.plates import Drawn, Value
 from ocr_pipeline.synthetic.scene import Sample, sample
 
 from lab import packages
-from scripts import _second_plates, _third_plates
+from scripts import _fourth_plates, _second_plates, _third_plates
 
 SEED, NEGATIVE = 5000, 5011  # neither trained on nor held out
-PACKAGES = plates.PACKAGES | _second_plates.PACKAGES | _third_plates.PACKAGES
+PACKAGES = plates.PACKAGES | _second_plates.PACKAGES | _third_plates.PACKAGES | _fourth_plates.PACKAGES
 OTHERS = [
     *(
         pytest.param(partial(_second_plates.draw, english=english), id=f"second-{english}")
@@ -33,6 +33,13 @@ OTHERS = [
         )
         for language in _third_plates.LANGUAGES
         for layout in _third_plates.LAYOUTS
+    ),
+    *(
+        pytest.param(
+            partial(_fourth_plates.draw, language=language, layout=layout), id=f"fourth-{language}-{layout}"
+        )
+        for language in _fourth_plates.LANGUAGES
+        for layout in _fourth_plates.LAYOUTS
     ),
 ]
 ALWAYS = {"fabricante", "potencia_kva", "numero_serie", "tensao_primaria", "tensao_secundaria", "fases"}
@@ -64,6 +71,48 @@ def written(seed: int, language: str) -> dict[str, Value]:
     return _third_plates.content(rng, _third_plates.unit_of(rng, language), layout).values
 
 
+def fourth(seed: int, language: str) -> dict[str, Value]:
+    """What stands on a plate of the fourth generator, without a picture."""
+    rng = random.Random(f"fourth {seed}")  # noqa: S311 - plates of a test
+    layout = rng.choice(tuple(_fourth_plates.LAYOUTS))
+    return _fourth_plates.content(rng, _fourth_plates.unit_of(rng, language), layout).values
+
+
+def number(text: str) -> float:
+    """A voltage as a person reads it: three digits behind a point or a comma are thousands."""
+    whole, _, rest = re.findall(r"(\d+)([.,]?)(\d*)", text)[0]
+    if len(rest) == 3:
+        return float(whole + rest)
+    return float(f"{whole}.{rest or 0}") * (1000 if float(whole) < 100 else 1)
+
+
+def read_fourth(name: str, printed: str, language: str) -> Any:
+    """As `read`, of the fourth generator's plates."""
+    words = _fourth_plates.WORDS[language]
+    if name == "potencia_kva":
+        return float(re.findall(r"[\d.,]+", printed)[0].replace(",", "."))
+    if name == "tensao_primaria":
+        return round(number(printed))
+    if name == "tensao_secundaria":
+        return "/".join(re.findall(r"\d+", printed))
+    if name == "fases":
+        return words["phases"].index(printed) + 1 if printed in words["phases"] else int(printed)
+    if name == "autoprotegido":
+        return printed not in words["no"]
+    if name == "elo_fusivel":
+        return printed.replace(",", ".").replace(" ", "")
+    if name == "fabricante":
+        makers = [maker for maker, *texts in words["makers"] if printed in texts]
+        return makers[0] if len(makers) == 1 else makers
+    if name == "data_fabricacao":
+        parts = re.findall(r"\w+", printed)
+        *rest, year = parts if len(parts[-1]) == 4 or len(parts) < 3 else reversed(parts)
+        year = year if len(year) == 4 else ("19" if year > "24" else "20") + year
+        months = {month: f"{at:02d}" for at, month in enumerate(words["months"], 1)}
+        return "-".join([year, *(months.get(text, text) for text in reversed(rest))])
+    return printed
+
+
 def read(name: str, printed: str, language: str) -> Any:
     """A field as a person takes it from its own text; written apart from what writes it."""
     words = _third_plates.WORDS[language]
@@ -93,6 +142,7 @@ def test_every_typeface_has_its_package() -> None:
         (plates.FONT_ROOT, plates.FONTS),
         (_second_plates.FOLDER, (*_second_plates.PRINTED, *_second_plates.STAMPED)),
         (_third_plates.FOLDER, (*_third_plates.PRINTED, *_third_plates.STAMPED)),
+        (_fourth_plates.FOLDER, (*_fourth_plates.PRINTED, *_fourth_plates.STAMPED)),
     }
     drawn = {str((folder / name).parent) for folder, names in used for name in names}
     assert drawn == {path.rpartition("/")[0] for path in PACKAGES}
@@ -115,8 +165,8 @@ def test_it_finds_no_nameplate_where_there_is_none(detector: OnnxDetector) -> No
 
 @pytest.mark.parametrize(
     "make",
-    [partial(sample, scale=0.2), _second_plates.sample, _third_plates.sample],
-    ids=["first", "second", "third"],
+    [partial(sample, scale=0.2), _second_plates.sample, _third_plates.sample, _fourth_plates.sample],
+    ids=["first", "second", "third", "fourth"],
 )
 def test_a_seed_is_one_photo(make: Callable[..., Sample]) -> None:
     one, again, other = (make(seed, "medium") for seed in (SEED, SEED, SEED + 1))
@@ -156,3 +206,24 @@ def test_plates_of_the_third_generator_are_most_in_portuguese() -> None:
     told = [_third_plates.language_of(seed) for seed in range(11000, 11045)]
     assert 0.75 <= told.count("Portuguese") / len(told) <= 0.8
     assert set(told) == set(_third_plates.LANGUAGES)
+
+
+@pytest.mark.parametrize("language", _fourth_plates.LANGUAGES)
+def test_every_maker_and_every_field_of_the_fourth_generator_appears(language: str) -> None:
+    told = [fourth(seed, language) for seed in range(150)]
+    makers = {maker[0] for maker in _fourth_plates.WORDS[language]["makers"]}
+    assert {values["fabricante"].value for values in told} == makers
+    assert {name for values in told for name in values} == set(FIELDS)
+    assert {name for name in FIELDS if all(name in values for values in told)} == ALWAYS
+
+
+@pytest.mark.parametrize("language", _fourth_plates.LANGUAGES)
+def test_a_label_of_the_fourth_generator_is_what_its_plate_says(language: str) -> None:
+    for seed in range(150):
+        for name, value in fourth(seed, language).items():
+            assert read_fourth(name, value.printed, language) == value.value, (seed, name, value)
+
+
+def test_plates_of_the_fourth_generator_are_three_fifths_in_portuguese() -> None:
+    told = [_fourth_plates.language_of(seed) for seed in range(45)]
+    assert [told.count(language) for language in _fourth_plates.LANGUAGES] == [27, 9, 9]
