@@ -79,7 +79,7 @@ class Generator:
 GENERATORS = {
     "accuracy": Generator(
         "Accuracy",
-        7000,  # tuned on: 3000 to 3999
+        7200,  # tuned on: 3000 to 3999
         60,
         sample,
         (
@@ -90,24 +90,24 @@ GENERATORS = {
     ),
     "second": Generator(
         "A second generator",
-        9000,
+        11000,
         45,
         _second_plates.sample,
         (
-            "of `scripts/_second_plates.py`, written after the parser was finished: other manufacturers,",
-            "labels, fonts and layouts; the photo around the plate is spoiled by the same code. The parser",
-            "was tuned on this generator since, so no bar is held against it.",
+            "of `scripts/_second_plates.py`, written without sight of the parser: manufacturers, labels,",
+            "fonts and layouts of another hand in the same kind of photo. The parser was tuned on it since,",
+            "so no bar is held against it.",
         ),
-        lambda seed: "English" if _second_plates.in_english(seed) else "Portuguese",
+        _second_plates.language_of,
     ),
     "third": Generator(
         "Another generator",
-        11000,
+        13100,
         45,
         _third_plates.sample,
         (
             "of `scripts/_third_plates.py`, written without sight of the parser, which was never tuned",
-            "on it: manufacturers, labels, fonts and layouts of another hand in the same kind of photo.",
+            "on it: manufacturers, labels, fonts and layouts of a third hand in the same kind of photo.",
             "What is not read is told in [OCR](../ocr.md#what-it-does-not-read).",
         ),
         _third_plates.language_of,

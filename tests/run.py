@@ -316,10 +316,10 @@ def ocr() -> Outcome:
     """The OCR service with real servers on loopback."""
     from ocr_pipeline.synthetic import plates
 
-    from scripts import _fourth_plates, _second_plates, _third_plates
+    from scripts import _second_plates, _third_plates
 
     try:
-        others = _second_plates.PACKAGES | _third_plates.PACKAGES | _fourth_plates.PACKAGES
+        others = _second_plates.PACKAGES | _third_plates.PACKAGES
         packages.ensure(config.from_environment(), OCR_SERVERS | plates.PACKAGES | others)
     except LabError as error:
         print(error, file=sys.stderr)

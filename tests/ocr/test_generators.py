@@ -18,14 +18,17 @@ from ocr_pipeline.synthetic.plates import Drawn, Value
 from ocr_pipeline.synthetic.scene import Sample, sample
 
 from lab import packages
-from scripts import _fourth_plates, _second_plates, _third_plates
+from scripts import _second_plates, _third_plates
 
 SEED, NEGATIVE = 5000, 5011  # neither trained on nor held out
-PACKAGES = plates.PACKAGES | _second_plates.PACKAGES | _third_plates.PACKAGES | _fourth_plates.PACKAGES
+PACKAGES = plates.PACKAGES | _second_plates.PACKAGES | _third_plates.PACKAGES
 OTHERS = [
     *(
-        pytest.param(partial(_second_plates.draw, english=english), id=f"second-{english}")
-        for english in (False, True)
+        pytest.param(
+            partial(_second_plates.draw, language=language, layout=layout), id=f"second-{language}-{layout}"
+        )
+        for language in _second_plates.LANGUAGES
+        for layout in _second_plates.LAYOUTS
     ),
     *(
         pytest.param(
@@ -33,13 +36,6 @@ OTHERS = [
         )
         for language in _third_plates.LANGUAGES
         for layout in _third_plates.LAYOUTS
-    ),
-    *(
-        pytest.param(
-            partial(_fourth_plates.draw, language=language, layout=layout), id=f"fourth-{language}-{layout}"
-        )
-        for language in _fourth_plates.LANGUAGES
-        for layout in _fourth_plates.LAYOUTS
     ),
 ]
 ALWAYS = {"fabricante", "potencia_kva", "numero_serie", "tensao_primaria", "tensao_secundaria", "fases"}
@@ -64,18 +60,18 @@ def nameplate() -> Sample:
     return next(photo for photo in photos if photo.kind == "nameplate")
 
 
-def written(seed: int, language: str) -> dict[str, Value]:
+def second(seed: int, language: str) -> dict[str, Value]:
+    """What stands on a plate of the second generator, without a picture."""
+    rng = random.Random(f"second {seed}")  # noqa: S311 - plates of a test
+    layout = rng.choice(tuple(_second_plates.LAYOUTS))
+    return _second_plates.content(rng, _second_plates.unit_of(rng, language), layout).values
+
+
+def third(seed: int, language: str) -> dict[str, Value]:
     """What stands on a plate of the third generator, without a picture."""
     rng = random.Random(f"third {seed}")  # noqa: S311 - plates of a test
     layout = rng.choice(tuple(_third_plates.LAYOUTS))
     return _third_plates.content(rng, _third_plates.unit_of(rng, language), layout).values
-
-
-def fourth(seed: int, language: str) -> dict[str, Value]:
-    """What stands on a plate of the fourth generator, without a picture."""
-    rng = random.Random(f"fourth {seed}")  # noqa: S311 - plates of a test
-    layout = rng.choice(tuple(_fourth_plates.LAYOUTS))
-    return _fourth_plates.content(rng, _fourth_plates.unit_of(rng, language), layout).values
 
 
 def number(text: str) -> float:
@@ -86,9 +82,9 @@ def number(text: str) -> float:
     return float(f"{whole}.{rest or 0}") * (1000 if float(whole) < 100 else 1)
 
 
-def read_fourth(name: str, printed: str, language: str) -> Any:
-    """As `read`, of the fourth generator's plates."""
-    words = _fourth_plates.WORDS[language]
+def read_third(name: str, printed: str, language: str) -> Any:
+    """As `read_second`, of the third generator's plates."""
+    words = _third_plates.WORDS[language]
     if name == "potencia_kva":
         return float(re.findall(r"[\d.,]+", printed)[0].replace(",", "."))
     if name == "tensao_primaria":
@@ -113,9 +109,9 @@ def read_fourth(name: str, printed: str, language: str) -> Any:
     return printed
 
 
-def read(name: str, printed: str, language: str) -> Any:
+def read_second(name: str, printed: str, language: str) -> Any:
     """A field as a person takes it from its own text; written apart from what writes it."""
-    words = _third_plates.WORDS[language]
+    words = _second_plates.WORDS[language]
     if name in ("potencia_kva", "tensao_primaria", "tensao_secundaria"):
         decimals = {",": "", ".": "."} if language == "English" else {".": "", ",": "."}
         texts = re.findall(r"\d+(?:[.,]\d+)*", printed)
@@ -142,7 +138,6 @@ def test_every_typeface_has_its_package() -> None:
         (plates.FONT_ROOT, plates.FONTS),
         (_second_plates.FOLDER, (*_second_plates.PRINTED, *_second_plates.STAMPED)),
         (_third_plates.FOLDER, (*_third_plates.PRINTED, *_third_plates.STAMPED)),
-        (_fourth_plates.FOLDER, (*_fourth_plates.PRINTED, *_fourth_plates.STAMPED)),
     }
     drawn = {str((folder / name).parent) for folder, names in used for name in names}
     assert drawn == {path.rpartition("/")[0] for path in PACKAGES}
@@ -165,8 +160,8 @@ def test_it_finds_no_nameplate_where_there_is_none(detector: OnnxDetector) -> No
 
 @pytest.mark.parametrize(
     "make",
-    [partial(sample, scale=0.2), _second_plates.sample, _third_plates.sample, _fourth_plates.sample],
-    ids=["first", "second", "third", "fourth"],
+    [partial(sample, scale=0.2), _second_plates.sample, _third_plates.sample],
+    ids=["first", "second", "third"],
 )
 def test_a_seed_is_one_photo(make: Callable[..., Sample]) -> None:
     one, again, other = (make(seed, "medium") for seed in (SEED, SEED, SEED + 1))
@@ -185,12 +180,34 @@ def test_every_value_of_another_generator_has_its_place(draw: Callable[..., Draw
             assert 0 <= top < bottom <= height
 
 
-@pytest.mark.parametrize("language", _third_plates.LANGUAGES)
-def test_every_maker_and_every_field_of_the_third_generator_appears(language: str) -> None:
-    told = [written(seed, language) for seed in range(150)]
-    makers = {maker[0] for maker in _third_plates.WORDS[language]["makers"]}
+@pytest.mark.parametrize("language", _second_plates.LANGUAGES)
+def test_every_maker_and_every_field_of_the_second_generator_appears(language: str) -> None:
+    told = [second(seed, language) for seed in range(150)]
+    makers = {maker[0] for maker in _second_plates.WORDS[language]["makers"]}
     assert {values["fabricante"].value for values in told} == makers
     assert len(makers) >= 4
+    assert {name for values in told for name in values} == set(FIELDS)
+    assert {name for name in FIELDS if all(name in values for values in told)} == ALWAYS
+
+
+@pytest.mark.parametrize("language", _second_plates.LANGUAGES)
+def test_a_label_of_the_second_generator_is_what_its_plate_says(language: str) -> None:
+    for seed in range(150):
+        for name, value in second(seed, language).items():
+            assert read_second(name, value.printed, language) == value.value, (seed, name, value)
+
+
+def test_plates_of_the_second_generator_are_most_in_portuguese() -> None:
+    told = [_second_plates.language_of(seed) for seed in range(11000, 11045)]
+    assert 0.75 <= told.count("Portuguese") / len(told) <= 0.8
+    assert set(told) == set(_second_plates.LANGUAGES)
+
+
+@pytest.mark.parametrize("language", _third_plates.LANGUAGES)
+def test_every_maker_and_every_field_of_the_third_generator_appears(language: str) -> None:
+    told = [third(seed, language) for seed in range(150)]
+    makers = {maker[0] for maker in _third_plates.WORDS[language]["makers"]}
+    assert {values["fabricante"].value for values in told} == makers
     assert {name for values in told for name in values} == set(FIELDS)
     assert {name for name in FIELDS if all(name in values for values in told)} == ALWAYS
 
@@ -198,32 +215,10 @@ def test_every_maker_and_every_field_of_the_third_generator_appears(language: st
 @pytest.mark.parametrize("language", _third_plates.LANGUAGES)
 def test_a_label_of_the_third_generator_is_what_its_plate_says(language: str) -> None:
     for seed in range(150):
-        for name, value in written(seed, language).items():
-            assert read(name, value.printed, language) == value.value, (seed, name, value)
+        for name, value in third(seed, language).items():
+            assert read_third(name, value.printed, language) == value.value, (seed, name, value)
 
 
-def test_plates_of_the_third_generator_are_most_in_portuguese() -> None:
-    told = [_third_plates.language_of(seed) for seed in range(11000, 11045)]
-    assert 0.75 <= told.count("Portuguese") / len(told) <= 0.8
-    assert set(told) == set(_third_plates.LANGUAGES)
-
-
-@pytest.mark.parametrize("language", _fourth_plates.LANGUAGES)
-def test_every_maker_and_every_field_of_the_fourth_generator_appears(language: str) -> None:
-    told = [fourth(seed, language) for seed in range(150)]
-    makers = {maker[0] for maker in _fourth_plates.WORDS[language]["makers"]}
-    assert {values["fabricante"].value for values in told} == makers
-    assert {name for values in told for name in values} == set(FIELDS)
-    assert {name for name in FIELDS if all(name in values for values in told)} == ALWAYS
-
-
-@pytest.mark.parametrize("language", _fourth_plates.LANGUAGES)
-def test_a_label_of_the_fourth_generator_is_what_its_plate_says(language: str) -> None:
-    for seed in range(150):
-        for name, value in fourth(seed, language).items():
-            assert read_fourth(name, value.printed, language) == value.value, (seed, name, value)
-
-
-def test_plates_of_the_fourth_generator_are_three_fifths_in_portuguese() -> None:
-    told = [_fourth_plates.language_of(seed) for seed in range(45)]
-    assert [told.count(language) for language in _fourth_plates.LANGUAGES] == [27, 9, 9]
+def test_plates_of_the_third_generator_are_three_fifths_in_portuguese() -> None:
+    told = [_third_plates.language_of(seed) for seed in range(45)]
+    assert [told.count(language) for language in _third_plates.LANGUAGES] == [27, 9, 9]
