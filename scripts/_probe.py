@@ -29,6 +29,7 @@ SERVER_ANSWER_LIMIT = 4 * 1024 * 1024
 TCP_LISTEN = "0A"
 FIREWALL_TABLE = ("inet", "llmbox")
 PCI = Path("/sys/bus/pci/devices")
+REMOVED_PARAMETERS = Path("/run/llmbox-kernel-parameters-removed")  # roles/gpu_host writes it
 PCIE_CAPABILITY = 0x10
 
 
@@ -378,6 +379,14 @@ def command_line() -> list[str]:
         return text.split()
 
 
+def removed_parameters() -> list[str]:
+    """Kernel parameters that role gpu_host has taken away since the machine was started."""
+    try:
+        return REMOVED_PARAMETERS.read_text().split()
+    except OSError:
+        return []
+
+
 def machine(wake: str) -> dict[str, Any]:
     """What the machine below the services is: the card's links, driver, waking."""
     kind = command(["systemd-detect-virt", "--container"])
@@ -418,6 +427,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         "failed_units": failed_units(),
         "disk": disk("/"),
         "command_line": command_line(),
+        "removed_parameters": removed_parameters(),
     }
     if request.get("client"):
         seen["local_claude"] = command([str(Path(request["client"]["local_claude"]).expanduser()), "--help"])

@@ -57,6 +57,9 @@ CLOCK_LIMIT_S = 5.0
 SET_CLOCK = {"Linux": "timedatectl set-ntp true", "Darwin": "sudo sntp -sS time.apple.com"}
 AWAKE_BUS = "pcie_aspm=off"
 NOT_IN_EFFECT = "asked for, not in effect; fix: run site.yml with -e allow_reboot=true"
+STILL_IN_EFFECT = (
+    "taken out of the inventory, still in effect; fix: run site.yml with -e allow_reboot=true, or reboot it"
+)
 NOT_ASKED_FOR = (
     "not in effect; fix: add it to gpu_host_kernel_parameters, then run site.yml with -e allow_reboot=true"
 )
@@ -183,6 +186,15 @@ def kernel_check(parameter: str, command_line: Sequence[str], detail: str = NOT_
     repeats = name in ("console", "earlycon", "acpi_osi")  # each of these words counts
     value = parameter if parameter in (given if repeats else given[-1:]) else "".join(given[-1:])
     return equal(f"kernel_{name}", value, parameter, detail)
+
+
+def removed_checks(removed: Sequence[str], wanted: Sequence[str], command_line: Sequence[str]) -> list[Check]:
+    """What is no longer asked for and only a reboot takes away; another value has a check of its own."""
+    asked = {one.partition("=")[0] for one in wanted}
+    left = {one.partition("=")[0]: one for one in removed if one in command_line}
+    return [
+        equal(f"kernel_{name}", one, "", STILL_IN_EFFECT) for name, one in left.items() if name not in asked
+    ]
 
 
 def machine_checks(
@@ -686,6 +698,8 @@ def verify(host: Host, *, drift: bool = False) -> HostReport:
         checks = host_checks(seen, offset, client=CLIENTS in host.groups and not llm)
         if asked:
             checks += machine_checks(asked, seen["machine"], seen["command_line"])
+        wanted = asked["parameters"] if asked else []
+        checks += removed_checks(seen["removed_parameters"], wanted, seen["command_line"])
         if client:
             checks += client_checks(seen["local_claude"])
         if ocr:

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from roles.gpu_host.module_utils import gpu_host_tools as tools
+from scripts import _probe
 from tests.support import ROOT, PlaybookRun, ansible_playbook
 
 ROLE = ROOT / "roles/gpu_host"
@@ -246,7 +247,7 @@ menuentry 'Windows Boot Manager' {
 def grub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A host's GRUB in a folder; grub-script-check finds a fault where the text has BROKEN."""
     library = importlib.import_module("roles.gpu_host.library.gpu_host_kernel_parameters")
-    for name in ("SETTINGS", "FOLDER", "OWN", "BOOTS", "FRESH", "COMMAND_LINE"):
+    for name in ("SETTINGS", "FOLDER", "OWN", "BOOTS", "FRESH", "COMMAND_LINE", "REMOVED"):
         path = tmp_path / str(getattr(library, name)).lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
         monkeypatch.setattr(library, name, path)
@@ -360,6 +361,37 @@ def test_asked_is_told_from_in_effect(module: Any) -> None:
     assert module.pending([], quoted, as_asked) == []
     unknown = CONFIGURATION.replace("quiet pcie_aspm=off", "quiet $mine")
     assert module.pending([], unknown, running) == []  # `old=1` may be what that is
+
+
+@of("kernel_parameters")
+def test_what_was_taken_out_of_the_data_stays_due_until_a_reboot(
+    module: Any, grub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when nothing is asked for any more: the next run, which may reboot, has to look again."""
+    module.put(["pcie_aspm=off", "quiet"], check=False)
+    module.COMMAND_LINE.write_text("BOOT_IMAGE=/vmlinuz root=UUID=1 ro quiet pcie_aspm=off\n")
+    module.put([], check=True)
+    assert not module.REMOVED.exists(), "a dry run"
+    module.put([], check=False)
+    assert module.REMOVED.read_text().split() == ["pcie_aspm=off", "quiet"]
+    making(module, monkeypatch, CONFIGURATION.replace(" pcie_aspm=off", ""))
+    module.generate([])
+    for _ in range(2):
+        assert module.put([], check=False) == {"changed": False, "diff": [], "pending": ["-pcie_aspm=off"]}
+        found = module.before_reboot([])["pending"]
+        assert found == ["-pcie_aspm=off"]
+        module.settle(found)
+        assert module.REMOVED.read_text().split() == ["pcie_aspm=off"], "`quiet` is somebody else's, too"
+    module.settle([])
+    assert not module.REMOVED.exists()
+
+
+@of("kernel_parameters")
+def test_the_role_and_the_verification_know_of_what_a_reboot_still_has_to_take_away(module: Any) -> None:
+    left = yaml.safe_load((ROLE / "vars/main.yml").read_text())["_gpu_host_left_behind"]
+    assert str(module.REMOVED) in left["kernel_parameters"]
+    assert module.REMOVED == _probe.REMOVED_PARAMETERS
+    assert module.REMOVED.is_relative_to("/run"), "a boot forgets it"
 
 
 @of("device")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts import _probe
-from scripts.verify_health import kernel_check, machine_asked, machine_checks
+from scripts.verify_health import kernel_check, machine_asked, machine_checks, removed_checks
 
 ASKED = {"parameters": ["pcie_aspm=off"], "driver": "580.159.03-1ubuntu1", "wake": "eno1"}
 GIVEN = ("ro", "pcie_aspm=off")
@@ -58,6 +59,28 @@ def test_what_is_not_in_effect_is_said(changes: dict[str, Any], name: str, says:
     found = short(**changes)
     assert list(found) == [name]
     assert says in found[name]
+
+
+def test_a_parameter_that_only_a_reboot_takes_away_is_said() -> None:
+    """It was taken out of the data, so that the inventory asks for nothing that could be compared."""
+    (found,) = removed_checks(["pcie_aspm=off", "quiet"], [], GIVEN)
+    assert (found.name, found.ok, found.value, found.limit) == (
+        "kernel_pcie_aspm",
+        False,
+        "pcie_aspm=off",
+        "",
+    )
+    assert "taken out of the inventory, still in effect; fix: " in found.detail
+    assert removed_checks(["pcie_aspm=off"], ["pcie_aspm=off"], GIVEN) == [], "it is asked for again"
+    assert removed_checks(["pcie_aspm=off"], ["pcie_aspm=force"], GIVEN) == [], "which has a check of its own"
+    assert removed_checks([], [], GIVEN) == []
+
+
+def test_what_the_role_has_taken_away_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_probe, "REMOVED_PARAMETERS", tmp_path / "removed")
+    assert _probe.probe({})["removed_parameters"] == []
+    (tmp_path / "removed").write_text("pcie_aspm=off\n")
+    assert _probe.probe({})["removed_parameters"] == ["pcie_aspm=off"]
 
 
 def test_the_link_s_control_register_is_found_among_the_capabilities() -> None:

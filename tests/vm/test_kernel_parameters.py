@@ -62,7 +62,14 @@ def test_a_parameter_comes_is_replaced_and_goes(restored: Machine) -> None:
     assert {"pcie_aspm=performance", "consoleblank=60", "mine=1"} <= words
     assert "pcie_aspm=off" not in words, "piled up"
 
+    removed, boot = role(machine).check(), machine.boot_id
+    for run in (removed, role(machine).check()):
+        assert f"{PENDING}: -" in run.stdout and machine.boot_id == boot
+    assert run.changed == 0, run.tail()
+    assert "consoleblank=60" in given(machine)
+
     role(machine, reboot=True).check()
+    assert machine.boot_id != boot
     words = given(machine)
     assert not any(word.startswith(("pcie_aspm", "consoleblank")) for word in words)
     assert "mine=1" in words

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ description:
   - C(phase=generate), for a handler, has a new configuration made beside the one that boots, and puts it in
     its place only when it parses, boots something and gives the parameters.
   - C(phase=check) refuses to go on, before a reboot, with a configuration that does not parse.
+  - What was taken out stands in a file until a reboot, so that a later run still knows that one is due.
 options:
   phase: {description: What to do., type: str, choices: [file, generate, check], required: true}
   parameters: {description: "Like C(pcie_aspm=off).", type: list, elements: str, required: true}
@@ -51,6 +53,8 @@ OWN = FOLDER / "99-llmbox.cfg"
 BOOTS = Path("/boot/grub/grub.cfg")
 FRESH = Path("/boot/grub/llmbox-new.cfg")
 COMMAND_LINE = Path("/proc/cmdline")
+# What was taken out of the data and was given to the kernel that runs. In memory: a boot forgets it.
+REMOVED = Path("/run/llmbox-kernel-parameters-removed")
 HANDOFF = "vt.handoff="  # what Ubuntu's $vt_handoff becomes where there is a splash screen
 # os-prober looks at every partition.
 GENERATE_TIMEOUT_S = 600
@@ -64,6 +68,12 @@ def drop_in(parameters: Sequence[str]) -> str | None:
         "# Managed by llmbox: roles/gpu_host. For all entries, the recovery ones too.\n"
         f'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX {" ".join(parameters)}"\n'
     )
+
+
+def parameters_of(text: str) -> list[str]:
+    """The parameters in the text of our file."""
+    found = re.search(r'^GRUB_CMDLINE_LINUX="\$GRUB_CMDLINE_LINUX (.*)"$', text, re.MULTILINE)
+    return found[1].split() if found else []
 
 
 def command_line(configuration: str) -> list[str] | None:
@@ -155,6 +165,9 @@ def put(parameters: Sequence[str], check: bool) -> dict[str, Any]:
             if fault := shell_fault([Path(trial.name)]):
                 raise Refused(f"{OWN} would not be shell text: {fault}; fix: gpu_host_kernel_parameters")
     if differs and not check:
+        # First: broken off after it, the next run does both again.
+        gone = [one for one in parameters_of(read(OWN)) if one not in parameters]
+        remember([*read(REMOVED).split(), *gone])
         if wanted is None:
             OWN.unlink(missing_ok=True)
         else:
@@ -169,6 +182,19 @@ def put(parameters: Sequence[str], check: bool) -> dict[str, Any]:
         "diff": [diff] if differs else [],
         "pending": pending(parameters, booting, read(COMMAND_LINE)),
     }
+
+
+def remember(removed: Sequence[str]) -> None:
+    """Write down what only a reboot takes away; no file for nothing."""
+    if removed:
+        write(REMOVED, "".join(f"{one}\n" for one in dict.fromkeys(removed)))
+    else:
+        REMOVED.unlink(missing_ok=True)
+
+
+def settle(due: Sequence[str]) -> None:
+    """Forget what a reboot would not take away: it is asked for again, or by somebody else too."""
+    remember([one for one in read(REMOVED).split() if f"-{one}" in due])
 
 
 def generate(parameters: Sequence[str]) -> dict[str, Any]:
@@ -227,6 +253,8 @@ def main() -> None:
             result = put(parameters, module.check_mode)
         elif module.params["phase"] == "check" or module.check_mode:
             result = before_reboot(parameters)
+            if not module.check_mode:
+                settle(result["pending"])
         else:
             result = generate(parameters)
     except (Refused, OSError) as error:
