@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from llmbox import bootwin
 from llmbox.bootwin import Entry, Machine
 from llmbox.complaint import complaint
 from llmbox.errors import LlmboxError
+
+from tests.support import ROOT
 
 GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
 PARTITION = "643ce2fd-56a4-9c44-a4f5-918015a7fec6"
@@ -284,3 +287,13 @@ def test_a_missing_program_is_named() -> None:
 def test_variables_that_are_unreadable_are_told(tmp_path: Path) -> None:
     with pytest.raises(LlmboxError, match=r"cannot be read"):
         bootwin.read_variables(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("kind", ["llm", "ocr"])
+def test_every_box_whose_data_may_ask_for_windows_gets_it(kind: str) -> None:
+    """`dual_boot_enabled` may stand at any host of llama_hosts: on none it is left unread."""
+    plays = yaml.safe_load((ROOT / f"playbooks/{kind}_server.yml").read_text())
+    roles = [role for play in plays for role in play.get("roles", [])]
+    assert "dual_boot" in roles
+    before = roles[: roles.index("dual_boot")]
+    assert "llm_user" in before and "llmbox" in before, "who runs it, and what runs"
