@@ -39,7 +39,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         except AnsibleConnectionFailure:
             reason = TOO_LATE
         if reason == TOO_LATE:
-            source = applied["connection"].partition(" ")[0] or "this machine"
+            source = applied["connection"].partition(" ")[0]
             reason = f"no new connection came through from {source}; fix: firewall_allow.ssh must let it in"
         return {
             **applied,

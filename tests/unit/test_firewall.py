@@ -290,3 +290,70 @@ def test_rules_that_cannot_be_kept_for_a_boot_are_taken_back(
     with pytest.raises((module.Refused, subprocess.TimeoutExpired), match=r"no room|timed out"):
         host(tmp_path).confirm("another")
     assert kernel.loaded == "former" and not kernel.armed
+
+
+def test_what_boots_is_as_it_was_when_new_rules_cannot_be_kept(kernel: Kernel, tmp_path: Path) -> None:
+    """Else a boot would load the rules that the run says were taken back."""
+    host(tmp_path).apply(check=False)
+    host(tmp_path).confirm("another")
+    unit, file = tmp_path / "llmbox-firewall.service", tmp_path / "llmbox/firewall.nft"
+    before = (unit.read_text(), file.read_text())
+    host(tmp_path, rules="newer").apply(check=False)
+    kernel.full = True
+    with pytest.raises(module.Refused, match="no room"):
+        host(tmp_path, rules="newer").confirm("another")
+    assert kernel.loaded == "wanted"
+    assert (unit.read_text(), file.read_text()) == before
+
+
+def test_a_unit_that_was_not_there_is_not_there_after_a_failure(kernel: Kernel, tmp_path: Path) -> None:
+    host(tmp_path).apply(check=False)
+    kernel.full = True
+    with pytest.raises(module.Refused, match="no room"):
+        host(tmp_path).confirm("another")
+    assert not (tmp_path / "llmbox-firewall.service").exists()
+    assert not (tmp_path / "llmbox/firewall.nft").exists()
+    assert "systemctl disable --quiet llmbox-firewall.service" in kernel.told
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_files_whose_writing_breaks_off_are_none(
+    kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, second: bool
+) -> None:
+    """The disk has a file before it gets its name, and all of them before one gets it."""
+    host(tmp_path).apply(check=False)
+    written: list[int] = []
+
+    def fsync(handle: int) -> None:
+        written.append(handle)
+        if len(written) == 1 + second:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        host(tmp_path).confirm("another")
+    assert kernel.loaded == "former"
+    assert list((tmp_path / "llmbox").iterdir()) == []
+    assert list(tmp_path.glob("*.service*")) + list(tmp_path.glob(".*")) == []
+
+
+def test_without_ssh_there_is_no_new_connection_that_could_prove_anything(
+    kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "connection", lambda: "")
+    assert host(tmp_path).apply(check=True)["changed"]
+    with pytest.raises(module.Refused, match=r"^this run did not come over SSH.*; fix: ") as refused:
+        host(tmp_path).apply(check=False)
+    assert "\n" not in str(refused.value)
+    assert not kernel.armed and kernel.loaded == "former"
+
+    kernel.armed, kernel.loaded = True, "wanted"
+    for applied_over in ("", "10.0.0.1 40001 10.0.0.2 22"):
+        with pytest.raises(module.Refused, match="did not come over SSH"):
+            host(tmp_path).confirm(applied_over)
+    monkeypatch.setattr(module, "connection", lambda: "10.0.0.1 40002 10.0.0.2 22")
+    with pytest.raises(module.Refused, match="did not come over SSH"):
+        host(tmp_path).confirm("")
+    assert kernel.armed and not (tmp_path / "llmbox").exists()
+    kernel.armed = False
+    assert host(tmp_path).apply(check=False)["changed"], "nothing new is loaded: nothing has to be proved"

@@ -21,7 +21,7 @@ short_description: Have an nftables table as it should be, without locking anybo
 description:
   - O(phase=apply) compares the table that is loaded, whole, with O(rules). When they differ it arms a timer
     that puts the former table back, and loads the new one. It is C(pending) then, and no boot keeps it.
-  - O(phase=confirm), which must come over another connection than the first, disarms the timer, and keeps
+  - O(phase=confirm), which must come over another SSH connection than the first, disarms the timer, and keeps
     the rules in O(file), loaded at boot by O(unit).
   - O(phase=look) says whether a timer is armed.
   - Without O(rules) the table, the file and the unit are removed.
@@ -65,10 +65,17 @@ LEGACY = {
 }
 TIMEOUT_S = 60
 TOO_LATE = "too late, the former rules are back"
+NO_SSH = (
+    "this run did not come over SSH, so that no new connection can prove that the rules let one in; "
+    "fix: give this host an address that SSH reaches (ansible_host, without ansible_connection)"
+)
 
 
 class Refused(Exception):
     """Something is not as it must be; the text is one line for the person."""
+
+
+FAILURES = (OSError, Refused, subprocess.TimeoutExpired)
 
 
 def run(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -186,14 +193,24 @@ def armed() -> bool:
     return run("systemctl", "is-active", f"{REVERT}.timer").stdout.strip() == "active"
 
 
-def write(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file in one step."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.unlink(missing_ok=True)
-    fresh.write_text(text)
-    fresh.chmod(mode)
-    fresh.replace(path)
+def write(texts: Mapping[Path, str], mode: int = 0o644) -> None:
+    """Write files, each in one step, and none before all of them are on the disk. Raises OSError."""
+    fresh = {path: path.with_name(f".{path.name}.new") for path in texts}
+    try:
+        for path, text in texts.items():
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            fresh[path].unlink(missing_ok=True)
+            fresh[path].touch(mode)
+            with fresh[path].open("w") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            fresh[path].chmod(mode)
+        for path in texts:
+            fresh[path].replace(path)
+    finally:
+        for left in fresh.values():
+            left.unlink(missing_ok=True)
 
 
 def text_of(path: Path) -> str:
@@ -225,7 +242,9 @@ class Firewall:
         shown = {"changed": True, "diff": diff(loaded, wanted)}
         if check:
             return shown
-        write(FORMER, EMPTY + loaded, 0o600)
+        if not connection():
+            raise Refused(NO_SSH)
+        write({FORMER: EMPTY + loaded}, 0o600)
         run("systemctl", "reset-failed", f"{REVERT}.service")
         must(
             *("systemd-run", "--quiet", f"--unit={REVERT}", f"--on-active={self.timeout_s}s"),
@@ -241,21 +260,24 @@ class Firewall:
 
     def confirm(self, applied_over: str) -> dict[str, Any]:
         """The second phase. Raises Refused, OSError, subprocess.TimeoutExpired."""
-        if applied_over and connection() == applied_over:
+        over = connection()
+        if not (over and applied_over):
+            raise Refused(NO_SSH)
+        if over == applied_over:
             raise Refused("this is the connection over which the rules came: it proves nothing")
         if not armed():
             raise Refused(TOO_LATE)
         must("systemctl", "stop", f"{REVERT}.timer")
         if listing() != listed(self.rules):  # the timer was faster
             raise Refused(TOO_LATE)
+        former = {path: text_of(path) for path in self.files}
         try:
             self.keep(check=False)
-        except (
-            OSError,
-            Refused,
-            subprocess.TimeoutExpired,
-        ):  # rules that no boot would load: the timer that took them back has stopped
-            must("nft", "-f", str(FORMER))
+        except FAILURES:  # rules that no boot would load: the timer that took them back has stopped
+            try:
+                must("nft", "-f", str(FORMER))
+            finally:
+                self.put_back(former)
             raise
         FORMER.unlink(missing_ok=True)
         return {"changed": True}
@@ -267,11 +289,22 @@ class Firewall:
         runs = shown == ["ActiveState=active", "UnitFileState=enabled"]
         if check or (runs and not differing):
             return not runs or bool(differing)
-        for path in differing:
-            write(path, self.files[path])
+        write({path: self.files[path] for path in differing})
         must("systemctl", "daemon-reload")
         must("systemctl", "enable", "--quiet", "--now", self.unit)
         return True
+
+    def put_back(self, former: Mapping[Path, str]) -> None:
+        """Have a boot load what it would have loaded before; what cannot be told to systemd it reads then."""
+        write({path: text for path, text in former.items() if text and text_of(path) != text})
+        if not former[SYSTEM_DIR / self.unit]:
+            with contextlib.suppress(*FAILURES):
+                must("systemctl", "disable", "--quiet", self.unit)
+        for path, text in former.items():
+            if not text:
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(*FAILURES):
+            must("systemctl", "daemon-reload")
 
     def remove(self, *, check: bool) -> dict[str, Any]:
         """Have neither table nor unit: nobody is locked out by that."""
