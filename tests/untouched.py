@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,27 @@ LOADED_ON_USE = (
     *("tun", "tap", "bridge", "stp", "llc", "veth", "overlay", "nf", "nft", "xt", "kvm", "irqbypass"),
 )
 CLOCK_S = 2.0
-# Counters and pools of the kernel; and what a lab borrows and gives back, which test_hygiene looks at.
+# Counters and pools of the kernel; and what a lab registers and takes back, which test_hygiene looks at.
 MOVING = (
     *("dentry-state", "file-nr", "inode-nr", "inode-state", "aio-nr", "random/", "ns_last_pid", "pty/nr"),
-    *("sched_", "/net/", "fs/quota/", "perf_event_max_sample_rate", "perf_cpu_time_max_percent", "lost_mem"),
+    *(
+        "sched_",
+        "nf_conntrack_count",
+        "fs/quota/",
+        "perf_event_max_sample_rate",
+        "perf_cpu_time_max_percent",
+        "lost_mem",
+    ),
     "/fs/binfmt_misc/",
 )
+# Of the network: the settings of a lab's own interfaces, bridge and hosts; and those that come with a module.
+LAB_INTERFACE = re.compile(
+    r"/proc/sys/net/\w+/(conf|neigh)/(llmbox-[^/]+|vb-[^/]+-(llm|ocr|cli|vm))/.*"  # lab/config.py names them
+)
+COMES_ON_USE = re.compile(r"/proc/sys/net/(netfilter/|bridge/|nf_conntrack_max$).*")
+# What a lab borrows and gives back, and what the kernel changes along with it: lab/network.py.
+FORWARD = "/proc/sys/net/ipv4/ip_forward"
+FORWARDED = re.compile(r"/proc/sys/net/ipv4/(ip_forward|conf/[^/]+/forwarding|conf/all/accept_redirects)")
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,11 @@ class MachineState:
             name: (before.get(name), after.get(name))
             for name in before.keys() | after.keys()
             if before.get(name) != after.get(name)
+            and not LAB_INTERFACE.fullmatch(name)
+            and not (name not in before and COMES_ON_USE.fullmatch(name))
         }
+        if FORWARD in found:
+            found = {name: values for name, values in found.items() if not FORWARDED.fullmatch(name)}
         for module in self.modules ^ now.modules:
             if module in self.modules or not module.startswith(LOADED_ON_USE):
                 found[f"module {module}"] = (module in self.modules, module in now.modules)
