@@ -577,6 +577,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         enforcer.end()
 
 
+def assert_own_times(event: dict[str, Any], hold: float) -> None:
+    """The event tells, by the guard's own clock, since when it counted, what was due, when it acted."""
+    since, due, acted = (event["monotonic"][name] for name in ("since", "due", "acted"))
+    assert due - since == pytest.approx(hold)
+    assert due <= acted <= time.monotonic()
+
+
 def test_a_look_that_never_comes_back_stops_the_preset(place: Place) -> None:
     command = Command(0.05, popen=Undead)  # type: ignore[arg-type]
     place.card_look = Card(command).look
@@ -585,7 +592,9 @@ def test_a_look_that_never_comes_back_stops_the_preset(place: Place) -> None:
     assert place.manager.stopped == ["llama-coder.service"]
     assert place.told[-1].startswith("the GPU guard has taken the card out of service: nvidia-smi has not")
     (event,) = place.events.glob("*.json")
-    assert json.loads(event.read_text())["stopped"] == ["coder"]
+    told = json.loads(event.read_text())
+    assert told["stopped"] == ["coder"]
+    assert_own_times(told, place.limits.hold)
     assert "nvidia-smi" in latch.refusal(place.runtime)
 
 
@@ -609,6 +618,8 @@ def test_a_fatal_error_stops_the_preset_and_clear_serves_again(
     place.watches(guard, cleared)
     assert latch.refusal(place.runtime) == ""
     assert "Xid 79" in next(reason for reason in place.told if reason)
+    (event,) = place.events.glob("*-stop.json")
+    assert_own_times(json.loads(event.read_text()), 0.0)  # due at once
 
 
 def test_a_preset_that_somebody_starts_meanwhile_is_stopped_again(place: Place) -> None:
@@ -864,6 +875,15 @@ def test_settings_that_cannot_be_meant(tmp_path: Path, changes: dict[str, Any], 
     with pytest.raises(UsageError) as caught:
         settings_module.load(file)
     assert said in str(caught.value)
+
+
+def test_the_page_names_the_boxes_that_have_a_guard_and_those_that_are_told() -> None:
+    page = " ".join((ROOT / "docs/gpu-guard.md").read_text().split())
+    guarded = {file.stem for file in (ROOT / "playbooks").glob("*.yml") if "- gpu_guard" in file.read_text()}
+    assert guarded == {"llm_server"}
+    assert "It is installed on LLM boxes where the inventory declares an NVIDIA card" in page
+    assert "on an LLM box without one the play says that it is not" in page
+    assert "An OCR box has no guard, and its play says nothing of one" in page
 
 
 def test_the_units_program_is_the_installed_one() -> None:

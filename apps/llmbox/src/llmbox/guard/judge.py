@@ -21,11 +21,13 @@ GRACE_S = 2.0  # at least, for the first looks of a guard that goes on where a k
 
 @dataclass(frozen=True)
 class Verdict:
-    """What there is to say, and whether the card must be taken out of service."""
+    """What there is to say, and whether the card must be taken out of service: since when, from when on."""
 
     level: Level
     reason: str = ""
     stop: bool = False
+    since: float = 0.0
+    due: float = 0.0
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Judge:
         self._card = _Source("nvidia-smi", now, now)
         self._log = _Source("the look at the kernel log", now, now)
         self._fatal = ""
+        self._fatal_since = 0.0
         self.reading: Reading | None = None
         self.cards = cards
 
@@ -82,12 +85,13 @@ class Judge:
         fatal = [xid for xid in found.xids if xid.number in self._settings.fatal_xids and not xid.recovered]
         if fatal and not self._fatal:
             self._fatal = f"the kernel log tells of Xid {fatal[0].number}: {fatal[0].text or 'no word why'}"
+            self._fatal_since = began
         return [xid for xid in found.xids if xid not in fatal]
 
     def verdict(self, now: float) -> Verdict:
         """What is to be said and done now."""
         if self._fatal:
-            return Verdict("critical", self._fatal, stop=True)
+            return Verdict("critical", self._fatal, True, self._fatal_since, self._fatal_since)
         late = self._settings.interval + self._settings.timeout + LATE_S
         troubles = []
         for source in (self._card, self._log):
@@ -99,7 +103,8 @@ class Judge:
             elif silent > late or (not fault and lasts >= self._settings.hold):
                 fault = f"{source.name} hangs: no answer for {silent:.0f} s"
             if fault and lasts >= self._settings.hold:
-                return Verdict("critical", f"{fault} (for {lasts:.0f} s)", stop=True)
+                due = source.since + self._settings.hold
+                return Verdict("critical", f"{fault} (for {lasts:.0f} s)", True, source.since, due)
             troubles += [fault] if fault else []
         if troubles:
             return Verdict("critical", troubles[0])

@@ -128,18 +128,25 @@ class Guard:
             self._stopped, self._latched = "", False
         verdict = self._judge.verdict(now)
         changed = self._say(verdict)
-        if verdict.stop and not self._stopped:
+        acts = verdict.stop and not self._stopped
+        if acts:
             self._stopped = verdict.reason
             log.critical("the card is taken out of service: %s", verdict.reason)
-            self._enforcer.stop(verdict.reason)
-            reading = self._judge.reading
-            self._enforcer.event("stop", reason=verdict.reason, temperature=reading and reading.temperature)
         if self._stopped and not self._latched:
             try:
                 latch.close(self._runtime, self._stopped, time.time())
                 self._latched = True
             except OSError as error:
                 log.critical("%s cannot be written: %s", latch.LATCH, error)
+        if acts:
+            self._enforcer.stop(verdict.reason)
+            reading = self._judge.reading
+            self._enforcer.event(
+                "stop",
+                reason=verdict.reason,
+                temperature=reading and reading.temperature,
+                monotonic={"since": verdict.since, "due": verdict.due, "acted": time.monotonic()},
+            )
         if now - self._written >= WRITE_S or changed:
             self._write_state(verdict, now)
 
