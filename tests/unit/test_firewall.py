@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +360,18 @@ def test_without_ssh_there_is_no_new_connection_that_could_prove_anything(
     assert kernel.armed and not (tmp_path / "llmbox").exists()
     kernel.armed = False
     assert host(tmp_path).apply(check=False)["changed"], "nothing new is loaded: nothing has to be proved"
+
+
+def test_the_connection_is_found_behind_a_sudo_that_cleans_the_environment() -> None:
+    program = "from roles.firewall.library.firewall_rules import connection; print(connection())"
+    clean = f"env -i {shlex.quote(sys.executable)} -c {shlex.quote(program)}; true"  # the shell stays
+    over = "10.0.0.1 40001 10.0.0.2 22"
+    done = subprocess.run(
+        ["sh", "-c", clean],
+        env={**os.environ, "SSH_CONNECTION": over},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == over

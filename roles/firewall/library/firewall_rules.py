@@ -66,8 +66,8 @@ LEGACY = {
 TIMEOUT_S = 60
 TOO_LATE = "too late, the former rules are back"
 NO_SSH = (
-    "this run did not come over SSH, so that no new connection can prove that the rules let one in; "
-    "fix: give this host an address that SSH reaches (ansible_host, without ansible_connection)"
+    "this run did not come over SSH (SSH_CONNECTION is empty), so that no new connection can prove that the "
+    "rules let one in; fix: give this host an address that SSH reaches (ansible_host, no ansible_connection)"
 )
 
 
