@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from ocr_pipeline import normal
+from ocr_pipeline.labels import Label, find_labels
 from ocr_pipeline.reading import FIELDS, Fields, Reason
 from ocr_pipeline.stages import Extraction, Line
-from ocr_pipeline.templates import CODES
+from ocr_pipeline.templates import CODES, GENERIC, Template
 from ocr_pipeline.words import fold, squeezed
 
 log = logging.getLogger(__name__)
 
+CODE = re.compile(r"[0-9A-Z]+(?:[./\-][0-9A-Z]+)*")
+NUMBER_SIGN = re.compile(
+    r"(?<![0-9A-Z])N(?:[O0][.:]*|RO?[.:]*|UM[.:]*|[.:]+)(?=[0-9])"
+)  # `Nº12345`, `No.12345`
+MOST_PARTS = 4  # of a code that is read in pieces
 RATED = ("potencia_kva", "tensao_primaria", "tensao_secundaria")
 DOUBTFUL = 0.85  # a value whose least sure character is below this is for a person
 DOUBTFUL_CODE = 0.90  # and a number that nothing else confirms
@@ -31,7 +37,7 @@ DOUBTFUL_KNOWN = 0.70  # and one that is a rated power or voltage, as few misrea
 
 def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> bool:
     """Whether the value of a field occurs in the text, after normalisation."""
-    texts = [line.text for line in lines]
+    texts = [_apart(line.text) for line in lines]
     joined = " ".join(texts)
     match name:
         case "potencia_kva":
@@ -54,7 +60,8 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
         case "fases":
             return any(normal.phases(text) == value for text in texts)
         case "autoprotegido":
-            return re.search("PROTE[GC]|AUTOPROT|SELFPROT", squeezed(joined)) is not None
+            said = re.search("PROTE[GC]|AUTOPROT|SELFPROT", squeezed(joined)) is not None
+            return said or any(name in label.fields for text in texts for label in _labels(text))
         case "elo_fusivel":
             return any(normal.fuse(text) == value for text in texts)
         case "fabricante":
@@ -62,7 +69,41 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
             return bool(wanted_name) and wanted_name in squeezed(joined)
         case _:
             wanted_code = squeezed(str(value))
-            return bool(wanted_code) and any(wanted_code in squeezed(text) for text in texts)
+            return bool(wanted_code) and any(wanted_code in codes(line.text) for line in lines)
+
+
+def _apart(text: str) -> str:
+    """A text with a space where an OCR engine left none: `ELO FUSÍVEL8K`."""
+    return re.sub(r"(?<=[^\W\d_]{2})(?=[0-9])", " ", text)
+
+
+def _labels(text: str) -> Sequence[Label]:
+    return find_labels(0, Line(text), Template(name=GENERIC))
+
+
+def codes(text: str) -> list[str]:
+    """What a line shows as a whole: each of its words, and each run of neighbouring ones, as an engine splits
+    a code. `12345` is none of `12345-6` and `A12345`; a label that is glued to a code is no part of it. Once
+    for each place.
+    """
+    found = _runs(text)
+    return found + [one for label in _labels(text) for one in _runs(label.rest) if one not in found]
+
+
+def _runs(text: str) -> list[str]:
+    words = CODE.findall(NUMBER_SIGN.sub(" ", fold(text)))
+    return [
+        squeezed("".join(words[begin:end]))
+        for begin in range(len(words))
+        for end in range(begin + 1, min(begin + MOST_PARTS, len(words)) + 1)
+    ]
+
+
+def shared(values: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
+    """Numbers that more fields have than the text shows them: one of these has another's."""
+    held = {name: squeezed(values[name]) for name in CODES if values.get(name) is not None}
+    shown = [one for line in lines for one in codes(line.text)]
+    return [name for name, one in held.items() if [*held.values()].count(one) > max(1, shown.count(one))]
 
 
 def _digits(text: str) -> str:
@@ -105,5 +146,6 @@ def settle(extraction: Extraction, lines: Sequence[Line]) -> tuple[dict[str, Any
         least = DOUBTFUL_CODE if name in CODES else DOUBTFUL_KNOWN if known else DOUBTFUL
         if candidate.confidence < least:
             reasons.append(f"{Reason.LOW_CONFIDENCE}:{name}")
+    reasons += [f"{Reason.SHARED_SOURCE}:{name}" for name in shared(values, lines)]
     reasons += [f"{Reason.INCONSISTENT}:{name}" for name in normal.inconsistent(values)]
     return values, reasons

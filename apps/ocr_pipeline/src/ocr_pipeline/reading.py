@@ -33,6 +33,7 @@ class Reason(StrEnum):
     OUT_OF_DOMAIN = "out_of_domain"
     FILTERS_DISAGREE = "filters_disagree"
     NOT_GROUNDED = "not_grounded"
+    SHARED_SOURCE = "shared_source"
     UNKNOWN_MANUFACTURER = "unknown_manufacturer"
     MODEL_OUTPUT_INVALID = "model_output_invalid"
     INCONSISTENT = "inconsistent"
