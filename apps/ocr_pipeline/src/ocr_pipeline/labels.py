@@ -18,6 +18,7 @@ from itertools import product
 import yaml
 
 from ocr_pipeline.geometry import Box
+from ocr_pipeline.normal import month_of
 from ocr_pipeline.stages import Line
 from ocr_pipeline.templates import Template
 from ocr_pipeline.words import distance, fold, squeezed
@@ -29,9 +30,10 @@ UNIT = r"KVA|KV|V|VOLTS?|A|HZ|KG|L|%"
 BARE = re.compile(rf"^[\s\W]*(?:\(?\s*(?:{UNIT})\s*\)?)?[\s\W]*$")  # nothing, or only a unit
 ANSWERS = ("SIM", "NAO", "YES")  # values, never a label's words: `AUTOPROT. NÃO   FASES: 3`
 VALUE = re.compile(r"[2-9]|[0-9]{2}")  # digits that no letter was misread for
-NUMBER_BEFORE = re.compile(r"[0-9]\s*\W?\s*$")  # `75 kVA`: a unit, no label
+NUMBER_BEFORE = re.compile(r"[0-9][OIl|]{0,2}\s*\W?\s*$")  # `75 kVA`: a unit, no label
 VALUE_BEFORE = re.compile(r"[0-9]\s*[kK]?VA?$")  # `300 kVASÉRIE`
 # `(kV)`, `(MÊS/ANO)`: the label's; `( )` and `(X)` are boxes of its values.
+MONTH = re.compile(r"(?<![A-Z0-9])([A-Z0-9]{3})[A-Z]*\.?\s*[/\-. ]?\s*(?:DE\s*)?[0-9]{2}")
 IN_BRACKETS = re.compile(r"[\s.:]*[(\[](?!\s*[Xx]?\s*[)\]])[^()\[\]0-9]{0,14}(?:[)\]]|$)")
 TO_THE_VALUE = re.compile(r"(?:[\s:;.,=_)\]·•…*|]|-(?![0-9]))*")  # `-2010`: the month is covered
 JOINING = re.compile(
@@ -41,6 +43,7 @@ TOGETHER = re.compile(r"[\s.,/\-]*(?:\b(?:D[EOA]|OF)\b\s*)?", re.IGNORECASE)  # 
 LETTER_FOR = {"0": "O", "1": "I", "5": "S"}  # in a word of a label
 SHORTEST_END, LONGEST_END = 4, 20  # letters of a label that is left where its beginning is cut off
 WRONG = 3  # letters of a wording that one wrong letter outweighs: `PATRIMONIAL TR-1` has no misread `Nº`
+SHORT = 2  # letters: behind a number they are its unit
 HEAD = 3  # letters by which a misread label is looked up
 
 
@@ -185,7 +188,13 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
         if sign.isalnum() and sign.isascii()
     ]
     flat = "".join(sign for _, sign in signs)
+    months = [
+        found.start()
+        for found in MONTH.finditer("".join(fold(sign)[:1] or " " for sign in text))
+        if month_of(found[1])
+    ]
     ends = [_least(text, signs, end) for end in range(len(signs) + 1)]
+    values = sorted(number for number, (place, _) in enumerate(signs) if place in months)
     answers = [
         number
         for number, (place, _) in enumerate(signs)
@@ -198,15 +207,19 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
         if not _begins(text, place) or start in answers or JOINING.match(text, place):
             start += 1
             continue
-        phrase, fields, length = words.at(flat, start, ends)
-        if not length or (BARE.match(phrase) and NUMBER_BEFORE.search(text[:place])):
+        # `MÊS/ANO: ABR 2012` is no misread `MÊS/ANO FABR`: the month is the value's.
+        stop = next((number for number in values if number > start), len(flat))
+        phrase, fields, length = words.at(flat[:stop], start, ends)
+        # `13800 V ± 2`, `55 ºC`
+        unit = BARE.match(phrase) or (len(phrase) <= SHORT and phrase not in words.sides)
+        if not length or (unit and NUMBER_BEFORE.search(text[:place])):
             start += length or 1
             continue
-        end, unit = signs[start + length - 1][0] + 1, ""
+        end, told = signs[start + length - 1][0] + 1, ""
         if bracket := IN_BRACKETS.match(text, end):
-            end, unit = bracket.end(), bracket.group(0).strip(" ()[]")
+            end, told = bracket.end(), bracket.group(0).strip(" ()[]")
         begin = 0 if JOINING.fullmatch(text[:place].strip()) else place
-        spans.append(_Span(begin, end, fields, phrase, unit))
+        spans.append(_Span(begin, end, fields, phrase, told))
         start += length
         while start < len(signs) and signs[start][0] < end:
             start += 1

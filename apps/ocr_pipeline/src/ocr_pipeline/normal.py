@@ -25,7 +25,7 @@ PRIMARY_RANGES = (
     (31_000, 36_300),
 )
 _SECONDARIES = """220/127 380/220 230/115 240/120 254/127 440/254 440/220 230/133 220/110 216.5/125 400/231
-208/120 480/277 460/230 115 120 127 220 230 240 254 380 440"""
+208/120 480/277 460/230 400/230 415/240 433/250 600/347 400 208 480 115 120 127 220 230 240 254 380 440"""
 SECONDARIES = frozenset(_SECONDARIES.split())
 FUSE = re.compile(r"^(0\.5|[1-9][0-9]?|1[0-9]{2}|200)(H|K|T|EF)$")
 _NAMES = ("JAN", "FEV", "MAR", "ABR", "MAI", "JUN", "JUL", "AGO", "SET", "OUT", "NOV", "DEZ")
@@ -35,11 +35,25 @@ _PHASES = {3: "TRIF TRIPH THREEPH", 2: "BIFA BIFS TWOPH", 1: "MONOF SINGLEPH ONE
 PHASE_WORDS = {stem: count for count, stems in _PHASES.items() for stem in stems.split()}
 FIRST_YEAR = 1940
 _MONTH_AND_YEAR = r"(?:[0-3]?[0-9]/)?[01]?[0-9]/(?:19|20)[0-9]{2}"  # beside a label that was cut: no number
+# `MAR/2019`, `12 DE MARÇO DE 2019`, `MAR 12, 2019`.
+NAMED_MONTH = re.compile(
+    r"(?:(?<![0-9/.,\-])(?P<before>[0-3]?[0-9])\s*[/\-. ]?\s*(?:DE\s*)?)?"
+    r"(?<![A-Z])(?P<name>[A-Z0-9]{3})[A-Z]*\.?"
+    r"\s*(?:(?P<after>[0-3]?[0-9])(?:ST|ND|RD|TH)?\s*[, ]\s*(?=(?:19|20)[0-9]{2}))?"
+    r"[/\-. ,]?\s*(?:DEL?\s*)?(?P<year>(?:19|20)[0-9]{2}|(?<![0-9])[0-9]{2})(?![0-9])"
+)
+_LETTERS_FOR = str.maketrans({"0": "O", "1": "I", "2": "Z", "5": "S", "8": "B"})
 NUMBER_SIGN = re.compile(r"^\s*[Nn](?:[º°ª]|[oO0]?[.:]|[oODQ0]\s)[\s.:]*")  # `PATRIM. Nº 12345`
 # `7. 967`: an OCR engine sets a space behind a comma.
-VOLTAGE = r"[0-9][0-9OISB]{0,2}[.,] [0-9OISB]{1,3}(?![0-9OISB])|[0-9][0-9OISB]*(?:[.,][0-9OISB]+)*"
+VOLTAGE = r"(?<![0-9.,/])[1-9][0-9]? [0-9]{3}(?=\s*(?:V|[/\-]))|"  # `34 500 V`: the dot was not read
+VOLTAGE += r"[0-9][0-9OISB]{0,2}[.,] [0-9OISB]{1,3}(?![0-9OISB])|[0-9][0-9OISB]*(?:[.,][0-9OISB]+)*"
 MEASURED = re.compile(r"[0-9]\s*(?:K[VU]A?|KG|HZ|%)\W*$|[0-9]\sV\W*$")  # no serial number
 FIRST_TAP = re.compile(r"^\W*1[\s.:)|\-]+(?=[0-9]{4,5}(?![0-9]))")  # `1 - 13800`
+# `13800 ± 2 x 2,5 %`, its sign misread or not.
+REGULATION = re.compile(
+    r"[\s(]*(?:±|[+][\s/]*-?|-)?\s*(?<![0-9.,])[1-9]\s*[X*]\s*[0-9](?:\s?[.,]\s?[0-9]+)?\s*%.*"
+    r"|[\s(]*(?:±|[+]\s*/?\s*-)\s*[0-9]+(?:[.,][0-9]+)?\s*%.*"
+)
 NUMBER = r"[0-9OQISBZL|]+(?: ?[.,] ?[0-9OQISBZL|]+)*"
 
 
@@ -55,6 +69,12 @@ def number(text: str) -> float | None:
 
 
 SEVERAL_POWERS = re.compile(r"\b[23]\s*X\s*[0-9]|[0-9]\s*/\s*[0-9.,]+\s*K[VU]A\b")
+
+
+def ones(folded: str) -> str:
+    """A text with the digit where an engine read a 1 as a letter: `07/I989`, `I3,8 kV`."""
+    folded = re.sub(r"(?<![A-Z0-9])[IL|](?=[0-9])", "1", folded)
+    return re.sub(r"(?<=[0-9])[I|](?![A-Z])", "1", folded)
 
 
 def foreign(folded: str) -> bool:
@@ -87,7 +107,7 @@ def power(text: str) -> float | None:
 
 def voltages(text: str) -> list[float]:
     """All voltages of a text, in V: `13800/13200/12600 V`, `13,8 kV`."""
-    folded = re.sub(r"\s+", " ", fold(text))
+    folded = ones(re.sub(r"\s+", " ", fold(text)))
     in_kv = re.search(r"\bK\s?[VU]\b|[0-9]K[VU]\b", folded) is not None
     found: list[float] = []
     for raw in re.findall(VOLTAGE, folded):
@@ -100,7 +120,8 @@ def voltages(text: str) -> list[float]:
 
 def primary(text: str) -> float | None:
     """V: the first of several taps; None where the first one cannot be read (`8O0/13200`: it was covered)."""
-    found = [] if foreign(fold(text)) else voltages(FIRST_TAP.sub("", text))
+    text = REGULATION.sub(" ", fold(text))
+    found = [] if foreign(text) else voltages(FIRST_TAP.sub("", text))
     return round(found[0], 1) if found and found[0] >= 1000 else None
 
 
@@ -110,12 +131,13 @@ def secondary(text: str) -> str | None:
         return None
     folded = fold(text)
     if "KV" in folded:  # `0,38/0,22 kV`
-        folded = re.sub(r"(?<![0-9])0[.,]([0-9]{2,3})(?![0-9])", lambda part: part[1].ljust(3, "0"), folded)
+        folded = re.sub(r"(?<![0-9])0[.,]([0-9]{1,3})(?![0-9])", lambda part: part[1].ljust(3, "0"), folded)
     folded = as_digits(re.sub(r"\b[VY]\b|K?VOLTS?|KV", "", folded))
     if re.search(r"[0-9]{3}\s*[/\\]\s*[0-9]{0,2}\s*$", folded):
         return None  # `380/2`: the second one was covered
     found = re.search(
-        r"(?<![0-9.,])([1-9][0-9]{2}(?:[.,][0-9])?)(?:\s*[VY]?\s*[/\-X\\]\s*([1-9][0-9]{2}(?:[.,][0-9])?))?(?![0-9])",
+        r"(?<![0-9.,])(?<![0-9] )([1-9][0-9]{2}(?:[.,][0-9])?)"
+        r"(?:\s*[VY]?\s*[/\-X\\]\s*([1-9][0-9]{2}(?:[.,][0-9])?))?(?![0-9])",
         folded,
     )
     if not found:
@@ -133,13 +155,12 @@ def secondary(text: str) -> str | None:
 def date(text: str) -> str | None:
     """`2015`, `2015-03`, `2015-03-09`, as precise as printed."""
     folded = fold(text)
-    if found := re.search(
-        r"(?<![A-Z])([A-Z]{3})[A-Z]*\.?\s*[/\-. ]?\s*(?:DE\s*)?((?:19|20)?[0-9]{2})(?![0-9])", folded
-    ):
-        month = MONTHS.get(found.group(1))
-        if month:
-            return f"{_year(found.group(2))}-{month:02d}"
-    digits = re.sub(r"(?<=[0-9/.\-])[OQ]|[OQ](?=[0-9/.\-])", "0", folded)
+    for named in NAMED_MONTH.finditer(folded):
+        if month := month_of(named["name"]):
+            day = named["before"] or named["after"]
+            year = _year(named["year"])
+            return _day(year, month, int(day)) if day else f"{year}-{month:02d}"
+    digits = ones(re.sub(r"(?<=[0-9/.\-])[OQ]|[OQ](?=[0-9/.\-])", "0", folded))
     digits = re.sub(r"\s*([/.\-])\s*", r"\1", digits)
     if found := re.search(
         r"(?<![0-9])([0-9]{1,2})[/.\-]([0-9]{1,2})[/.\-]((?:19|20)?[0-9]{2})(?![0-9])", digits
@@ -157,6 +178,13 @@ def date(text: str) -> str | None:
     if found := re.search(r"(?<![0-9A-Z/\-])((?:19|20)[0-9]{2})(?![0-9A-Z/])", digits):
         return found.group(1)
     return None
+
+
+def month_of(name: str) -> int | None:
+    """The month that three signs name, one of them maybe a digit that was misread for a letter: `N0V`."""
+    if sum(sign.isalpha() for sign in name) < 2:
+        return None
+    return MONTHS.get("JUL" if name == "JU1" else name.translate(_LETTERS_FOR))
 
 
 def _year(text: str) -> int:
@@ -195,6 +223,7 @@ def phase_word(text: str) -> int | None:
         if stem in letters:
             return count
     found = re.search(r"(?<![0-9.,/A-Z])([123])\s*-?\s*(?:PHASES?\b|PH\b|FASES?\b|[ØΦ])", folded)
+    found = found or re.fullmatch(r"\W*([123])\s*~\W*", folded)
     return int(found.group(1)) if found else None
 
 
@@ -202,7 +231,7 @@ def phases(text: str) -> int | None:
     """1, 2 or 3, from `3`, `TRIFASICO`, `3Ø`."""
     if word := phase_word(text):
         return word
-    if short := re.search(r"\b(?:(MONO)|(BI)|TRI)\b", fold(text)):
+    if short := re.search(r"\b(?:(MONO|SINGLE|ONE)|(BI|TWO|DUAS)|TRI|THREE|TRES)\b", fold(text)):
         return short.lastindex or 3
     found = re.search(
         r"(?<![0-9.,/A-Z])0?([123]|^I$)\s*(?:F|[Ø0OΦ~]|\(?[A-Z]{3,4}\)?)?(?![0-9A-Z.,/])", fold(text)
@@ -210,7 +239,7 @@ def phases(text: str) -> int | None:
     return int(as_digits(found.group(1))) if found else None
 
 
-YES, NO = ("SIM", "S", "SI", "YES", "SLM", "5IM"), ("NAO", "N", "NO", "NA0", "NAQ")
+YES, NO = ("SIM", "S", "SI", "YES", "Y", "SLM", "5IM"), ("NAO", "N", "NO", "NA0", "NAQ")
 
 
 def self_protected(text: str) -> bool | None:

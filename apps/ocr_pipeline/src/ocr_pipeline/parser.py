@@ -22,7 +22,7 @@ from typing import Any
 from ocr_pipeline import labels, normal
 from ocr_pipeline.filters import clusters
 from ocr_pipeline.geometry import Box
-from ocr_pipeline.labels import BARE, VOLTAGES, Label, find_labels
+from ocr_pipeline.labels import BARE, VOLTAGES, Label, find_labels, part_of
 from ocr_pipeline.reading import Reason
 from ocr_pipeline.stages import Candidate, Deadline, Extraction, Line, PoleIdContext
 from ocr_pipeline.templates import CODES, Template, Templates
@@ -49,6 +49,17 @@ LONGEST_TAIL = 20  # signs: `NOMINAL`, `CONTÍNUA`, the rest of a label's own wo
 NUMBERS = frozenset(PARSERS) - {"fases", "autoprotegido"}  # a word alone is no value of these
 LEADERS = re.compile(r"^[\s.]{2,}")  # dots up to a value
 CODE_ALONE = re.compile(r"[A-Z]{0,3}[0-9]{5,9}(?:-[0-9])?")
+BARE_NUMBER = re.compile(
+    r"\W*(?P<sign>N ?[º°ª.:*'\"]|N[P2](?=[ .:])|N\.?[oO0]\.?(?=[\W\d]|$)|N[rR][oO]?\.?(?=[\W\d]|$)"
+    r"|N[uú]m(?:ero)?(?![a-z])|N[UÚ]MERO)"
+    r"[\W_]*(?P<rest>(?:[0-9A-Z]{1,3}[ -]?)?[0-9]{5,10}(?:[/-][0-9A-Z]{1,4})?)?\W*"
+)
+# Both voltages: `13800 - 380/220 V`, `13,200 V - 220Y/127 V`, `13,8 kV / 220 V`.
+BOTH = re.compile(
+    r"(?<![0-9.,])(?:[0-9]{1,2}[., ]?[0-9]{3}\s*V?\s*[-/]\s*(?:[0-9]{4,5}\s*V?\s*[-/]\s*)*"
+    r"[1-9][0-9]{2}\s*Y?\s*[/-]\s*[1-9][0-9]{2}\s*V"
+    r"|[0-9]{1,2}(?:[.,][0-9]{1,3})?\s*KV\s*[-/]\s*[1-9][0-9]{2}\s*(?:Y?\s*[/-]\s*[1-9][0-9]{2}\s*)?V)\b"
+)
 FORMS = (  # what only one field looks like, its label unread
     ("tensao_primaria", re.compile(r"[0-9]{4,5}(?:\s*[/-]\s*[0-9]{4,5})+\s*V?")),
     ("tensao_primaria", re.compile(r"[0-9]{1,2}[.,]?[0-9]{3}\s*V")),
@@ -60,9 +71,16 @@ FORMS = (  # what only one field looks like, its label unread
 )
 TAP = re.compile(r"\W*(?:([1-9])[\s.:\-)|]+)?([0-9]{4,5}|[0-9]{1,2}[.,][0-9]{1,3})(?:\s*K?V)?\W*")
 TAP_STEP = (0.85, 0.995)  # of a tap to the one before it
+# A company's name up to its legal form.
+FIRM = re.compile(
+    r"([A-Z][A-Z&' .-]{2,60}?)[\s,]+(?:S\.? ?/?A\.?(?: ?S\.?)?|LTDA|LTD|INC|CORP|CO|GMBH|EIRELI"
+    r"|(?:Y|&|E) ?CIA|S\.?R\.?L|LLC|PVT|AG|N\.?V|S\.?P\.?A)\.?(?![A-Z])"
+)
+DENIALS = ("NAO", "NOT", "NON", "NO", "SEM", "SIN", "WITHOUT")
 WORD = 3  # letters: SIM, TRIFASICO
 PLATE_LABELS = 3  # below a heading
 LARGE = 1.35  # of the usual height of a line
+LONG_NAME = 5  # letters
 MOST_NAMES = 3  # words of a name
 _BETWEEN = "E DE DO DA S A SA AND THE OF Y PARA FOR COM EM IN POR BY"  # words of a name or title
 BETWEEN = frozenset(_BETWEEN.split())
@@ -94,7 +112,10 @@ class _Sheet:
 
     def candidates(self, label: Label, at: int, text: str, start: int) -> dict[str, Candidate]:
         """The values that a text gives for the fields that a label may name."""
-        found = {name: _candidate(name, self.lines, at, text, start, label.unit) for name in label.fields}
+        fields = label.fields
+        if set(fields) & set(VOLTAGES) and BOTH.search(normal.ones(fold(text))):
+            fields = VOLTAGES  # whatever is left of `AT/BT`
+        found = {name: _candidate(name, self.lines, at, text, start, label.unit) for name in fields}
         return {name: candidate for name, candidate in found.items() if candidate is not None}
 
     def add(self, values: dict[str, Candidate], cost: float) -> None:
@@ -160,14 +181,17 @@ class Parser:
         names = [
             (at, *found)
             for at, line in enumerate(sheet.lines)
-            if (found := self.templates.named_in(line.text)) and _a_maker_s(found[0], line.text)
+            if (found := self.templates.named_in(line.text)) and _a_maker_s(*found, line.text)
         ]
         if not names:
-            return _heading(sheet, extraction)
+            return _heading(sheet, extraction) or _signed(sheet, extraction)
         at, name, raw = names[0]
         if any(other != name for _, other, _ in names):
             extraction.reasons.append(f"{Reason.AMBIGUOUS}:{MAKER}")
-        extraction.candidates[MAKER] = Candidate(name, raw, at, sheet.lines[at].confidence)
+        sure = sheet.lines[at].confidence
+        if raw == name and len(raw) >= LONG_NAME:  # nothing else is read so by chance
+            sure = max(sure, UNLABELLED)
+        extraction.candidates[MAKER] = Candidate(name, raw, at, sure)
         return name
 
     def _labelled_maker(self, label: Label, sheet: _Sheet) -> tuple[int, str, str, bool] | None:
@@ -192,10 +216,12 @@ class Parser:
         return (at, name, name, False) if name else None
 
 
-def _a_maker_s(name: str, text: str) -> bool:
+def _a_maker_s(name: str, words: str, text: str) -> bool:
     """Whether a text names this manufacturer: where it is an ordinary word, beside nothing but a company's
-    words: `Nº TRAFO 1234` and `TRAFO DE DISTRIBUIÇÃO` name none.
+    words: `Nº TRAFO 1234` and `TRAFO DE DISTRIBUIÇÃO` name none, nor is `REDE` a misread RHEDE.
     """
+    if words != name and all(word in labels.known()["_title"] for word in words.split()):
+        return False
     return not _one_of(name, "_title") or all(
         _one_of(word, "_company") for word in _words(text) if word != name
     )
@@ -210,12 +236,45 @@ def _first(label: Label, sheet: _Sheet) -> bool:
 
 def all_labels(lines: Sequence[Line], template: Template) -> list[Label]:
     """The labels of all lines, without units that stand apart behind their number: `75` `kVA`."""
-    return [
+    found = [
         label
         for at, line in enumerate(lines)
         if not (BARE.match(fold(line.text)) and _number_before(line, lines))
         for label in find_labels(at, line, template)
     ]
+    number = _bare_number(lines, found)
+    return [*found, number] if number else found
+
+
+def _bare_number(lines: Sequence[Line], found: Sequence[Label]) -> Label | None:
+    """`Nº 123456`, `Nº` beside its number: the serial number's, where nothing else is called so and the plate
+    says more than a utility's. Below another number's label it is the rest of that one.
+    """
+    named = {label.line for label in found}
+    if len(named) < PLATE_LABELS or any("numero_serie" in label.fields for label in found):
+        return None
+    bare: list[Label] = []
+    for at, line in enumerate(lines):
+        first = min((label.start for label in found if label.line == at), default=len(line.text))
+        sign = BARE_NUMBER.fullmatch(line.text[:first])
+        if not sign or any(_waits_above(label, line, lines) for label in found):
+            continue
+        end = sign.end("sign")
+        box = part_of(line, 0, max(1, end))
+        rest, begin = sign["rest"] or "", max(end, sign.start("rest"))
+        bare.append(Label(("numero_serie",), at, 0, end, rest, begin, box))
+    return bare[0] if len(bare) == 1 else None
+
+
+def _waits_above(label: Label, line: Line, lines: Sequence[Line]) -> bool:
+    """Whether a label whose value must stand elsewhere ends right above a line: `PATRIMÔNIO`, `Nº 1234`."""
+    if label.box is None or line.box is None:
+        return label.line == lines.index(line) - 1 and not label.rest
+    over = min(label.box.right, line.box.right) - max(label.box.left, line.box.left)
+    below = line.box.middle[1] > label.box.middle[1]
+    near = line.box.top - label.box.bottom < REACH_BELOW * label.box.height
+    named = set(label.fields) & {"patrimonio", "matricula"} or not label.fields
+    return bool(named) and below and near and over > 0 and BARE.match(fold(label.rest)) is not None
 
 
 def _number_before(line: Line, lines: Sequence[Line]) -> Line | None:
@@ -252,6 +311,27 @@ def _heading(sheet: _Sheet, extraction: Extraction) -> str | None:
             extraction.reasons.append(f"{Reason.UNKNOWN_MANUFACTURER}:{MAKER}")
             return name
     return None
+
+
+def _signed(sheet: _Sheet, extraction: Extraction) -> str | None:
+    """A manufacturer in no template that signs in full, `Lider Transformadores Ltda. - Itu`. For a person."""
+    if len({label.line for label in sheet.labels}) < PLATE_LABELS:
+        return None
+    for at, line in enumerate(sheet.lines):
+        found = FIRM.match(fold(line.text).strip())
+        name = brand(found[1]) if found and not _titled(found[1]) else None
+        if name and len(name.split()) <= MOST_NAMES:
+            extraction.candidates[MAKER] = Candidate(name, name, at, line.confidence)
+            extraction.reasons.append(f"{Reason.UNKNOWN_MANUFACTURER}:{MAKER}")
+            return name
+    return None
+
+
+def _in_title(text: str) -> bool:
+    """Whether a text is the rest of a plate's title: `DISTRIBUTION TRANSFORMER`."""
+    words = _words(text)
+    kinds = ("TRANSFORMADOR", "TRANSFORMER", "TRAFO")
+    return any(kind in "".join(words) for kind in kinds) and all(_one_of(word, "_title") for word in words)
 
 
 def _titled(text: str) -> bool:
@@ -381,7 +461,7 @@ def _unlabelled(sheet: _Sheet) -> None:
                 sheet.add_unlabelled("potencia_kva", lines.index(number), number.text)
         if "potencia_kva" not in found and re.search(r"[0-9]\s*K[VU]A\b", folded):
             sheet.add_unlabelled("potencia_kva", at, text)
-        if re.search(r"[0-9]{4,5}\s*(?:[-/]\s*[0-9]{4,5}\s*)*[-/]\s*[0-9]{3}\s*/\s*[0-9]{3}\s*V\b", folded):
+        if BOTH.search(folded):
             # `13800 - 380/220 V`: both voltages in one line.
             for name in VOLTAGES:
                 if name not in found:
@@ -398,10 +478,12 @@ def _unlabelled(sheet: _Sheet) -> None:
     if "autoprotegido" not in found:
         for label in sheet.labels:
             # The word alone, as a type: `TRANSFORMADOR AUTOPROTEGIDO`.
-            if label.fields == ("autoprotegido",) and label.start > 0 and BARE.match(fold(label.rest)):
-                line = lines[label.line]
+            # or before what it is: `SELF-PROTECTED DISTRIBUTION TRANSFORMER`.
+            line = lines[label.line]
+            ends = label.start > 0 and BARE.match(fold(label.rest))
+            if label.fields == ("autoprotegido",) and (ends or _in_title(line.text[label.end :])):
                 sure = min(UNLABELLED, line.weakest)
-                denied = _words(line.text[: label.start])[-1:] in (["NAO"], ["NOT"])
+                denied = "".join(_words(line.text[: label.start])[-1:]) in DENIALS
                 found["autoprotegido"] = [_Found(Candidate(not denied, line.text, label.line, sure), 2.0)]
 
 
@@ -475,7 +557,7 @@ def _position(at: int, sheet: _Sheet) -> str:
     for line in sheet.lines:
         if box and line.box and re.fullmatch(r"\W*[1-9I]\W*", line.text):
             gap = box.left - line.box.right
-            if _one_row(box, line.box) and 0 < gap < 6 * box.height:
+            if _one_row(box, line.box) and 0 < gap < REACH_RIGHT * box.height:
                 return re.sub(r"\W", "", line.text).replace("I", "1")
     return ""
 
@@ -576,12 +658,22 @@ def _worded_before(box: Box, begin: float, apart: set[int], sheet: _Sheet) -> bo
     return False
 
 
+def _is_column(head: Box, heads: Sequence[Box]) -> bool:
+    """Whether other labels begin where this one does: else it is a value's word, `EFICIÊNCIA` / `NÍVEL C`."""
+    return sum(abs(head.left - other.left) < head.height for other in heads) > 1
+
+
 def _cell_end(label: Label, sheet: _Sheet) -> float:
     """Where a label's cell ends at the latest: what begins to the right of it begins another one."""
     if label.box is None:
         return 0.0
     begin = max(label.box.right, label.box.left + COLUMN * label.box.height)
-    edges = [other.box.left for other in sheet.labels if other.box and other.box.left > begin]
+    heads = [other.box for other in sheet.labels if other.box and other.start <= 1]
+    edges = [
+        head.left
+        for head in heads
+        if head.left > begin and (_one_row(label.box, head) or _is_column(head, heads))
+    ]
     edges += [
         line.box.left
         for line in sheet.lines
