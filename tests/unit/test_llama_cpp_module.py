@@ -434,14 +434,69 @@ class Killed(BaseException):
     """As kill -9: nothing is put back."""
 
 
-@pytest.mark.parametrize("step", ["reject", "previous", "current", "restart"])
+def kill_at(monkeypatch: pytest.MonkeyPatch, *links: str) -> None:
+    """Kill what changes links right after it has changed one of these."""
+    replace = Path.replace
+
+    def replaced(self: Path, target: Path) -> None:
+        replace(self, target)
+        if target.name in links:
+            raise Killed
+
+    monkeypatch.setattr(Path, "replace", replaced)
+
+
+@pytest.mark.parametrize("phase", ["accept", "activate"])
+@pytest.mark.parametrize("next_step", ["roll_back", "accept", "activate"])
+def test_killed_between_the_two_links_the_way_back_is_not_lost(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch, phase: str, next_step: str
+) -> None:
+    def step(name: str) -> object:
+        return two.activate(two.builds["up"]) if name == "activate" else two.accept("up", "new")
+
+    with monkeypatch.context() as killing:
+        kill_at(killing, "current", "previous")
+        with pytest.raises(Killed):
+            step(phase)
+    if next_step == "roll_back":
+        current = links(two)[0]
+        former = two.roll_back("up")["release"]
+        assert (current, former) in (("new", "old"), ("old", "older"))
+        assert links(two) == (former, current)
+    else:
+        step(next_step)
+        assert links(two) == ("new", "old")
+    assert not list((two.root / "up").glob(".*"))
+
+
+def test_killed_while_it_is_put_back_the_way_back_is_not_lost(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.broken = {"new"}  # type: ignore[attr-defined]
+    symlink_to = Path.symlink_to
+
+    def linked(self: Path, target: Path) -> None:
+        symlink_to(self, target)
+        if target.name == "older":
+            raise Killed
+
+    with monkeypatch.context() as killing:
+        killing.setattr(Path, "symlink_to", linked)
+        with pytest.raises(Killed):
+            two.accept("up", "new")
+    assert links(two) == ("new", "old")
+    assert two.roll_back("up")["release"] == "old"
+    assert links(two) == ("old", "new")
+
+
+@pytest.mark.parametrize("step", ["reject", "current", "previous", "restart"])
 def test_a_rollback_that_was_killed_anywhere_is_completed_by_the_next_one(
     two: module.Host, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     two.accept("up", "new")
     serves = ["new"]
     monkeypatch.setattr(module, "in_use", lambda *_: set(serves))
-    point, reject, restart = module.point, module.reject, module.restart_serving
+    reject, restart = module.reject, module.restart_serving
 
     def restarted(user: str, build: str) -> str | None:
         serves[:] = [str(module.link_target(two.root / "up/current"))]
@@ -455,13 +510,9 @@ def test_a_rollback_that_was_killed_anywhere_is_completed_by_the_next_one(
         reject(*args)
         at("reject")
 
-    def pointing(link: Path, release: str) -> None:
-        point(link, release)
-        at(link.name)
-
     with monkeypatch.context() as killing:
         killing.setattr(module, "reject", rejecting)
-        killing.setattr(module, "point", pointing)
+        kill_at(killing, step)
         killing.setattr(module, "restart_serving", lambda *_: at("restart"))
         with pytest.raises(Killed):
             two.roll_back("up")
@@ -479,7 +530,7 @@ def test_a_killed_rollback_whose_target_does_not_serve_leaves_the_links_as_befor
 ) -> None:
     two.accept("up", "new")
     module.reject(two.root / "up", "new", "rolled back to old")
-    module.point(two.root / "up/previous", "new")
+    (two.root / "up/.previous.of.old").symlink_to("releases/new")
     two.broken = {"old"}  # type: ignore[attr-defined]
     with pytest.raises(module.HostError, match="old does not serve: coder failed; new is current again"):
         two.roll_back("up")

@@ -152,6 +152,7 @@ _PHASE = re.compile(r"^llama-build: phase (?P<phase>.+)$", re.MULTILINE)
 _ERROR = re.compile(r"^llama-build: error: (?P<error>.+)$", re.MULTILINE)
 _BUILD_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _GIB = 1 << 30
+_WAITING = ".previous.of."  # and a release: where `previous` leads once that one is current
 _ON = frozenset({"1", "ON", "TRUE", "YES", "Y"})
 
 
@@ -540,6 +541,27 @@ def point(link: Path, release: str) -> None:
     fresh.replace(link)
 
 
+def swap(directory: Path, release: str, former: str | None) -> None:
+    """Point `current` at a release, `previous` at the former one; killed between, settle() completes it."""
+    waiting = directory / f"{_WAITING}{release}"
+    waiting.unlink(missing_ok=True)
+    if former:
+        waiting.symlink_to(Path("releases") / former)
+    point(directory / "current", release)
+    if former:
+        waiting.replace(directory / "previous")
+
+
+def settle(directory: Path) -> None:
+    """Complete what a swap was killed in; one that had not reached `current` is forgotten."""
+    current = link_target(directory / "current")
+    for waiting in directory.glob(f"{_WAITING}*"):
+        if waiting.name.removeprefix(_WAITING) == current:
+            waiting.replace(directory / "previous")
+        else:
+            waiting.unlink()
+
+
 def rejection(directory: Path, release: str) -> str | None:
     """Why this release of the build in `directory` was rejected on this host; None when it was not."""
     try:
@@ -848,13 +870,13 @@ class Host:
             if wrong:
                 raise HostError(f"{directory}/releases/{release}: {wrong}; run the play again")
             changed = _give_to_root(directory / "releases" / release)
+            settle(directory)
             former = link_target(directory / "current")
             stale: list[str] = []
             if self.params["activate"] or former in (None, release):
                 if former != release:
-                    if former and (directory / "releases" / former / STAMP).is_file():
-                        point(directory / "previous", former)
-                    point(directory / "current", release)
+                    whole = former and (directory / "releases" / former / STAMP).is_file()
+                    swap(directory, release, former if whole else None)
                     changed = True
                 stale = self._prune(directory, release)
             for path in self._strangers(directory):
@@ -875,6 +897,7 @@ class Host:
             self._refuse_damaged(directory, release)
             _give_to_root(directory / "releases" / release)
             (directory / "rejected" / release).unlink(missing_ok=True)
+            settle(directory)
             former = link_target(directory / "current")
             restarted = self._change(directory, release, former)
             removed = self._prune(directory, release)
@@ -895,11 +918,8 @@ class Host:
             there = sorted(path.parent.name for path in self.root.glob("*/releases"))
             raise HostError(f"build = {name!r}: no such build below {self.root}; fix: {' or '.join(there)}")
         with one_play():
+            settle(directory)
             current, previous = (link_target(directory / link) for link in ("current", "previous"))
-            if current and current == previous and (target := rolled_back_to(directory, current)):
-                # A rollback was killed between its two links: as before it.
-                point(directory / "previous", target)
-                previous = target
             if not current or not previous or current == previous:
                 raise HostError(
                     f"{directory}/previous: there is no release to go back to; current is {current};"
@@ -937,16 +957,12 @@ class Host:
         if former == release:
             owed = still_served(directory)
             return restart_serving(self.params["serving_user"], directory.name) if owed else None
-        if former:
-            point(directory / "previous", former)
-        point(directory / "current", release)
+        swap(directory, release, former)
         try:
             return restart_serving(self.params["serving_user"], directory.name)
         except HostError as error:
             if former:
-                point(directory / "current", former)
-                if before:
-                    point(directory / "previous", before)
+                swap(directory, former, before)
             with contextlib.suppress(HostError):
                 restart_serving(self.params["serving_user"], directory.name)
             raise HostError(f"{release} does not serve: {error}; {former} is current again") from None
