@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pwd
@@ -630,6 +631,83 @@ def test_a_rollback_that_does_not_serve_rejects_nothing(two: module.Host) -> Non
     assert links(two) == ("new", "old") and module.rejection(two.root / "up", "new") is None
     two.broken = set()  # type: ignore[attr-defined]
     assert two.roll_back("up")["release"] == "old"
+
+
+class FullDisk:
+    """A file system that has room for `room` more changes of a link, and then, while it lasts, for none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int, lasts: bool) -> None:
+        self.room, self.lasts = room, lasts
+        for name in ("symlink_to", "replace"):
+            monkeypatch.setattr(Path, name, self.bounded(getattr(Path, name)))
+
+    def bounded(self, change: Any) -> Any:
+        def changed(path: Path, target: Path) -> None:
+            self.room -= path.name.startswith(".previous") or path.name.startswith(".current")
+            if self.room == -1 or (self.room < 0 and self.lasts):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target), None, str(path))
+            change(path, target)
+
+        return changed
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+@pytest.mark.parametrize("room", range(4))
+@pytest.mark.parametrize("phase", ["accept", "roll_back"])
+def test_a_full_disk_is_one_line_and_rejects_nothing_that_serves_on(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch, phase: str, room: int, lasts: bool
+) -> None:
+    if phase == "roll_back":
+        two.accept("up", "new")
+    before, restarts = links(two), len(two.restarts)  # type: ignore[attr-defined]
+    wanted = {"old": "new", "new": "old"}[str(before[0])]
+    with monkeypatch.context() as full:
+        FullDisk(full, room, lasts)
+        with pytest.raises(module.HostError) as error:
+            two.roll_back("up") if phase == "roll_back" else two.accept("up", wanted)
+    after = links(two)[0]
+    again = " again" if after == before[0] else ""
+    assert str(error.value).startswith(f"{wanted} cannot take over: {two.root}/up/")
+    assert str(error.value).endswith(f": No space left on device; fix: free space; {after} is current{again}")
+    rejected = module.rejection(two.root / "up", str(before[0])) is not None
+    assert rejected == (phase == "roll_back" and after != before[0])
+    if after == before[0]:
+        assert links(two) == before and (len(two.restarts) == restarts) == (room < 3)  # type: ignore[attr-defined]
+    assert (after == before[0]) == (room < 3 or not lasts)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/opt/x"),
+            "phase probe: /opt/x: No space left on device; fix: free space; then run it again",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/a", None, "/b"),
+            "phase probe: /b: Read-only file system; fix: put that right on the host; then run it again",
+        ),
+        (OSError("no file"), "phase probe: no file; then run it again"),
+    ],
+)
+def test_what_the_file_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, line: str
+) -> None:
+    class Failed(Exception):
+        pass
+
+    def probe() -> None:
+        raise error
+
+    def fail(msg: str) -> None:
+        raise Failed(msg)
+
+    fake = SimpleNamespace(params={"phase": "probe"}, check_mode=False, fail_json=fail)
+    monkeypatch.setattr(module, "AnsibleModule", lambda **_: fake)
+    monkeypatch.setattr(module, "Host", lambda _: SimpleNamespace(probe=probe))
+    with pytest.raises(Failed) as told:
+        module.main()
+    assert str(told.value) == line
 
 
 @pytest.mark.parametrize("link", ["accept", "roll_back"])

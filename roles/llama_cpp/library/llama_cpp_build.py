@@ -9,6 +9,7 @@ After a comparison an update accepts or rejects a release; a person may roll one
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -353,6 +354,15 @@ def strangers(release: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if f"bin/{path.name}" not in files)
     except (OSError, ValueError, KeyError, TypeError):
         return []  # damaged, which is told elsewhere
+
+
+def told(error: OSError) -> str:
+    """What went wrong with which file, and the fix, in one line."""
+    file = error.filename2 or error.filename
+    if file is None:
+        return str(error)
+    fix = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right on the host"
+    return f"{file}: {error.strerror}; fix: {fix}"
 
 
 def _sha256(path: Path) -> str:
@@ -943,7 +953,8 @@ class Host:
             try:
                 restarted = self._change(directory, previous, current)
             except HostError:
-                (directory / "rejected" / current).unlink(missing_ok=True)  # it is what serves on
+                if link_target(directory / "current") == current:
+                    (directory / "rejected" / current).unlink(missing_ok=True)  # it is what serves on
                 raise
             renew_record(directory)
         return {"changed": True, "release": previous, "former": current, "restarted": restarted}
@@ -957,15 +968,21 @@ class Host:
         if former == release:
             owed = still_served(directory)
             return restart_serving(self.params["serving_user"], directory.name) if owed else None
-        swap(directory, release, former)
         try:
+            swap(directory, release, former)
             return restart_serving(self.params["serving_user"], directory.name)
-        except HostError as error:
-            if former:
-                swap(directory, former, before)
-            with contextlib.suppress(HostError):
-                restart_serving(self.params["serving_user"], directory.name)
-            raise HostError(f"{release} does not serve: {error}; {former} is current again") from None
+        except (HostError, OSError) as error:
+            with contextlib.suppress(HostError, OSError):
+                if former and link_target(directory / "current") != former:
+                    swap(directory, former, before)
+                    restart_serving(self.params["serving_user"], directory.name)
+            now = link_target(directory / "current")
+            why = (
+                f"does not serve: {error}"
+                if isinstance(error, HostError)
+                else f"cannot take over: {told(error)}"
+            )
+            raise HostError(f"{release} {why}; {now} is current{' again' if now == former else ''}") from None
 
     def _refuse_damaged(self, directory: Path, release: str) -> None:
         """Raises HostError when the release cannot be made current."""
@@ -1196,6 +1213,8 @@ def main() -> None:
             result = getattr(host, phase)(host.builds[module.params["build"]])
     except HostError as error:
         module.fail_json(msg=str(error))
+    except OSError as error:
+        module.fail_json(msg=f"phase {phase}: {told(error)}; then run it again")
     module.exit_json(**result)
 
 
