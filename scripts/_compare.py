@@ -79,8 +79,7 @@ def compare(host: Host, box: LlmBox, build: str, releases: tuple[str, str], tell
         for preset in wanted:
             commands = of_releases(preset, seen["presets"], releases)
             if commands is None:
-                trouble = "the box does not know it; fix: run site.yml"
-                found.append(Comparison(preset, trouble=trouble))
+                found.append(Comparison(preset, known=False))
                 continue
             try:
                 shape = shapes(box.slot_context(preset))[0]
@@ -137,7 +136,10 @@ class Bench:
         self._health = ["", ""]
 
     def compare(self) -> Comparison:
-        """Probe both releases, then time them in pairs, the second half of a pair first in the next one."""
+        """Probe both releases, then time them in pairs, the second half of a pair first in the next one.
+
+        Where the old one cannot serve the new one is probed without it.
+        """
         pairs: list[tuple[Timed, Timed]] = []
         trouble = ""
         for number in range(MOST_PAIRS):
@@ -146,11 +148,15 @@ class Bench:
                 try:
                     timed[side] = self._run(side)
                 except TrialFailed as error:
+                    if side == 0 and side in self._behaviour:  # it can start: this says nothing about it
+                        return self._found(pairs, f"the current release did not start again: {error}")
                     self._behaviour[side] = Behaviour(start=last_words(error))
-                    return self._found(pairs)
+                    return self._found(pairs, "" if side else self._alone())
                 except NotMeasured as error:
                     trouble = str(error)
                     break
+            if self._health[0]:
+                trouble = self._alone()
             if trouble or any(self._health):
                 break
             pairs.append((timed[0], timed[1]))
@@ -158,6 +164,17 @@ class Bench:
             if number + 1 >= LEAST_PAIRS and not self.is_open(self._found(pairs)):
                 break
         return self._found(pairs, trouble)
+
+    def _alone(self) -> str:
+        """Probe the new release where there is nothing to compare it with. Returns why it could not be."""
+        try:
+            if 1 not in self._behaviour:
+                self._run(1)
+        except TrialFailed as error:
+            self._behaviour[1] = Behaviour(start=last_words(error))
+        except NotMeasured as error:
+            return str(error)
+        return ""
 
     def _run(self, side: int) -> Timed:
         """One timed run of one release. Raises TrialFailed, NotMeasured."""

@@ -2,7 +2,8 @@
 
 Pure. A release is kept when, for every preset, it starts, does whatever the old one does, and is nowhere
 slower than LEAST times the old one, with the lower end of the ratio's interval. What the old release cannot
-do either is not held against the new one. Where the figures leave it open the old release stays.
+do either is not held against the new one: a preset that it cannot serve speaks for the new release or not at
+all. Where the figures leave it open the old release stays.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Behaviour:
 class Comparison:
     """One preset under both releases. Pairs are (old, new) in tokens per second, measured one after another.
 
-    `trouble` says why there are too few of them.
+    `trouble` says why there are too few of them; `known` whether the box has the preset at all.
     """
 
     preset: str
@@ -49,6 +50,7 @@ class Comparison:
     generation: Pairs = ()
     prefill: Pairs = ()
     trouble: str = ""
+    known: bool = True
 
     @property
     def ratios(self) -> dict[str, Ratio]:
@@ -59,17 +61,24 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be done, and why: one reason a line, the decisive ones first."""
+    """What is to be done, and why: one reason a line, the decisive ones first.
+
+    Without `compared` there was nothing to compare with: other presets decide, and nothing is rejected.
+    """
 
     word: Word
     reasons: tuple[str, ...]
+    compared: bool = True
 
 
 def judge_preset(found: Comparison) -> Verdict:
     """What one preset says about the new release."""
     name, old, new = found.preset, found.old, found.new
+    if not found.known:
+        line = f"{name}: nothing to compare with: the box does not know it yet"
+        return Verdict("undecided", (line,), compared=False)
     if old.start:
-        return Verdict("undecided", (f"{name}: the current release does not start either: {old.start}",))
+        return without_old(found, f"does not start: {old.start}")
     if new.start:
         return Verdict("roll back", (f"{name} does not start: {new.start}",))
     broken = tuple(
@@ -83,6 +92,8 @@ def judge_preset(found: Comparison) -> Verdict:
     )
     if broken or slower:
         return Verdict("roll back", broken + slower)
+    if old.health:
+        return without_old(found, f"is not healthy: {old.health}")
     if found.trouble or not ratios:
         return Verdict("undecided", (f"{name} could not be measured: {found.trouble or 'too few runs'}",))
     unsure = [figure for figure, ratio in ratios.items() if ratio.low < LEAST]
@@ -98,12 +109,35 @@ def judge_preset(found: Comparison) -> Verdict:
     return Verdict("keep", lines + known)
 
 
+def without_old(found: Comparison, trouble: str) -> Verdict:
+    """What a preset says that the current release cannot serve: for the new one if that can, or nothing."""
+    line = f"{found.preset}: nothing to compare with: the current release {trouble}"
+    wrong = [
+        f"{words}: {said}"
+        for probe, words in {"start": "does not start", **PROBES}.items()
+        if (said := getattr(found.new, probe))
+    ]
+    if found.trouble:
+        wrong.append(f"could not be measured: {found.trouble}")
+    if wrong:
+        return Verdict("undecided", (f"{line}; the new one {', '.join(wrong)}",), compared=False)
+    return Verdict("keep", (f"{line}; the new one serves",))
+
+
 def judge(found: Sequence[Comparison]) -> Verdict:
     """What all presets together say: the worst of their verdicts. Without any there is nothing against it."""
-    verdicts = [judge_preset(one) for one in found]
+    if not found:
+        return Verdict("keep", ("no user preset has this build: there is nothing to compare",))
+    every = [judge_preset(one) for one in found]
+    verdicts = [one for one in every if one.compared]
+    silent = tuple(reason for one in every if not one.compared for reason in one.reasons)
+    if not verdicts:
+        return Verdict("undecided", silent, compared=False)
     order: tuple[Word, ...] = ("roll back", "undecided", "keep")
     word: Word = next((word for word in order if any(one.word == word for one in verdicts)), "keep")
-    return Verdict(word, tuple(reason for one in verdicts if one.word == word for reason in one.reasons))
+    return Verdict(
+        word, tuple(reason for one in verdicts if one.word == word for reason in one.reasons) + silent
+    )
 
 
 def is_slower(ratio: Ratio) -> bool:
@@ -113,7 +147,8 @@ def is_slower(ratio: Ratio) -> bool:
 
 def open_yet(found: Comparison) -> bool:
     """Whether more pairs could still decide it."""
-    return judge_preset(found).word == "undecided" and not found.trouble and not found.old.start
+    verdict = judge_preset(found)
+    return verdict.word == "undecided" and verdict.compared and not found.trouble
 
 
 def told(figure: str, ratio: Ratio, found: Comparison) -> str:

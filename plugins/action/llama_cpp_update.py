@@ -104,6 +104,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 self._say(f"{name}: {new[:12]} is current{f' and serves {served}' if served else ''}")
                 return verdict, ""
             verdict = Verdict("roll back", (str(done["msg"]),))
+        if not verdict.compared:
+            return verdict, (
+                f"{name}: undecided: {old[:12]} stays, nothing is rejected: {verdict.reasons[0]}; fix: run"
+                " site.yml, which takes the new release without a comparison"
+            )
         done = self._module(args, "reject", name, new, reason=verdict.reasons[0])
         marked = f"; it could not be marked: {done['msg']}" if done.get("failed") else ""
         return verdict, stays(name, old, new, verdict) + marked

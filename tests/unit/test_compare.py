@@ -18,6 +18,7 @@ from scripts._trial import Serving, TrialFailed
 from scripts._verdict import Comparison, judge_preset
 
 OLD, NEW = ["/r/old/llama-server", "-c", "1"], ["/r/new/llama-server", "-c", "1"]
+NOTHING = "smol: nothing to compare with: the current release"
 SHAPE = Shape("short", 1536, 400)
 
 
@@ -105,7 +106,36 @@ def test_pairs_are_interleaved_and_a_server_is_started_once_for_two_runs(box: Bo
         (lambda b: b.no_tools.add("new"), "roll back", "smol: the new release breaks tool calls: HTTP 500"),
         (lambda b: b.no_cache.add("new"), "roll back", "smol: the new release loses the prompt cache: of"),
         (lambda b: b.crashing.add("new"), "roll back", "smol: the new release is not healthy: its server"),
-        (lambda b: b.failing.update(old=["broken"]), "undecided", "smol: the current release does not st"),
+        (
+            lambda b: b.failing.update(old=["broken"]),
+            "keep",
+            f"{NOTHING} does not start: broken; the new one serv",
+        ),
+        (
+            lambda b: b.crashing.add("old"),
+            "keep",
+            f"{NOTHING} is not healthy: its server ended 1 times while",
+        ),
+        (
+            lambda b: (b.crashing.add("old"), b.busy.add("old")),  # a server that ends answers nothing
+            "keep",
+            f"{NOTHING} is not healthy: its server ended 1 times while",
+        ),
+        (
+            lambda b: b.failing.update(old=["broken"], new=["so"]),
+            "undecided",
+            f"{NOTHING} does not start: broken; the new one does not start: so",
+        ),
+        (
+            lambda b: (b.failing.update(old=["broken"]), b.no_cache.add("new")),
+            "undecided",
+            f"{NOTHING} does not start: broken; the new one loses the prompt cache: of",
+        ),
+        (
+            lambda b: (b.failing.update(old=["broken"]), b.busy.add("new")),
+            "undecided",
+            f"{NOTHING} does not start: broken; the new one could not be measured: no run of 10",
+        ),
         (lambda b: b.busy.add("new"), "undecided", "smol could not be measured: no run of 10"),
         (lambda b: b.busy.add("old"), "undecided", "smol could not be measured: no run of 10"),
         (lambda b: b.no_tools.update({"old", "new"}), "keep", "smol: generation 100."),
@@ -117,6 +147,20 @@ def test_what_happens_to_a_release_is_what_the_verdict_says(
     change(box)
     verdict = judge_preset(box.bench().compare())
     assert (verdict.word, verdict.reasons[0][: len(reason)]) == (word, reason)
+
+
+def test_a_release_that_started_before_and_does_not_again_leaves_it_open(box: Box) -> None:
+    runs, start = iter(range(9)), box.run
+
+    def run(command: Sequence[str] | None) -> None:
+        if next(runs) == 2:
+            box.failing["old"] = ["out of memory"]
+        start(command)
+
+    box.run = run  # type: ignore[method-assign]
+    verdict = judge_preset(box.bench().compare())
+    assert (verdict.word, verdict.compared) == ("undecided", True)
+    assert "the current release did not start again: smol failed" in verdict.reasons[0]
 
 
 def test_figures_of_another_program_count_for_nothing(box: Box) -> None:
@@ -261,7 +305,7 @@ def test_presets_of_the_build_are_compared_and_no_others(monkeypatch: pytest.Mon
     presets = Presets(monkeypatch, {"a": 100.0, "b": 100.0, "c": 100.0})
     found = presets.compare()
     assert [one.preset for one in found] == ["a", "unknown", "b", "c"]
-    assert found[1].trouble == "the box does not know it; fix: run site.yml"
+    assert [one.known for one in found] == [True, False, True, True]
     assert presets.measured == ["a", "b", "c"] and presets.keys == [None] * 3
 
 

@@ -90,6 +90,17 @@ def test_undecided_the_old_release_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "up: undecided: aaaaaaaaaaaa stays" in result["msg"]
 
 
+def test_with_nothing_to_compare_with_nothing_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else site.yml, which brings the preset, would refuse the commit that it needs."""
+    play = Play(monkeypatch, [Comparison("x", known=False)])
+    result = play.run()
+    assert result["failed"] and play.did == []
+    assert result["msg"] == (
+        "up: undecided: aaaaaaaaaaaa stays, nothing is rejected: x: nothing to compare with: the box does not"
+        " know it yet; fix: run site.yml, which takes the new release without a comparison"
+    )
+
+
 def test_a_release_that_fails_when_it_takes_over_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     play = Play(monkeypatch, [world()])
     play.answers["accept"] = {"failed": True, "msg": "new does not serve: x; old is current again"}

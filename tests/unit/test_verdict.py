@@ -114,11 +114,47 @@ def test_what_the_current_release_cannot_do_either_is_not_held_against_the_new_o
     )
 
 
-def test_without_something_to_compare_with_it_stays_open() -> None:
-    verdict = judge([replace(world(), old=Behaviour(start="it exited with status 1"))])
-    assert verdict == Verdict(
-        "undecided", ("coder: the current release does not start either: it exited with status 1",)
-    )
+OLD_FAILS = Behaviour(start="unknown model architecture")
+NOTHING = (
+    "x: nothing to compare with: the current release does not start: unknown model architecture; the new"
+)
+NEW_PRESET = Comparison("x", old=OLD_FAILS)
+
+
+@pytest.mark.parametrize(
+    ("old", "said"),
+    [
+        (OLD_FAILS, "does not start: unknown model architecture"),
+        (Behaviour(health="its server ended 1 times"), "is not healthy: its server ended 1 times"),
+    ],
+)
+def test_a_preset_that_only_the_new_release_can_serve_speaks_for_it(old: Behaviour, said: str) -> None:
+    verdict = judge([Comparison("x", old=old)])
+    line = f"x: nothing to compare with: the current release {said}; the new one serves"
+    assert verdict == Verdict("keep", (line,))
+    assert judge([world(0.7), Comparison("x", old=old)]).word == "roll back"
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (replace(NEW_PRESET, new=Behaviour(start="so")), f"{NOTHING} one does not start: so"),
+        (replace(NEW_PRESET, new=Behaviour(tool_call="no")), f"{NOTHING} one breaks tool calls: no"),
+        (replace(NEW_PRESET, trouble="busy"), f"{NOTHING} one could not be measured: busy"),
+        (Comparison("x", known=False), "x: nothing to compare with: the box does not know it yet"),
+    ],
+)
+def test_with_nothing_to_compare_with_the_other_presets_decide(found: Comparison, line: str) -> None:
+    assert judge([found]) == Verdict("undecided", (line,), compared=False)
+    both = judge([found, world()])
+    assert (both.word, both.compared, both.reasons[-1]) == ("keep", True, line)
+    assert judge([found, world(0.7)]).word == "roll back"
+
+
+def test_what_started_before_is_no_excuse_for_the_new_release() -> None:
+    old = Behaviour(health="its server ended 1 times")
+    assert judge([Comparison("x", old=old, new=Behaviour(start="so"))]).word == "roll back"
+    assert judge([Comparison("x", old=old, new=Behaviour(tool_call="so"))]).word == "roll back"
 
 
 def test_too_few_pairs_are_no_verdict() -> None:
@@ -142,7 +178,7 @@ def test_the_worst_preset_decides_and_only_its_reasons_are_told() -> None:
     verdict = judge([world(), replace(world(1.0, noise=0.15), preset="b"), replace(world(0.5), preset="c")])
     assert (verdict.word, len(verdict.reasons)) == ("roll back", 1)
     assert verdict.reasons[0].startswith("c: generation")
-    assert judge([]) == Verdict("keep", ())
+    assert judge([]) == Verdict("keep", ("no user preset has this build: there is nothing to compare",))
 
 
 def test_more_pairs_are_asked_for_only_while_they_can_decide() -> None:
