@@ -73,10 +73,10 @@ def judge(found: Comparison, shape: Shape) -> Judged:
         f"an answer comes {ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f} in {count} "
         f"pairs), generation {generation.without:.1f} -> {generation.drafted:.1f} tok/s"
     )
-    if ratio.low > 1:
-        return Judged("kept", times, figures, count)
     if ratio.high < WORTH:
         return Judged("rejected", f"{times}; at least {WORTH:g} times is worth its memory", figures, count)
+    if ratio.low > 1:
+        return Judged("kept", times, figures, count)
     return Judged("undecided", f"{times}; the runs vary too much", figures, count)
 
 

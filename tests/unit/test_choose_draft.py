@@ -55,7 +55,8 @@ def found(generation: float = 100.0, prefill: float = 2000.0, **more: Any) -> Co
     ("case", "word", "reason"),
     [
         (found(150), "kept", "an answer comes 1.39 times as fast (1.3"),
-        (found(103), "kept", "an answer comes 1.0"),
+        (found(103), "rejected", "an answer comes 1.03 times as fast (1.0"),  # faster, and not by enough
+        (found(110), "kept", "an answer comes 1.0"),
         (found(100), "rejected", "an answer comes 1.00 times as fast"),
         (found(60), "rejected", "an answer comes 0.64 times as fast"),
         (found(120, prefill=1000), "rejected", "an answer comes 0.9"),

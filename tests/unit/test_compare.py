@@ -160,7 +160,7 @@ def test_a_release_that_started_before_and_does_not_again_leaves_it_open(box: Bo
     box.run = run  # type: ignore[method-assign]
     verdict = judge_preset(box.bench().compare())
     assert (verdict.word, verdict.compared) == ("undecided", True)
-    assert "the current release did not start again: smol failed" in verdict.reasons[0]
+    assert "it started before and then did not: smol failed" in verdict.reasons[0]
 
 
 def test_figures_of_another_program_count_for_nothing(box: Box) -> None:
