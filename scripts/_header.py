@@ -1,4 +1,4 @@
-"""GGUF headers from files and over HTTP. Of a file of any size at most 32 MiB are read."""
+"""GGUF headers from files and over HTTP. Of a file of any size at most 32 MB are read."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ SHA-256 behind each model's `hf`; what the header of each model says of its memo
     scripts/lock_models.py --inventory inventory/production [--check] [--only NAME]... [--hub-endpoint URL]
 
 Reads `llama_cpp_builds` and `gguf_models` through ansible-inventory, asks the hub's metadata API and
-`git ls-remote`, reads the headers of the models by HTTP ranges (at most 32 MiB of each; no host of the
+`git ls-remote`, reads the headers of the models by HTTP ranges (at most 32 MB of each; no host of the
 inventory is contacted) and writes `group_vars/llama_hosts/lock.yml`, whole or not at all. A build with
 `commit` and a model with `path` need no lock and are left alone; of a model with `url` only the header is
 kept. A header that cannot be read is told and left out.

@@ -5,7 +5,7 @@
 
 A host that can be asked runs its own llama-fit-params with the preset's exact flags. For the others, and with
 --offline, the figures come from the header of the model: the one in the lock, else read by HTTP ranges (at
-most 32 MiB). An architecture that is not known is named, never guessed at. Main memory is held against what
+most 32 MB). An architecture that is not known is named, never guessed at. Main memory is held against what
 the inventory declares of it, and where it declares nothing, not checked. --chart writes a PNG. Exit codes: 0
 every preset fits, 1 one does not, 2 one could not be worked out.
 """

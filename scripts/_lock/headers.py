@@ -1,4 +1,4 @@
-"""What the headers of models say of memory and tokenizer: of each file at most 32 MiB are read, in ranges.
+"""What the headers of models say of memory and tokenizer: of each file at most 32 MB are read, in ranges.
 
 A header that cannot be read is no failure: whether the presets of that model fit is then not checked.
 """

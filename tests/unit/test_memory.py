@@ -185,6 +185,10 @@ HEAD = b"GGUF" + struct.pack("<I", 3)
         (HEAD + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 2**50), "larger than a header may be"),
         (HEAD + struct.pack("<QQ", 3, 3), "ends within its header"),
         (HEAD + struct.pack("<QQ", 0, 1) + struct.pack("<Q1sI", 1, b"k", 77), "unknown kind 77"),
+        (
+            HEAD + struct.pack("<QQ", 1, 0) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 4, 0, 4096) + bytes(4000),
+            "tensor 't' begins behind the end of the file; the file is cut off",
+        ),
     ],
 )
 def test_damaged_headers_are_refused_in_one_line(tmp_path: Path, data: bytes, said: str) -> None:
@@ -195,7 +199,15 @@ def test_damaged_headers_are_refused_in_one_line(tmp_path: Path, data: bytes, sa
     assert "\n" not in str(refused.value)
 
 
-def test_a_header_of_more_than_32_mib_is_refused() -> None:
-    data = HEAD + struct.pack("<QQQ", 1, 1, 2**25 - 8) + bytes(2**25)
-    with pytest.raises(HeaderError, match="larger than 32 MiB"):
-        gguf.read(lambda start, end: data[start:end], 2**34)
+def test_a_header_of_more_than_32_mb_is_refused() -> None:
+    text = 31_999_990
+    data = HEAD + struct.pack("<QQQ", 1, 1, text) + bytes(text + 100)
+    asked = []
+
+    def fetch(start: int, end: int) -> bytes:
+        asked.append(end)
+        return data[start:end]
+
+    with pytest.raises(HeaderError, match="larger than 32 MB"):
+        gguf.read(fetch, 2**34)
+    assert max(asked) == 32_000_000

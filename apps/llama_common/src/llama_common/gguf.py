@@ -16,7 +16,7 @@ from typing import Any, Final
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
-MAX_HEADER_BYTES: Final = 32 * 2**20
+MAX_HEADER_BYTES: Final = 32_000_000
 FIRST_PIECE_BYTES: Final = 2**20
 MAX_TENSORS: Final = 100_000
 MAX_KEYS: Final = 65_536
@@ -210,7 +210,7 @@ def _sized(tensors: Iterable[tuple[str, int, tuple[int, ...], int]], data_size: 
 def read(fetch: Callable[[int, int], bytes], file_size: int) -> Header:
     """The header of a file of `file_size` bytes, in pieces that `fetch(start, end)` brings.
 
-    `end` is not included. Reads at most 32 MiB. Raises HeaderError, and whatever `fetch` raises.
+    `end` is not included. Reads at most 32 MB. Raises HeaderError, and whatever `fetch` raises.
     """
     data = b""
     wanted = FIRST_PIECE_BYTES
@@ -226,5 +226,5 @@ def read(fetch: Callable[[int, int], bytes], file_size: int) -> Header:
             if wanted == file_size:
                 raise HeaderError("the file ends within its header") from None
             if wanted == MAX_HEADER_BYTES:
-                raise HeaderError("its header is larger than 32 MiB") from None
+                raise HeaderError("its header is larger than 32 MB") from None
         wanted *= 4
