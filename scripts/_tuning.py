@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol, get_args
 
+from llmbox.gateway.requests import TOO_LONG
+
 from scripts._measure import NotMeasured, Shape, Timed
 from scripts._search import OutOfTime, Setting
 from scripts._trial import Serving, TrialFailed, last_words
@@ -264,7 +266,7 @@ class Tuner:
 
     def _disturbed(self, why: str) -> None:
         """A run counts for nothing: for another's sake, or is it the setting's own fault?"""
-        if "longer than half of hold_timeout" in why:
+        if TOO_LONG in why:
             raise _Ended("too slow", why)
         serving = self.held.serving()
         if serving.restarts:

@@ -28,6 +28,7 @@ PRESET = "smol"
 DEPTH = 96
 ARGUMENTS = ["--inventory", str(LAB_INVENTORY), "--limit", LLM, "--preset", PRESET]
 BACK_S = 300
+MOST_RUNS = 11  # of 14: the search needs 6 to 8, and of 20,000 noisy surfaces 9 made it need more than this
 LARGE = "1000000000"  # tokens of context, for which no machine has the memory
 
 
@@ -135,8 +136,11 @@ def test_the_box_goes_back_when_the_search_is_ended(
 def test_the_search_beside_every_setting(
     serving: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads and batches together. How near it comes is printed: a lab on a busy machine proves no ratio."""
-    words = ["--axis", "threads=1,2", "--axis", "ubatch=128,256,512,1024"]
+    """Threads and batches together. How near it comes is printed: a lab on a busy machine proves no ratio.
+
+    What it comes to where nothing disturbs is proven in tests/unit/test_search.py.
+    """
+    words = ["--axis", "threads=1,2", "--axis", "ubatch=32,64,128,256,512,768,1024"]
     code, report = tune(tmp_path / "report.json", *words)
     assert code == 0 and not any(point["outcome"] == "failed" for point in report["points"])
 
@@ -154,9 +158,9 @@ def test_the_search_beside_every_setting(
     _, whole = tune(tmp_path / "report.json", *words)
     speeds = {str(point["setting"]): point["tok_s"] for point in whole["points"] if not point["again"]}
     run = sum(not point["again"] for point in report["points"])
-    assert len(speeds) == 8 and run <= 8
+    assert len(speeds) == 14 and run <= MOST_RUNS
     share = speeds[str(report["best"])] / max(speeds.values())
-    print(f"{run} of 8 settings run, {share:.1%} of the exhaustive best")
+    print(f"{run} of 14 settings run, {share:.1%} of the exhaustive best")
 
 
 def wait(until: Callable[[], bool]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import threading
 from collections.abc import Iterator, Sequence
@@ -442,21 +443,30 @@ def test_a_picture_that_cannot_be_written_is_told_before_any_work(
     assert str(wrong) in capsys.readouterr().err
 
 
+ENDLESS = 2**28  # bytes
+
+
 class Ranges(http.server.BaseHTTPRequestHandler):
     """One file, by ranges."""
 
     content = b""
     whole = False
+    more = False
     sent = 0
 
     def do_GET(self) -> None:
         first, last = (int(word) for word in self.headers["Range"].removeprefix("bytes=").split("-"))
         body = self.content[first : last + 1]
         self.send_response(200 if self.whole else 206)
-        self.send_header("Content-Length", str(len(body)))
+        if not self.more:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         type(self).sent += len(body)
         self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):
+            while self.more and self.sent < ENDLESS:
+                self.wfile.write(body)
+                type(self).sent += len(body)
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -465,7 +475,7 @@ class Ranges(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def served(folder: Path) -> Iterator[str]:
     path = _tiny_models.write("llama", folder, weights=False)
-    Ranges.content, Ranges.whole, Ranges.sent = path.read_bytes(), False, 0
+    Ranges.content, Ranges.whole, Ranges.more, Ranges.sent = path.read_bytes(), False, False, 0
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/m.gguf"
@@ -476,6 +486,13 @@ def test_only_the_header_is_fetched(served: str) -> None:
     with client() as web:
         assert read_url(web, served, len(Ranges.content)).architecture == "llama"
     assert Ranges.sent == 2**20 < len(Ranges.content) / 10
+
+
+def test_a_server_that_sends_more_than_the_range_is_not_listened_to(served: str) -> None:
+    Ranges.more = True
+    with client() as web, pytest.raises(NoHeader, match="sent more than the range that was asked for"):
+        read_url(web, served, len(Ranges.content))
+    assert Ranges.sent < ENDLESS
 
 
 def test_a_server_without_ranges_is_not_read_from(served: str) -> None:

@@ -11,6 +11,7 @@ from llmbox.errors import LlmboxError
 from llmbox.gateway import board as board_module
 from llmbox.gateway.board import LOAD_GUESS_S, SMOOTHING, Board, Lease, Seen, Ticket
 from llmbox.gateway.refusals import Refusal
+from llmbox.gateway.requests import TOO_LONG
 
 from tests.unit.fake_box import FakeBox
 from tests.unit.gateway_settings import settings
@@ -956,7 +957,7 @@ def test_a_measurement_is_over_after_half_of_the_hold_timeout() -> None:
             lease.abort = ended.set
             waiting = board.ask(None, "k", slot=True)
             await asyncio.wait_for(ended.wait(), PATIENCE_S)
-            assert lease.ended and lease.ended.status == 503 and "hold_timeout" in lease.ended.message
+            assert lease.ended and lease.ended.status == 503 and TOO_LONG in lease.ended.message
             board.release(lease)  # what the relay does then
             board.release(await turn(waiting))
             quick = await turn(board.ask(None, "m", slot=True, alone=True))

@@ -35,6 +35,13 @@ def test_known_flags_pass(tmp_path: Path) -> None:
     assert gate.refusal(preset([server, "--model", "m.gguf", "--ctx-size", "4096"])) == ""
 
 
+def test_the_value_of_a_flag_is_no_flag_however_it_begins(tmp_path: Path) -> None:
+    server = str(release(tmp_path, "upstream"))
+    assert gate.refusal(preset([server, "--model", "--odd.gguf", "--ctx-size", "4096"])) == ""
+    said = gate.refusal(preset([server, "--model", "--odd.gguf", "--treads", "4"]))
+    assert "does not know --treads" in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -17,6 +17,7 @@ from llama_common import fit
 from llama_common.memory import Estimate, Use
 from llama_common.model import Model
 from llama_common.presets import HostConfig
+from llmbox.gateway.requests import TOO_LONG
 from PIL import Image
 
 from scripts import _tiny_models, _tuning_chart, tune_moe
@@ -74,7 +75,7 @@ class Box:
 
     def series(self, shape: Shape, count: int) -> Iterator[Timed]:
         if self.key in self.slow:
-            self.disturbed("HTTP 503: the measurement took longer than half of hold_timeout (90 s)")
+            self.disturbed(f"HTTP 503: {TOO_LONG} (90 s)")
         if self.key in self.dying:
             self.disturbed("HTTP 502: the server ended")
         for _ in range(count):

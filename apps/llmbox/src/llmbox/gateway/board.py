@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from llmbox.errors import LlmboxError
 from llmbox.gateway.refusals import Refusal
+from llmbox.gateway.requests import TOO_LONG
 from llmbox.gateway.settings import Settings
 
 LOOK_LOADING_S = 0.1  # between two looks at a server that loads
@@ -553,7 +554,7 @@ class Board:
         self.leases.add(lease)
         if ticket.alone:
             after = ALONE_LEASE * self.settings.hold_timeout
-            over = Refusal(503, f"the measurement took longer than half of hold_timeout ({after:g} s)", SOON)
+            over = Refusal(503, f"{TOO_LONG} ({after:g} s)", SOON)
             lease.deadline = asyncio.get_running_loop().call_later(after, lease.end, over)
         ticket.granted.set_result(lease)
 

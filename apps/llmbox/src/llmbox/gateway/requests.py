@@ -9,6 +9,7 @@ from typing import Any
 from llmbox.gateway.refusals import Protocol, Refusal
 
 ALONE = b"x-llmbox-alone"  # the header of a measurement: no other request runs beside it
+TOO_LONG = "the measurement took longer than half of hold_timeout"  # in the refusal that ends one
 PARTS_LIMIT = 1_000_000
 READ = ("model", "stream")  # what the gateway itself reads in a body
 MODEL_NAME_LIMIT = 200  # characters; the longest name of a model in use is well below
