@@ -21,13 +21,7 @@ class NoHeader(Exception):
 def read_file(path: Path) -> Header:
     """The header of a file of this machine. Raises NoHeader."""
     try:
-        with path.open("rb") as file:
-
-            def fetch(start: int, end: int) -> bytes:
-                file.seek(start)
-                return file.read(end - start)
-
-            return gguf.read(fetch, path.stat().st_size)
+        return gguf.read_file(path)
     except (OSError, HeaderError) as error:
         raise NoHeader(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -213,6 +213,17 @@ def test_a_named_draft_that_is_a_head_is_started_as_one() -> None:
     assert plan["command"][-2:] == ["--spec-type", "draft-mtp"]
 
 
+def test_the_tensor_types_of_model_and_draft_stand_apart() -> None:
+    small = header("small", "head")
+    small["tensors"]["blk.*.attn_q.weight"][0][0] = 46
+    found = config({"small": small}, SIZES, draft="small")
+    (plan,) = derive.presets_plan(found, models_dir="/m", dialects={"b": HELP}).values()
+    assert plan["models"] == [
+        {"name": "big", "files": ["/m/big.gguf"], "tensor_types": []},
+        {"name": "small", "files": ["/m/small.gguf"], "tensor_types": [1, 46]},
+    ]
+
+
 @pytest.mark.parametrize(
     ("help_text", "kinds"),
     [(HELP, {SIMPLE, MTP}), (OLD_HELP, set()), (None, {SIMPLE, MTP}), ("--spec-type TYPES\n", {SIMPLE, MTP})],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ def preset(command: list[str], **more: Any) -> BoxPreset:
     keys = {"name": "coder", "description": "d", "build": "upstream", "model": "m", "context": 4096}
     place = {"listen": "127.0.0.1:1234", "unit": "llama-coder.service"}
     return BoxPreset.model_validate({**keys, **place, "command": command, **more})
+
+
+def model(name: str, *types: int, files: Sequence[str] = ()) -> dict[str, Any]:
+    return {"name": name, "files": list(files), "tensor_types": list(types)}
 
 
 def test_known_flags_pass(tmp_path: Path) -> None:
@@ -62,21 +68,56 @@ def test_unknown_and_removed_flags_are_named(tmp_path: Path, words: list[str], s
 def test_a_tq3_file_on_upstream_is_refused_by_name(tmp_path: Path) -> None:
     server = str(release(tmp_path, "upstream", {"0": "f32", "12": "q4_k"}))
     release(tmp_path, "tq3", {"0": "f32", "12": "q4_k", "46": "tq3_4s"})
-    said = gate.refusal(preset([server], tensor_types=[0, 46]))
+    said = gate.refusal(preset([server], models=[model("m", 0, 46)]))
     assert said == (
         "m has tensors of type TQ3_4S, which the build upstream does not know; write build: tq3, which does"
     )
-    assert gate.refusal(preset([server], tensor_types=[0, 12])) == ""
+    assert gate.refusal(preset([server], models=[model("m", 0, 12)])) == ""
+
+
+def test_it_is_the_draft_that_is_named_for_its_types(tmp_path: Path) -> None:
+    server = str(release(tmp_path, "upstream", {"0": "f32"}))
+    said = gate.refusal(preset([server], models=[model("m", 0), model("small", 0, 46)]))
+    assert said.startswith("small has tensors of type 46, which the build upstream does not know")
+
+
+def gguf_file(path: Path, *types: int) -> str:
+    """A GGUF file with one tensor of each type."""
+    text = b"GGUF" + struct.pack("<IQQ", 3, len(types), 0)
+    for index, kind in enumerate(types):
+        text += struct.pack("<Q2sIQIQ", 2, b"t%d" % index, 1, 4, kind, 32 * index)
+    path.write_bytes(text.ljust(-(-len(text) // 32) * 32 + 32 * len(types), b"\0"))
+    return str(path)
+
+
+def test_where_the_lock_has_no_header_the_files_say_the_types(tmp_path: Path) -> None:
+    server = str(release(tmp_path, "upstream", {"0": "f32", "12": "q4_k"}))
+    release(tmp_path, "tq3", {"0": "f32", "46": "tq3_4s"})
+    plain, odd = gguf_file(tmp_path / "a.gguf", 0, 12), gguf_file(tmp_path / "b.gguf", 12, 46)
+    assert gate.refusal(preset([server], models=[model("local", files=[plain])])) == ""
+    said = gate.refusal(preset([server], models=[model("local", files=[plain, odd])]))
+    assert said == (
+        "local has tensors of type TQ3_4S, which the build upstream does not know; write build: tq3, which "
+        "does"
+    )
+
+
+def test_a_file_that_cannot_be_read_is_left_to_the_server(tmp_path: Path) -> None:
+    server = str(release(tmp_path, "upstream", {"0": "f32"}))
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"PK")
+    files = [str(broken), str(tmp_path / "none.gguf")]
+    assert gate.refusal(preset([server], models=[model("local", files=files)])) == ""
 
 
 def test_a_type_that_nobody_knows_is_refused_by_number(tmp_path: Path) -> None:
     server = str(release(tmp_path, "upstream", {"0": "f32"}))
-    assert "tensors of type 99" in gate.refusal(preset([server], tensor_types=[99]))
+    assert "tensors of type 99" in gate.refusal(preset([server], models=[model("m", 99)]))
 
 
 def test_a_release_that_says_nothing_is_not_held_to_anything(tmp_path: Path) -> None:
     server = str(release(tmp_path, "upstream", text=""))
-    assert gate.refusal(preset([server, "--anything"], tensor_types=[99])) == ""
+    assert gate.refusal(preset([server, "--anything"], models=[model("m", 99)])) == ""
 
 
 def test_a_refused_preset_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,5 +130,5 @@ def test_a_refused_preset_stops_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert outcome.serving == "gemma"
     assert systemd.active() == ["llama-gemma.service"]
     assert not [call for call in systemd.calls if call.startswith(("start", "stop"))]
-    assert presets().presets["coder"].tensor_types == []
+    assert presets().presets["coder"].models == []
     assert make(systemd)[0].refusal("coder") == outcome.message

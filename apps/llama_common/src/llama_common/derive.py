@@ -59,8 +59,8 @@ def presets_plan(
     """Everything about every preset: its own keys, and
 
     unit, command (argv), listen, health_url (base URL), model_path, draft_path, draft_type, draft_choice
-    (what was measured for `auto`), model_files (of all), tensor_types (numbers, as far as the lock has
-    them), conflicts, after, commit, context_per_slot.
+    (what was measured for `auto`), model_files (of all), models (of the model and its draft: name, files,
+    tensor_types as numbers, none where the lock has no header), conflicts, after, commit, context_per_slot.
     `listen` is where user presets without a place of their own listen; `dialects` holds the --help text of
     each build's llama-server, where it is known. Raises InventoryError when a binary lacks what its preset
     needs.
@@ -101,9 +101,14 @@ def presets_plan(
                 for model in [*config.models_of(name), *config.projector_of(name)]
                 for file in config.files(model)
             ],
-            "tensor_types": sorted(
-                {run[0] for model in config.models_of(name) for run in _tensor_runs(config, model)}
-            ),
+            "models": [
+                {
+                    "name": model,
+                    "files": [f"{models_dir}/{file.file}" for file in config.files(model)],
+                    "tensor_types": sorted({run[0] for run in _tensor_runs(config, model)}),
+                }
+                for model in config.models_of(name)
+            ],
             "conflicts": [*(unit_name(other) for other in users if other != name), *foreign]
             if exclusive
             else [],

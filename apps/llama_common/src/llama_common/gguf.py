@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final
 
 MAGIC: Final = b"GGUF"
@@ -228,3 +229,14 @@ def read(fetch: Callable[[int, int], bytes], file_size: int) -> Header:
             if wanted == MAX_HEADER_BYTES:
                 raise HeaderError("its header is larger than 32 MB") from None
         wanted *= 4
+
+
+def read_file(path: Path) -> Header:
+    """The header of a file of this machine. Raises OSError, HeaderError."""
+    with path.open("rb") as file:
+
+        def fetch(start: int, end: int) -> bytes:
+            file.seek(start)
+            return file.read(end - start)
+
+        return read(fetch, path.stat().st_size)

@@ -1,18 +1,21 @@
 """Whether the release of a preset's build takes its flags and its model: asked before a switch, not after.
 
 In each release lie help.txt, what its llama-server says of its flags, and types.json, the tensor types that
-its source knows by number. What is not there is not checked.
+its source knows by number. What is not there is not checked. The types of a model are those of the lock, or
+where it has no header those of its files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
+from llama_common import gguf
 from llama_common.dialect import Dialect
 from llama_common.flags import is_flag, normalize
 
-from llmbox.presets import REMEDY, BoxPreset
+from llmbox.presets import REMEDY, BoxModel, BoxPreset
 
 HELP, TYPES = "help.txt", "types.json"
 
@@ -49,23 +52,36 @@ def _unknown_flag(preset: BoxPreset, release: Path) -> str:
 
 def _unknown_type(preset: BoxPreset, release: Path) -> str:
     known = _types(release)
-    missing = [kind for kind in preset.tensor_types if known and kind not in known]
-    if not missing:
-        return ""
-    kind = missing[0]
+    for model in preset.models if known else []:
+        missing = sorted((set(model.tensor_types) or _types_in(model)) - known.keys())
+        if missing:
+            return _refused_type(preset, release, model, missing[0])
+    return ""
+
+
+def _refused_type(preset: BoxPreset, release: Path, model: BoxModel, kind: int) -> str:
     others = sorted(release.parent.parent.glob(f"*/current/{TYPES}"))
     for file in others:
         name = _types(file.parent).get(kind)
         if name:
             build = file.parent.parent.name
             return (
-                f"{preset.model} has tensors of type {name.upper()}, which the build {preset.build} does not"
+                f"{model.name} has tensors of type {name.upper()}, which the build {preset.build} does not"
                 f" know; write build: {build}, which does"
             )
     return (
-        f"{preset.model} has tensors of type {kind}, which the build {preset.build} does not know; use a "
+        f"{model.name} has tensors of type {kind}, which the build {preset.build} does not know; use a "
         "build that does, or another file of the model"
     )
+
+
+def _types_in(model: BoxModel) -> set[int]:
+    """The tensor types that the files of a model say; what cannot be read says nothing."""
+    found: set[int] = set()
+    for path in model.files:
+        with contextlib.suppress(OSError, gguf.HeaderError):
+            found |= {tensor.type for tensor in gguf.read_file(path).tensors}
+    return found
 
 
 def _types(release: Path) -> dict[int, str]:

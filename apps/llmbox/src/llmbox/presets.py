@@ -25,6 +25,16 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
 Unit = Annotated[str, Field(pattern=r"^[A-Za-z0-9:_.@\\-]{1,240}\.service$")]
 
 
+class BoxModel(BaseModel):
+    """A model that a preset is started with. `tensor_types`: none where the lock has no header of it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    files: list[Path] = []
+    tensor_types: list[int] = []
+
+
 class BoxPreset(BaseModel):
     """The part of a planned preset that acts on the box. Seconds for timeouts, tokens for context."""
 
@@ -41,7 +51,7 @@ class BoxPreset(BaseModel):
     unit: Unit
     command: list[str] = Field(min_length=1)
     model_files: list[Path] = []
-    tensor_types: list[int] = []
+    models: list[BoxModel] = []
     parallel: int = Field(default=1, gt=0)
     draft: str = "none"
     draft_type: str | None = None
