@@ -37,6 +37,8 @@ from scripts._server_memory import NoFigure, as_served, fit, rpc_server, start
 RELATIVE_BAR, SMALL_BAR_BYTES, SMALL_BYTES = 0.03, MIB, 32 * MIB
 COMPONENTS = ("weights", "cache", "compute")
 
+PROGRAMS = ("llama-server", "llama-fit-params", "ggml-rpc-server")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -203,6 +205,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), metavar="DIR")
     arguments = parser.parse_args(argv)
     figures: list[Figure] = []
+    for name in PROGRAMS:
+        if not (arguments.binaries / name).is_file():
+            print(
+                f"bench_memory: --binaries {arguments.binaries}: {name} is not there; fix: give the bin"
+                " folder of a build with -DGGML_RPC=ON",
+                file=sys.stderr,
+            )
+            return 2
     try:
         with tempfile.TemporaryDirectory() as folder:
             real = sorted(arguments.models.glob("*.gguf")) if arguments.models else []

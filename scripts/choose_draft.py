@@ -338,16 +338,29 @@ def typed(report: HostReport, inventory: Path) -> HostReport:
     )
 
 
+def ensure_auto(hosts: Sequence[Host], presets: Sequence[str]) -> None:
+    """Raises InventoryUnreadable where none of the hosts has a draft to choose for one of `presets`."""
+    every = [(name, p) for host in hosts for name, p in (host.variables.get("llama_presets") or {}).items()]
+    for wanted in presets:
+        drafts = [preset.get("draft", "none") for name, preset in every if name == wanted]
+        if not drafts:
+            known = ", ".join(sorted({name for name, _ in every}))
+            raise InventoryUnreadable(f"--preset {wanted}: no such preset; known: {known}")
+        if "auto" not in drafts:
+            raise InventoryUnreadable(
+                f"--preset {wanted}: nothing to choose, it has draft: {drafts[0]}; fix: write draft: auto"
+            )
+
+
 def report(args: argparse.Namespace) -> int:
     """Choose for every host and show it. Raises InventoryUnreadable, InventoryError, OSError."""
     file = Path(args.json) if args.json and args.json != "-" else None
     if file is not None:
         ensure_writable(file)
     hosts = [host for host in load(args.inventory, limit=args.limit) if GROUP in host.groups]
-    known = {name for host in hosts for name in host.variables.get("llama_presets", {})}
-    for name in args.preset:
-        if name not in known:
-            raise InventoryUnreadable(f"--preset {name}: no such preset; known: {', '.join(sorted(known))}")
+    if not hosts:
+        raise InventoryUnreadable(f"{args.inventory}: none of the hosts is in the group {GROUP}")
+    ensure_auto(hosts, args.preset)
     command = f"scripts/choose_draft.py --inventory {lockfile.shown(args.inventory)}"
     reports = [typed(choose_and_keep(host, args, command), args.inventory) for host in hosts]
     print(as_json(reports) if args.json == "-" else "\n".join(told(reports)))

@@ -256,9 +256,9 @@ def report(args: argparse.Namespace) -> int:
         print(f"plan_vram: {_command.typed(text, args.inventory)}", file=sys.stderr)
 
     file = Path(args.json) if args.json and args.json != "-" else None
-    for each in (file, args.chart):
+    for option, each in (("--json", file), ("--chart", args.chart)):
         if each is not None:
-            ensure_writable(each)
+            ensure_writable(each, option)
     hosts = [host for host in load(args.inventory, limit=args.limit) if GROUP in host.groups]
     if not hosts:
         raise InventoryUnreadable(f"{args.inventory}: none of the hosts is in the group {GROUP}")
@@ -276,7 +276,8 @@ def report(args: argparse.Namespace) -> int:
             file.write_text(as_json(reports))
     if args.chart is not None:
         try:
-            args.chart.write_bytes(chart(plans))
+            with naming_the_option(args.chart, "--chart"):
+                args.chart.write_bytes(chart(plans))
         except ValueError:
             print("plan_vram: no chart: no host with a GPU has a preset with figures", file=sys.stderr)
     if any(plan.taken is None for plan in plans):

@@ -436,9 +436,9 @@ def report(args: argparse.Namespace) -> int:
         print(_command.typed(text, args.inventory), file=sys.stderr, flush=True)
 
     file = Path(args.json) if args.json and args.json != "-" else None
-    for each in (file, args.chart):
+    for option, each in (("--json", file), ("--chart", args.chart)):
         if each is not None:
-            ensure_writable(each)
+            ensure_writable(each, option)
     progress(f"reading {args.inventory}")
     host = the_host(load(args.inventory, limit=args.limit), args.preset)
     try:
@@ -460,7 +460,8 @@ def report(args: argparse.Namespace) -> int:
         f"{host.name}-{args.preset}.png"
     )
     title = f"{args.preset} on {host.name}: tokens per second, {args.goal}"
-    chart.write_bytes(_tuning_chart.draw(title, found.points, found.best, found.goal))
+    with naming_the_option(chart, "--chart"):
+        chart.write_bytes(_tuning_chart.draw(title, found.points, found.best, found.goal))
     progress(f"chart: {chart}")
     return found.code
 

@@ -833,9 +833,9 @@ def report(args: argparse.Namespace) -> int:
     return exit_code(reports)
 
 
-def ensure_writable(file: Path) -> None:
+def ensure_writable(file: Path, option: str = "--json") -> None:
     """Find out before the checks whether the report can be written. Raises OSError; leaves no file."""
-    with naming_the_option(file):
+    with naming_the_option(file, option):
         new = not file.exists()
         file.open("a").close()
         if new:
@@ -843,12 +843,12 @@ def ensure_writable(file: Path) -> None:
 
 
 @contextmanager
-def naming_the_option(file: Path) -> Iterator[None]:
+def naming_the_option(file: Path, option: str = "--json") -> Iterator[None]:
     """Raises OSError that names the option and the fix, in place of one that only names the file."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"--json {file}: {error.strerror}; fix: give a file that can be written") from None
+        raise OSError(f"{option} {file}: {error.strerror}; fix: give a file that can be written") from None
 
 
 if __name__ == "__main__":

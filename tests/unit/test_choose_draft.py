@@ -266,3 +266,39 @@ def test_a_file_of_the_host_that_would_be_hidden_is_named(tmp_path: Path) -> Non
         path_of(tmp_path, "box")
     (tmp_path / "host_vars/box").mkdir()
     assert path_of(tmp_path, "box").name == "drafts.yml"
+
+
+@pytest.mark.parametrize(
+    ("groups", "words", "said"),
+    [
+        ((), (), "choose_draft: x: none of the hosts is in the group llm_servers"),
+        (
+            ("llm_servers",),
+            ("--preset", "plain"),
+            "choose_draft: --preset plain: nothing to choose, it has draft: none; fix: write draft: auto",
+        ),
+        (
+            ("llm_servers",),
+            ("--preset", "p", "--preset", "named"),
+            "choose_draft: --preset named: nothing to choose, it has draft: small; fix: write draft: auto",
+        ),
+        (
+            ("llm_servers",),
+            ("--preset", "q"),
+            "choose_draft: --preset q: no such preset; known: named, p, plain",
+        ),
+    ],
+)
+def test_what_leaves_nothing_to_choose_is_refused(
+    groups: tuple[str, ...],
+    words: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    presets = {"p": {"draft": "auto"}, "named": {"draft": "small"}, "plain": {}}
+    host = Host("box", groups=frozenset(groups), variables={"llama_presets": presets})
+    monkeypatch.setattr(choose_draft, "load", lambda *_, **__: [host])
+    monkeypatch.setattr(choose_draft, "choose_and_keep", lambda *_: pytest.fail("it began to measure"))
+    assert choose_draft.main(["--inventory", "x", *words]) == 2
+    assert capsys.readouterr().err.strip() == said

@@ -438,9 +438,9 @@ def test_a_picture_that_cannot_be_written_is_told_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_vram, "load", lambda *_, **__: pytest.fail("it began to work"))
-    wrong = tmp_path / "no-folder" / "plan.png"
-    assert plan_vram.main(["--inventory", "x", "--chart", str(wrong)]) == 2
-    assert str(wrong) in capsys.readouterr().err
+    for wrong in (tmp_path, tmp_path / "no-folder" / "plan.png"):
+        assert plan_vram.main(["--inventory", "x", "--chart", str(wrong)]) == 2
+        assert f"--chart {wrong}: " in capsys.readouterr().err
 
 
 ENDLESS = 2**28  # bytes

@@ -579,3 +579,12 @@ def test_out_of_time_is_the_searchs_own_signal(box: Box, points: Points) -> None
     tuner(at(24))
     with pytest.raises(OutOfTime):
         tuner(at(25))
+
+
+def test_a_picture_that_cannot_be_written_is_told_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_moe, "load", lambda *_, **__: pytest.fail("it began to work"))
+    for wrong in (tmp_path, tmp_path / "no-folder" / "x.png"):
+        assert tune_moe.main(["--inventory", "x", "--preset", "coder", "--chart", str(wrong)]) == 2
+        assert f"--chart {wrong}: " in capsys.readouterr().err
