@@ -83,14 +83,19 @@ def started(*words: str) -> Became:
         (["--model=coder", "fix it"], ["--model=coder"], ["fix it"]),
         (["--port", "1234", "--resume", "ID"], ["--port", "1234"], ["--resume", "ID"]),
         (["--quiet", "--", "--help"], ["--quiet"], ["--help"]),
-        (["doctor", "--port", "1"], ["doctor", "--port", "1"], []),
-        (["--quiet", "doctor"], ["--quiet"], ["doctor"]),
+        (["--model", "doctor", "-p", "doctor"], ["--model", "doctor"], ["-p", "doctor"]),
+        (["--quiet", "--", "doctor"], ["--quiet"], ["doctor"]),
     ],
 )
 def test_the_first_word_that_is_not_its_own_begins_claude_s(
     words: list[str], own: list[str], rest: list[str]
 ) -> None:
-    assert options.split(words) == (own, rest)
+    assert options.split(words) == (own, False, rest)
+
+
+@pytest.mark.parametrize("words", [["doctor", "--port", "1", "-q"], ["--port", "1", "doctor", "-q"]])
+def test_doctor_is_meant_wherever_it_stands_among_its_own_options(words: list[str]) -> None:
+    assert options.split(words) == (["--port", "1"], True, ["-q"])
 
 
 @pytest.mark.parametrize(

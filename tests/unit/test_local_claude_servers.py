@@ -177,9 +177,12 @@ def test_a_server_without_anthropic_s_api_gets_litellm(world: Path, monkeypatch:
         monkeypatch.setattr(translator, "Kept", Pretended)
         monkeypatch.setattr(translator, "free_port", lambda: proxy.port)
         monkeypatch.setenv("LOCAL_CLAUDE_LITELLM", "/bin/true")
+        monkeypatch.setenv("HTTP_PROXY", "http://192.0.2.7:3128")
+        monkeypatch.setenv("no_proxy", "internal.example")
         became = started("--backend", "apfel", "--port", str(server.port), "-p", "hi")
     (order,) = orders
     assert order.argv[0] == "/bin/true" and str(proxy.port) in order.argv
+    assert order.environment["NO_PROXY"] == order.environment["no_proxy"] == "internal.example,127.0.0.1"
     assert became.variables["ANTHROPIC_BASE_URL"] == f"http://127.0.0.1:{proxy.port}"
     key = became.variables["ANTHROPIC_AUTH_TOKEN"]
     assert key == order.environment["LOCAL_CLAUDE_PROXY_KEY"] and key not in " ".join(order.argv)
@@ -209,6 +212,7 @@ def test_litellm_is_installed_as_the_router_has_it() -> None:
         ([b"\x1b[B", b"\r"], 2),
         ([b"\x1b[B", b"\x1b[B", b"\r"], 0),
         ([b"\x1bOA", b"x", b"\n"], 0),
+        ([b"\x1b[B\x1b[B", b"\x1bOB\r"], 1),
         ([b"q"], None),
         ([b"\x1b"], None),
         ([b""], None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import termios
 import tty
@@ -16,6 +17,8 @@ _KEYS = {
     b"\x1b": GIVE_UP, b"q": GIVE_UP, b"\x03": GIVE_UP, b"\x04": GIVE_UP, b"": GIVE_UP,
 }  # fmt: skip
 
+_KEY = re.compile(rb"\x1b[\[O].|.", re.DOTALL)  # several may come in one read
+
 
 def choose(title: str, rows: Sequence[str], first: int = 0) -> int | None:
     """The number of the row that a person picks; None when they give up."""
@@ -23,7 +26,7 @@ def choose(title: str, rows: Sequence[str], first: int = 0) -> int | None:
     before = termios.tcgetattr(descriptor)
     try:
         tty.setcbreak(descriptor)
-        return pick(title, rows, first, lambda: os.read(descriptor, 8), _write)
+        return pick(title, rows, first, lambda: os.read(descriptor, 64), _write)
     except KeyboardInterrupt:
         return None
     finally:
@@ -38,12 +41,13 @@ def pick(
     while True:
         for number, row in enumerate(rows):
             write(f"\x1b[K\x1b[7m> {row}\x1b[0m\n" if number == at else f"\x1b[K  {row}\n")
-        key = _KEYS.get(read())
-        if key == ENTER:
-            return at
-        if key == GIVE_UP:
-            return None
-        at = (at + {UP: -1, DOWN: 1}.get(key or "", 0)) % len(rows)
+        for pressed in _KEY.findall(read()) or [b""]:
+            key = _KEYS.get(pressed)
+            if key == ENTER:
+                return at
+            if key == GIVE_UP:
+                return None
+            at = (at + {UP: -1, DOWN: 1}.get(key or "", 0)) % len(rows)
         write(f"\x1b[{len(rows)}A")
 
 

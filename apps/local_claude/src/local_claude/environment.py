@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,13 @@ def past_proxies(
     where = next((name for name, env in sources.items() if any(map(env.get, PROXIES))), "")
     if not where:
         return {}, ""
-    listed = [name for env in sources.values() for no in PAST_PROXIES for name in _names(env.get(no, ""))]
-    return dict.fromkeys(PAST_PROXIES, ",".join(dict.fromkeys([*listed, host]))), where
+    return no_proxies(host, sources.values()), where
+
+
+def no_proxies(host: str, around: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Variables with which a program asks this host past a proxy, beside those that it asks so already."""
+    listed = [name for env in around for no in PAST_PROXIES for name in _names(env.get(no, ""))]
+    return dict.fromkeys(PAST_PROXIES, ",".join(dict.fromkeys([*listed, host])))
 
 
 def _names(text: str) -> list[str]:

@@ -81,30 +81,34 @@ class Options(NamedTuple):
         return not printing and sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def split(words: list[str]) -> tuple[list[str], list[str]]:
-    """The wrapper's own words, and claude's: from the first that is not its own, or behind `--`."""
+def split(words: list[str]) -> tuple[list[str], bool, list[str]]:
+    """The wrapper's own words, whether `doctor` is among them, and claude's.
+
+    Claude's begin with the first that is not its own, or behind `--`.
+    """
+    own = list(words)
+    doctor = False
     at = 0
-    while at < len(words):
-        word = words[at]
+    while at < len(own):
+        word = own[at]
         if word == "--":
-            return words[:at], words[at + 1 :]
-        if word == "doctor" and at == 0:
-            at += 1
+            return own[:at], doctor, own[at + 1 :]
+        if word == "doctor" and not doctor:
+            doctor = bool(own.pop(at))
             continue
         option = _BY_FLAG.get(word.partition("=")[0] if word.startswith("--") else word)
         if option is None:
             break
         at += 2 if option.metavar and "=" not in word else 1
-    return words[:at], words[at:]
+    return own[:at], doctor, own[at:]
 
 
 def parse(words: list[str]) -> Options:
     """The command line. Raises LocalClaudeError when it cannot be meant."""
-    own, rest = split(words)
-    doctor = own[:1] == ["doctor"]
+    own, doctor, rest = split(words)
     if doctor and rest:
         raise LocalClaudeError(EXIT_USAGE, f"doctor takes no {shown(rest[0])}", "see: local-claude --help")
-    found = _values(own[1:] if doctor else own)
+    found = _values(own)
     found |= {name: _number(name, found[name]) for name in ("port", "context") if name in found}
     options = Options(**found, doctor=doctor, claude=tuple(rest))
     if options.backend not in BACKENDS:

@@ -115,8 +115,13 @@ def start(server: Server, model: str, folder: Path, tell: Callable[[str], None])
     key = f"sk-{secrets.token_hex(16)}"
     port = free_port()
     argv = (program, "--config", str(place), "--host", LOCAL, "--port", str(port), "--telemetry", "False")
-    keys = {"LOCAL_CLAUDE_UPSTREAM_KEY": server.key or environment.PLACEHOLDER, "LOCAL_CLAUDE_PROXY_KEY": key}
-    kept = Kept(Order("LiteLLM", argv, {**SETTINGS, **keys}, place.with_suffix(".log"), remove=(place,)))
+    given = {
+        **SETTINGS,
+        **environment.no_proxies(server.host, [os.environ]),
+        "LOCAL_CLAUDE_UPSTREAM_KEY": server.key or environment.PLACEHOLDER,
+        "LOCAL_CLAUDE_PROXY_KEY": key,
+    }
+    kept = Kept(Order("LiteLLM", argv, given, place.with_suffix(".log"), remove=(place,)))
     proxy = Server("http", LOCAL, port, key)
     try:
         tell("starting LiteLLM, because the server does not speak Anthropic's API")
