@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_claude import keeper, llama, options, started, survey
+from local_claude import keeper, keeping, llama, options, started, survey
 from local_claude.errors import LocalClaudeError
 from local_claude.keeping import Kept, Order
 from local_claude.wire import Server
@@ -32,6 +32,7 @@ line = os.read(kept._keeper.stdout.fileno(), 4096).decode()
 print(kept._keeper.pid, line, flush=True)
 os.execv("/bin/sleep", ["claude", sys.argv[1]])
 """
+CHECKING = SESSION.replace("os.execv(", "import time; time.sleep(600) or os.execv(")  # still on its way there
 
 
 def alive(pid: int) -> bool:
@@ -54,9 +55,9 @@ def gone(*pids: int) -> float:
 class Session:
     """A process that became "claude", its keeper, and the server."""
 
-    def __init__(self, *server: str, lasts: str = "600") -> None:
+    def __init__(self, *server: str, lasts: str = "600", program: str = SESSION) -> None:
         self.claude = subprocess.Popen(
-            [sys.executable, "-c", SESSION, lasts, *server], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", program, lasts, *server], stdout=subprocess.PIPE, text=True
         )
         assert self.claude.stdout is not None
         pid, _, told = self.claude.stdout.readline().partition(" ")
@@ -68,8 +69,8 @@ def session() -> Iterator[Callable[..., Session]]:
     """`session(*argv) -> Session`; what is left of it afterwards is killed."""
     sessions: list[Session] = []
 
-    def begin(*server: str, lasts: str = "600") -> Session:
-        sessions.append(Session(*server, lasts=lasts))
+    def begin(*server: str, **more: str) -> Session:
+        sessions.append(Session(*server, **more))
         return sessions[-1]
 
     yield begin
@@ -81,8 +82,9 @@ def session() -> Iterator[Callable[..., Session]]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_claude_is_killed(session: Callable[..., Session]) -> None:
-    one = session(*SLEEP)
+@pytest.mark.parametrize("program", [SESSION, CHECKING], ids=["claude", "local-claude"])
+def test_claude_or_what_would_become_it_is_killed(session: Callable[..., Session], program: str) -> None:
+    one = session(*SLEEP, program=program)
     assert alive(one.keeper) and alive(one.server)
     one.claude.kill()
     one.claude.wait()
@@ -243,6 +245,16 @@ def test_a_server_that_never_answers(tmp_path: Path) -> None:
         kept.wait_ready(lambda: False, 0.2, print, "look")
     kept.stop()
     assert not log.exists()
+
+
+def test_a_keeper_that_does_not_end_is_killed_with_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "STOP_TIMEOUT_S", 0.2)
+    kept = Kept(Order("server", SLEEP, log=None))
+    assert kept._keeper.stdout is not None
+    server = json.loads(os.read(kept._keeper.stdout.fileno(), 4096))["started"]
+    os.kill(kept._keeper.pid, signal.SIGSTOP)
+    kept.stop()
+    gone(kept._keeper.pid, server)
 
 
 # --- who dies with whom ---

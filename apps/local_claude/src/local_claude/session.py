@@ -239,7 +239,8 @@ def look(
     key = checks.Kept.key(found, model.name, what)
     earlier = None if wanted.recheck else kept.find(key)
     if earlier is None:
-        say("checking tool calls and prompt cache (once for each server, model and version) ...", wanted)
+        often = "once for each server, model and version" if key else "every time: it tells no version"
+        say(f"checking tool calls and prompt cache ({often}) ...", wanted)
         earlier = checks.round_trip(found, model.name)
         kept.keep(key, earlier)
     judge(earlier, wanted)
