@@ -14,7 +14,8 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +82,19 @@ class Router:
     two: StubBox
     cloud: StubBox
 
-    def ask(self, text: str, path: str = PATHS[0], key: str = "me", **more: Any) -> httpx.Response:
+    def ask(
+        self,
+        text: str,
+        path: str = PATHS[0],
+        key: str = "me",
+        headers: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> httpx.Response:
         """One request with tools."""
         body = {"model": "coder", "max_tokens": 50, "messages": [{"role": "user", "content": text}]}
         body |= {"tools": TOOLS[path], **more}
-        return httpx.post(
-            f"{self.url}{path}", json=body, headers={"x-api-key": key}, timeout=60, trust_env=False
-        )
+        shown = {"x-api-key": key, **(headers or {})}
+        return httpx.post(f"{self.url}{path}", json=body, headers=shown, timeout=60, trust_env=False)
 
     def lines(self, name: str = "requests.jsonl") -> list[dict[str, Any]]:
         """A log."""
@@ -210,6 +217,19 @@ def test_who_gets_in(router: Router) -> None:
     with httpx.Client(base_url=router.url, headers={"x-api-key": "me"}, trust_env=False) as http:
         assert [one["id"] for one in http.get("/v1/models").json()["data"]] == ["coder"]
         assert {http.get(path).status_code for path in ("/ui", "/model/info", "/key/list", "/docs")} == {404}
+
+
+def test_a_header_of_a_client_does_not_steer_litellm(router: Router) -> None:
+    """LiteLLM takes the name of a request from it: of two under one name, one was judged and booked."""
+    steers = {"x-litellm-call-id": "same", "x-litellm-timeout": "abc"}
+    texts = [f"leak once slow {number}" for number in range(2)]
+    with ThreadPoolExecutor() as pool:
+        asks = [pool.submit(router.ask, text, stream=True, headers=steers) for text in texts]
+        replies = [ask.result() for ask in asks]
+    assert all(reply.status_code == 200 and "unused49" not in reply.text for reply in replies)
+    lines = router.lines()
+    assert len({line["request"] for line in lines}) == 2
+    assert all(line["judged"] and len(line["faults"]) == 1 for line in lines)
 
 
 def test_a_box_dies_under_load_and_requests_go_on(router: Router) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,10 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the program's own start and end."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in PATHS):
+        if scope["type"] == "lifespan":
             await self._inner(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] in PATHS:
+            await self._inner({**scope, "headers": _for_litellm(scope["headers"])}, receive, send)
         elif scope["type"] == "http" and scope["path"] == "/health":
             await _answer(send, 200, b'{"status": "ok"}')
         elif scope["type"] == "http" and scope["path"] in ("/v1/models", "/models"):
@@ -74,6 +76,14 @@ class Door:
 def shown_key(headers: Mapping[str, str]) -> str:
     """The key that a client shows, in either protocol's header."""
     return (headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")).strip()
+
+
+def _for_litellm(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """What a client's headers may tell LiteLLM: none of those that steer it.
+
+    By x-litellm-call-id the hook knows a request, so a client that chose it could take another one's place.
+    """
+    return [(name, value) for name, value in headers if b"litellm" not in name.lower()]
 
 
 async def _answer(send: Send, status: int, body: bytes) -> None:
