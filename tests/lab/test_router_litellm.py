@@ -192,11 +192,17 @@ def test_the_cloud_is_asked_for_a_key_that_may_and_it_is_written_down(router: Ro
         for stream in (False, True):
             for trouble in ("leak", "refuse"):
                 text = f"{trouble} always {path}{stream}"
-                reply = router.ask(text, path, "rich", stream=stream)
+                reply = router.ask(
+                    text, path, "rich", stream=stream, metadata={"user_id": "u1", "headers": 1}, user="bob"
+                )
                 assert reply.status_code == 200 and "unused49" not in reply.text, reply.text
                 assert router.lines()[-1]["cloud"]
                 left = router.lines("egress.jsonl")[-1]
                 assert left["key"] == "rich" and text in json.dumps(left["content"]["messages"])
+                sent = router.cloud.asked[-1]
+                assert sent.keys() <= left["content"].keys(), sent
+                if path == PATHS[0]:  # OpenAI's protocol is translated for this cloud
+                    assert {**sent, "model": left["to"]} == left["content"]
     for file in ("egress.jsonl", "requests.jsonl"):
         assert "cloud-key" not in (router.folder / file).read_text()
     refused = router.ask("refuse always", key="me")

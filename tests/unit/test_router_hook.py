@@ -250,6 +250,23 @@ def test_what_litellm_does_to_a_request_is_not_asked_again(world: Any) -> None:
     assert world.router.asked[0]["tools"][0]["function"]["name"] == "Write"
 
 
+@pytest.mark.parametrize(
+    ("call_type", "clients", "own"),
+    [
+        ("anthropic_messages", "metadata", "litellm_metadata"),
+        ("acompletion", "litellm_metadata", "metadata"),
+    ],
+)
+def test_what_a_client_says_of_itself_goes_nowhere(
+    call_type: str, clients: str, own: str, world: Any
+) -> None:
+    said = {"user_id": "u1", "team": "x"}
+    beside = {} if call_type == "anthropic_messages" else said
+    places = {own: {"endpoint": "/", "requester_metadata": said, **beside}, clients: dict(said)}
+    data = begin(world, "cloudy", call_type, **places)
+    assert data[own] == {"endpoint": "/"} and clients not in data
+
+
 def test_what_cannot_be_written_down_does_not_leave(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: object) -> None:
         raise OSError("no space left")

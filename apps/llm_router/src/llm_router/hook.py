@@ -102,6 +102,7 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
             data.pop(name, None)
         body = {name: copy.deepcopy(data[name]) for name in FIELDS & data.keys()}
         messages = call_type == "anthropic_messages"
+        forget_metadata(data, messages)
         if messages:
             data["model"] = f"{model}{MESSAGES}"
         if self.settings.cloud and self.ledger.may_leave(key):
@@ -343,6 +344,18 @@ def answer_of(error: Refused) -> HTTPException:
 def call_id(data: Mapping[str, Any]) -> str:
     """LiteLLM's name for a request."""
     return str(data.get("litellm_call_id") or "")
+
+
+def forget_metadata(data: dict[str, Any], messages: bool) -> None:
+    """Take out what a client says of itself: no model needs it, and LiteLLM would send it to the cloud.
+
+    LiteLLM's own stands in one of the two fields, for OpenAI's protocol among what the client said.
+    """
+    data.pop("metadata" if messages else "litellm_metadata", None)
+    own = data.get("litellm_metadata" if messages else "metadata") or {}
+    told = own.pop("requester_metadata", None) or {}
+    for name in () if messages else told:
+        own.pop(name, None)
 
 
 def as_mapping(response: Any) -> Mapping[str, Any]:
