@@ -209,6 +209,18 @@ def test_the_cloud_is_asked_for_a_key_that_may_and_it_is_written_down(router: Ro
     assert refused.status_code == 503 and router.lines()[-1]["status"] == 503
 
 
+def test_every_answer_is_booked_that_a_server_made(router: Router) -> None:
+    """The stand-ins tell 60 tokens for each; what the cloud took is booked apart too."""
+    before = [0, 0]
+    for path in PATHS:
+        for stream in (False, True):
+            for trouble, tokens, cloud in (("hi", 60, 0), ("leak", 180, 60), ("refuse", 60, 60)):
+                assert router.ask(f"{trouble} always", path, "rich", stream=stream).status_code == 200
+                used = json.loads((router.folder / "usage.json").read_text())["rich"][1:]
+                assert [used[0] - before[0], used[1] - before[1]] == [tokens, cloud], (path, stream, trouble)
+                before = used
+
+
 def test_who_gets_in(router: Router) -> None:
     assert router.ask("hi", key="tight").status_code == 200
     assert (router.ask("hi", key="tight")).status_code == 429

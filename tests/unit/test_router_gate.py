@@ -67,7 +67,7 @@ def run(
 def test_a_good_answer_goes_out_as_it_came() -> None:
     out, verdict = run(words("Hello", " there"), words("other"))
     assert out == words("Hello", " there") and verdict.judged and not verdict.faults
-    assert verdict.answer.text == "Hello there"
+    assert verdict.answers[-1].text == "Hello there"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_good_answer_goes_out_as_it_came() -> None:
 )
 def test_a_bad_answer_is_replaced_before_a_byte_left(bad: list[Any]) -> None:
     out, verdict = run(bad, words("better"))
-    assert out == words("better") and len(verdict.faults) == 1 and verdict.attempt == 1
+    assert out == words("better") and len(verdict.faults) == 1 and len(verdict.answers) == 2
 
 
 def test_an_answer_without_an_end_broke_off() -> None:
@@ -90,7 +90,7 @@ def test_an_answer_without_an_end_broke_off() -> None:
 
 def test_the_chain_goes_on_to_its_end() -> None:
     out, verdict = run(words(""), [Lost()], words("<|im_end|>"), words("cloud"))
-    assert out == words("cloud") and len(verdict.faults) == 3 and verdict.attempt == 3
+    assert out == words("cloud") and len(verdict.faults) == 3 and len(verdict.answers) == 4
 
 
 def test_the_first_answer_goes_out_when_there_is_no_better_one() -> None:

@@ -223,6 +223,67 @@ def test_what_the_cloud_took_counts_against_its_own_budget(cloud: bool, booked: 
     assert json.loads((world.folder / "usage.json").read_text())["cloudy"][1:] == [9, booked]
 
 
+def test_every_server_that_worked_is_booked_and_the_cloud_apart(world: Any) -> None:
+    """Box, box, cloud: the answer of the first goes out, for none was any better."""
+    data = begin(world, "cloudy", tools=TOOLS)
+
+    async def asked(**said: Any) -> Any:
+        if said["model"] == "cloud":
+            leaves = {**said, "model_info": {"cloud": True}}
+            await world.hook.async_pre_call_deployment_hook(leaves, None)
+        return {**BAD, "usage": {"prompt_tokens": 10 if said["model"] == "coder" else 1000}}
+
+    world.router.acompletion = asked
+    bad = {**BAD, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+    assert whole(world, data, bad) is bad
+    (line,) = lines(world)
+    assert (line["prompt_tokens"], line["output_tokens"], line["cloud_tokens"]) == (1011, 1, 1000)
+    assert json.loads((world.folder / "usage.json").read_text())["cloudy"][1:] == [1012, 1000]
+
+
+def test_the_thrown_away_answers_of_a_stream_are_booked(world: Any) -> None:
+    async def better() -> AsyncIterator[Any]:
+        yield {"choices": [{"delta": {"content": "fine"}, "finish_reason": "stop"}], "usage": GOOD["usage"]}
+
+    world.router.answers = [better()]
+    streamed(world, begin(world, tools=TOOLS, stream=True), [{**BAD, "usage": {"prompt_tokens": 30}}])
+    assert lines(world)[0]["prompt_tokens"] == 39
+
+
+@pytest.mark.parametrize("leaves", ["cancelled", "closed"])
+def test_a_client_that_leaves_while_an_answer_is_held_has_used_it(leaves: str, world: Any) -> None:
+    """A server that listens to its socket cancels what it waits for; one that does not closes the stream."""
+
+    async def leave() -> None:
+        came = asyncio.Event()
+
+        async def source() -> AsyncIterator[Any]:
+            yield {"type": "message_start", "message": {"usage": {"input_tokens": 50}}}
+            if leaves == "closed":
+                yield {"type": "content_block_delta", "delta": {"text": "word"}}
+            came.set()
+            await asyncio.sleep(60)
+
+        tools = {"tools": TOOLS} if leaves == "cancelled" else {}
+        data = await world.hook.async_pre_call_hook(
+            types.SimpleNamespace(key_alias="me"), None, request(**tools), "anthropic_messages"
+        )
+        stream = world.hook.async_post_call_streaming_iterator_hook(None, source(), data)
+        if leaves == "closed":
+            await anext(stream)
+            await stream.aclose()
+            return
+        reading = asyncio.create_task(anext(stream))
+        await came.wait()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+    asyncio.run(leave())
+    (line,) = lines(world)
+    assert (line["status"], line["error"], line["prompt_tokens"]) == (499, "the client went away", 50)
+
+
 def test_what_was_said_stays_out_of_the_log_where_that_is_wanted(world: Any) -> None:
     world.hook.settings = world.hook.settings.model_copy(update={"egress_content": False})
     sent = {**begin(world, "cloudy"), "model": "anthropic/claude", "model_info": {"cloud": True}}

@@ -56,7 +56,7 @@ def test_budgets_halt_and_come_back(tmp_path: Path) -> None:
     assert refused.value.status == 429 and 0 < refused.value.retry_after <= 61
     clock.now += 61
     ledger.admit(tight)
-    ledger.spend("tight", 100, cloud=False)
+    ledger.spend("tight", 100)
     again = Ledger(settings(tmp_path), clock)  # a restart forgets nothing of the day
     with pytest.raises(Refused, match="tokens_per_day = 100 is used up"):
         again.admit(tight)
@@ -69,16 +69,16 @@ def test_only_a_key_that_may_leaves_the_network_and_within_its_budget(tmp_path: 
     assert not ledger.may_leave(ledger.key("k1"))
     cloudy = ledger.key("k3")
     assert ledger.may_leave(cloudy)
-    ledger.spend("cloudy", 500, cloud=False)
+    ledger.spend("cloudy", 500)
     assert ledger.may_leave(cloudy)
-    ledger.spend("cloudy", 50, cloud=True)
+    ledger.spend("cloudy", 50, 50)
     assert not ledger.may_leave(cloudy)
 
 
 def test_a_damaged_file_of_usage_is_begun_anew(tmp_path: Path) -> None:
     for content in ("", "[]", '{"tight": 1}', "{"):
         (tmp_path / "usage.json").write_text(content)
-        Ledger(settings(tmp_path)).spend("free", 1, cloud=False)
+        Ledger(settings(tmp_path)).spend("free", 1)
 
 
 def test_logs_are_turned_over_and_private(tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ class Answer:
     output_tokens: int = 0
 
     @property
+    def tokens(self) -> int:
+        """What it took, as far as its server has told."""
+        return self.prompt_tokens + self.output_tokens
+
+    @property
     def said(self) -> bool:
         """Whether a call or a visible character has come."""
         return bool(self.calls) or bool(self.text.strip())

@@ -42,8 +42,12 @@ class Verdict:
     faults: list[str] = field(default_factory=list)
     judged: bool = False
     passed_on: str = ""  # the fault of an answer that went out because there was no better one
-    answer: Answer = field(default_factory=Answer)
-    attempt: int = 0
+    answers: list[Answer] = field(default_factory=list)  # one for each attempt: a server worked for each
+
+    def attempt(self) -> Answer:
+        """Begin a further one; what came of its answer counts, however it ends."""
+        self.answers.append(Answer())
+        return self.answers[-1]
 
 
 class Decoder:
@@ -104,12 +108,11 @@ async def guarded(
     """
     whole = bool(request.get("tools"))
     kept: list[Chunk] | None = None  # the first answer that had a fault, for want of a better one
-    kept_answer, kept_fault = Answer(), ""
+    kept_fault = ""
     sources: list[Ask] = [lambda: _ready(first), *again]
     for number, ask in enumerate(sources):
-        verdict.attempt = number
         held: list[Chunk] = []
-        answer, decoder = Answer(), Decoder()
+        answer, decoder = verdict.attempt(), Decoder()
         found, released, size, looked = "", False, 0, 0
         began = clock()
         try:
@@ -132,7 +135,6 @@ async def guarded(
                 enough = size > bounds.size or clock() - began > bounds.seconds
                 if enough or (not whole and (answer.said or answer.thought)):
                     released = True
-                    verdict.answer = answer
                     for one in held:
                         yield one
                     held = []
@@ -149,14 +151,14 @@ async def guarded(
                 raise BrokenOff(BROKEN_OFF)
             return
         if not found:
-            verdict.judged, verdict.answer = whole, answer
+            verdict.judged = whole
             for one in held:
                 yield one
             return
         verdict.faults.append(found)
         if kept is None and held:
-            kept, kept_answer, kept_fault = held, answer, found
-    verdict.passed_on, verdict.answer = kept_fault, kept_answer
+            kept, kept_fault = held, found
+    verdict.passed_on = kept_fault
     for one in kept or []:
         yield one
 

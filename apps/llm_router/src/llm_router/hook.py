@@ -6,6 +6,7 @@ the modules beside this one; here LiteLLM's calls are turned into theirs.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import hashlib
 import json
@@ -23,7 +24,7 @@ from fastapi import HTTPException, Request
 from litellm.integrations.custom_logger import CustomLogger  # type: ignore[import-not-found]
 from litellm.proxy._types import UserAPIKeyAuth  # type: ignore[import-not-found]
 
-from llm_router.answers import Answer, fault
+from llm_router.answers import fault
 from llm_router.gate import Ask, Bounds, Verdict, guarded
 from llm_router.health import Watch
 from llm_router.ledger import Key, Ledger, Log, Refused, Settings
@@ -62,10 +63,15 @@ class Open:
     messages: bool
     body: dict[str, Any]
     began: float
-    cloud: bool = False  # whether it left the network
+    left: set[int] = field(default_factory=set)  # the attempts for which it left the network
     box: str = ""
     tried: list[str] = field(default_factory=list)
     verdict: Verdict = field(default_factory=Verdict)
+
+    @property
+    def cloud(self) -> bool:
+        """Whether it left the network."""
+        return bool(self.left)
 
 
 class RouterHook(CustomLogger):  # type: ignore[misc]
@@ -189,7 +195,8 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         sent = {name: kwargs[name] for name in sorted(FIELDS & kwargs.keys())}
         text = json.dumps(sent, ensure_ascii=False, default=str)
         if opened is not None:
-            opened.cloud = True
+            # LiteLLM's own fallback comes before the first answer is begun.
+            opened.left.add(max(0, len(opened.verdict.answers) - 1))
         why = (opened.verdict.faults[-1:] or ["no box answered"])[0] if opened else "unknown"
         entry = {
             "time": now(),
@@ -214,11 +221,10 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         if opened is None:
             return response
         chosen, event = response, as_mapping(response)
-        opened.verdict.answer.take(event)
-        kept = ""
+        answer = opened.verdict.attempt()
+        answer.take(event)
         if opened.body.get("tools"):
-            kept = fault(opened.verdict.answer, opened.body)
-            if kept:
+            if kept := fault(answer, opened.body):
                 chosen = await self._better(data, opened, response, kept)
             opened.verdict.judged = not opened.verdict.passed_on
         self._finish(data, opened)
@@ -226,9 +232,8 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
 
     async def _better(self, data: Mapping[str, Any], opened: Open, response: Any, kept: str) -> Any:
         opened.verdict.faults.append(kept)
-        for number, ask in enumerate(self._again(data, opened), 1):
-            opened.verdict.attempt = number
-            answer = Answer()
+        for ask in self._again(data, opened):
+            answer = opened.verdict.attempt()
             try:
                 other = await ask()
             except Exception as error:  # whatever LiteLLM raises: the next one is asked
@@ -238,7 +243,6 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
             if found := fault(answer, opened.body):
                 opened.verdict.faults.append(found)
                 continue
-            opened.verdict.answer = answer
             return other
         opened.verdict.passed_on = kept
         return response
@@ -254,18 +258,18 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
             return
         bounds = Bounds(self.settings.hold_size, self.settings.hold_seconds)
         again = self._again(request_data, opened)
-        error = ""
+        error, status = "", 0
         try:
             async for chunk in guarded(response, again, opened.body, opened.verdict, bounds):
                 yield chunk
-        except GeneratorExit:
-            error = "the client went away"
+        except (GeneratorExit, asyncio.CancelledError):
+            error, status = "the client went away", 499
             raise
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
             raise
         finally:
-            self._finish(request_data, opened, error)
+            self._finish(request_data, opened, error, status)
 
     async def async_post_call_failure_hook(
         self, request_data: dict[str, Any], original_exception: Exception, *_: Any, **__: Any
@@ -299,12 +303,12 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
     def _finish(self, data: Mapping[str, Any], opened: Open, error: str = "", status: int = 0) -> None:
         if self._open.pop(call_id(data), None) is None:
             return
-        answer = opened.verdict.answer
-        tokens = answer.prompt_tokens + answer.output_tokens
+        answers = opened.verdict.answers
+        cloud_tokens = sum(answer.tokens for number, answer in enumerate(answers) if number in opened.left)
         entry = self._line(
             opened.key,
             opened.model,
-            status=status or (502 if error and not error.startswith("the client") else 200),
+            status=status or (502 if error else 200),
             error=" ".join(error.split())[:500],
             seconds=round(time.monotonic() - opened.began, 3),
             box="" if opened.cloud else opened.box,
@@ -315,13 +319,14 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
             judged=opened.verdict.judged,
             faults=opened.verdict.faults,
             passed_on=opened.verdict.passed_on,
-            prompt_tokens=answer.prompt_tokens,
-            output_tokens=answer.output_tokens,
+            prompt_tokens=sum(answer.prompt_tokens for answer in answers),
+            output_tokens=sum(answer.output_tokens for answer in answers),
+            cloud_tokens=cloud_tokens,
             request=call_id(data),
         )
         self._write(entry)
         try:
-            self.ledger.spend(opened.key.name, tokens, cloud=opened.cloud)
+            self.ledger.spend(opened.key.name, sum(answer.tokens for answer in answers), cloud_tokens)
         except OSError as problem:
             print(f"llm-router: usage.json cannot be written: {problem}", file=sys.stderr)
 

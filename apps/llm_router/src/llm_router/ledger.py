@@ -131,11 +131,11 @@ class Ledger:
         used = self._of(key.name)
         return key.cloud and not (key.cloud_tokens_per_day and used.cloud_tokens >= key.cloud_tokens_per_day)
 
-    def spend(self, name: str, tokens: int, *, cloud: bool) -> None:
-        """Book what an answer took. Raises OSError."""
+    def spend(self, name: str, tokens: int, cloud_tokens: int = 0) -> None:
+        """Book what a request took, and how much of it the cloud's. Raises OSError."""
         used = self._of(name)
         used.tokens += tokens
-        used.cloud_tokens += tokens if cloud else 0
+        used.cloud_tokens += cloud_tokens
         content = {name: [one.day, one.tokens, one.cloud_tokens] for name, one in self._used.items()}
         half = self._file.with_suffix(".new")
         half.write_text(json.dumps(content))
