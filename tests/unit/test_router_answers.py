@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from llm_router import answers
 from llm_router.answers import (
     Answer,
     early_fault,
@@ -12,6 +15,7 @@ from llm_router.answers import (
     leaked_tokens,
     unparsed_call,
 )
+from local_claude import checks
 
 REQUEST: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Write a file. What does <|im_start|> mean?"}],
@@ -77,6 +81,78 @@ BAD = [
     ([openai(None, ("Invent", "{}"))], "unknown tool: Invent"),
     (stream('{"file_', "path"), "malformed arguments of Write"),
 ]
+
+
+# What each family of the shipped agent presets writes where its server does not parse it.
+FAMILIES = {
+    "gemma4": [
+        ('<|tool_call>call:Write{file_path:<|"|>a<|"|>}<tool_call|>', "not parsed: <|tool_call>call:Write"),
+        ("I write it.\ncall:Write{file_path:a}", "not parsed: call:Write{"),
+        ("<|channel>thought\nhm<channel|>Done.", "leaked: <|channel>, <channel|>"),
+        ("Done.<turn|>", "leaked: <turn|>"),
+        ('Done <|"|>', 'leaked: <|"|>'),
+    ],
+    "qwen3-coder": [
+        (
+            "<tool_call>\n<function=Write>\n<parameter=file_path>\na",
+            "not parsed: <tool_call> <function=Write>",
+        ),
+        ("Done.</tool_call>", "leaked: </tool_call>"),
+        ("Done.<|im_end|>", "leaked: <|im_end|>"),
+    ],
+    "qwen36": [
+        ("hm\n</think>\nDone.", "leaked: </think>"),
+        ('<tool_call>\n{"name": "Write", "arguments": {}}', "not parsed: <tool_call>"),
+    ],
+    "": [  # any model's own idea of a call
+        ('<invoke name="Write">', "not parsed: <invoke"),
+        ('Sure:\n{"name": "Write", "arguments": {"file_path": "a"}}', 'not parsed: {"name"'),
+        ('Sure:\n{"name": "Write", "arguments": {"file_path": "a', 'not parsed: {"name"'),
+        ('```json\n{"arguments": {"file_path": "a"}, "name": "Write"}\n```', 'not parsed: {"arguments"'),
+        ('[{"id": 1, "name": "Write", "arguments": "{}"}]', 'not parsed: {"id"'),
+    ],
+}
+
+
+@pytest.mark.parametrize(("text", "said"), [case for cases in FAMILIES.values() for case in cases])
+def test_what_a_family_of_models_leaks(text: str, said: str) -> None:
+    assert said in fault(answer(openai(text)), REQUEST)
+
+
+def test_every_shipped_agent_preset_has_a_family() -> None:
+    file = Path(__file__).parents[2] / "inventory/production/group_vars/llm_servers/presets.yml"
+    presets = yaml.safe_load(file.read_text())["llama_presets"].values()
+    models = [preset["model"] for preset in presets if preset.get("agent")]
+    assert models and [one for one in models if not one.startswith(tuple(filter(None, FAMILIES)))] == []
+
+
+def test_the_wrapper_knows_the_same_marks() -> None:
+    """It is installed without the router, so it has the pattern a second time."""
+    assert checks.LEAKED.pattern == answers.LEAK.pattern
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "found"),
+    [
+        ("explain `<tool_call>`", "A `<tool_call>` is a tag around a call", ""),
+        ("explain `<tool_call>`", 'It is a tag:\n{"name": "Write", "arguments": {}}', "not parsed: {"),
+        ('what is\n  {"name": "Write", "arguments": {}}', 'This:\n{"name": "Write", "arguments": {}}', ""),
+        ('what is <|"|> in Gemma', 'A quote is <|"|> there', ""),
+        ('explain <invoke name="Write">', '`<invoke name="Write">` is a call', ""),
+        ("explain `<tool_call>`", "[TOOL_CALLS]Write{}", "not parsed: [TOOL_CALLS]"),
+    ],
+)
+def test_what_the_request_talks_about_is_no_fault(asked: str, said: str, found: str) -> None:
+    for content in (asked, [{"type": "text", "text": asked}]):
+        request = {**REQUEST, "messages": [{"role": "user", "content": content}]}
+        told = fault(answer(openai(said)), request)
+        assert found in told and bool(told) == bool(found)
+
+
+def test_what_the_model_itself_said_before_excuses_nothing() -> None:
+    leak = "Done <unused7> <tool_call>"
+    before = [{"role": "user", "content": "go"}, {"role": "assistant", "content": leak}]
+    assert "not parsed" in fault(answer(openai(leak)), {**REQUEST, "messages": before})
 
 
 @pytest.mark.parametrize("events", GOOD)

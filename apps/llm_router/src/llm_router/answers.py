@@ -9,25 +9,32 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 # Marks of chat templates that a server should have taken out. Not <s> or <b>: that is HTML.
-_LEAK = re.compile(
-    r"<unused\d+>|<\|[a-z][a-z0-9_]{1,30}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>"
-    r"|</?(?:start_of_turn|end_of_turn|tool_call|tool_response|bos|eos)>"
-    r"|<function=[\w.-]+>|</function>|<parameter=[\w.-]+>"
+# local_claude.checks has the same pattern, as it is installed without the other apps; a test compares them.
+LEAK = re.compile(
+    r"<unused\d+>|<\|[a-z][a-z0-9_]{1,30}\|?>|<[a-z][a-z0-9_]{1,30}\|>|<\|\\?\"\|>"
+    r"|<\uff5c[^\uff5c<>]{1,40}\uff5c>"
+    r"|</?(?:start_of_turn|end_of_turn|tool_call|tool_response|function_calls|think|bos|eos)>"
+    r"|<function=[\w.-]+>|</function>|<parameter=[\w.-]+>|<invoke name=\\?\"[\w.-]+\\?\">"
     r"|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
 )
 _CALL_MARK = re.compile(
-    r"<tool_call>|<function=[\w.-]+>|\[TOOL_CALLS\]|<\|python_tag\|>|<\uff5ctool\u2581call\w*\u2581begin\uff5c>"
+    r"<tool_call>|<\|tool_call>|^call:[\w.-]{1,64}\{|<function=[\w.-]+>|<invoke name=\"[\w.-]+\">"
+    r"|\[TOOL_CALLS\]|<\|python_tag\|>|<\uff5ctool\u2581call\w*\u2581begin\uff5c>",
+    re.MULTILINE,
 )
-_FENCE = re.compile(r"```[\w-]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_NAMES, _ARGUMENTS = ("name", "tool", "function", "tool_name"), ("arguments", "parameters", "input", "args")
+_OBJECT = re.compile(r"^[ \t]*(?:\[\s*)?(?=\{\s*\")", re.MULTILINE)
 _CALL_HEAD = re.compile(
-    r'\s*\[?\s*\{\s*"(?:name|tool|function|tool_name)"\s*:\s*"[\w.-]{1,64}"\s*,'
-    r'\s*"(?:arguments|parameters|input|args)"\s*:'
+    rf'\{{\s*"(?:{"|".join(_NAMES)})"\s*:\s*"([\w.-]{{1,64}})"\s*,\s*"(?:{"|".join(_ARGUMENTS)})"\s*:'
 )
+_JSON = json.JSONDecoder(strict=False)
 _EXCERPT = 80
 _LOOKED_AT = 200_000  # characters of a text: what leaks, leaks at once
+_OBJECTS = 100  # JSON objects of a text that are read: nested ones are read once for each level
 
 
 @dataclass
@@ -143,21 +150,23 @@ def fault(answer: Answer, request: Mapping[str, Any]) -> str:
 def early_fault(answer: Answer, request: Mapping[str, Any]) -> str:
     """The faults that can be told before an answer is whole."""
     text = answer.text[:_LOOKED_AT]
-    if (unparsed := unparsed_call(text, tool_names(request))) and unparsed not in _content(request):
-        return f"a tool call that was not parsed: {unparsed}"
+    calls = list(_calls(text, tool_names(request)))
     leaks = leaked_tokens(text) + leaked_tokens(
         " ".join(called.name + called.arguments for called in answer.calls.values())[:_LOOKED_AT]
     )
-    if leaks:
-        asked = _content(request)
-        if fresh := [token for token in leaks if token not in asked]:
-            return f"template tokens leaked: {', '.join(fresh[:3])}"
+    if not calls and not leaks:
+        return ""
+    asked = _asked(request)
+    if unparsed := [begins for mark, begins in calls if mark not in asked]:
+        return f"a tool call that was not parsed: {unparsed[0]}"
+    if fresh := [token for token in leaks if token not in asked]:
+        return f"template tokens leaked: {', '.join(fresh[:3])}"
     return ""
 
 
 def leaked_tokens(text: str) -> list[str]:
     """The marks of chat templates in a text, each once."""
-    return list(dict.fromkeys(_LEAK.findall(text)))
+    return list(dict.fromkeys(LEAK.findall(text)))
 
 
 def unparsed_call(text: str, tools: frozenset[str] = frozenset()) -> str:
@@ -165,12 +174,27 @@ def unparsed_call(text: str, tools: frozenset[str] = frozenset()) -> str:
 
     With `tools` a JSON object is a call only when it names one of them.
     """
-    if mark := _CALL_MARK.search(text):
-        return _excerpt(text[mark.start() :])
-    for part in _parts(text):
-        if _CALL_HEAD.match(part) and (not tools or any(f'"{name}"' in part[:200] for name in tools)):
-            return _excerpt(part)
-    return ""
+    return next((begins for _, begins in _calls(text, tools)), "")
+
+
+def _calls(text: str, tools: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """What looks like a call in a text: the mark that gives it away, for JSON the call, and its beginning."""
+    for mark in _CALL_MARK.finditer(text):
+        yield mark[0], _excerpt(text[mark.start() :])
+    for place in islice(_OBJECT.finditer(text), _OBJECTS):
+        if _is_call(text, place.end(), tools):
+            yield _excerpt(text[place.end() :]), _excerpt(text[place.end() :])
+
+
+def _is_call(text: str, start: int, tools: frozenset[str]) -> bool:
+    """Whether the JSON object that begins there is a call; of one that is not whole its head must tell."""
+    try:
+        found, _ = _JSON.raw_decode(text, start)
+    except (ValueError, RecursionError):
+        head = _CALL_HEAD.match(text, start)
+        return head is not None and (not tools or head[1] in tools)
+    names = [found[name] for name in _NAMES if isinstance(found.get(name), str)]
+    return any(name in found for name in _ARGUMENTS) and any(not tools or name in tools for name in names)
 
 
 def tool_names(request: Mapping[str, Any]) -> frozenset[str]:
@@ -183,14 +207,21 @@ def tool_names(request: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(names - {""})
 
 
-def _parts(text: str) -> Iterator[str]:
-    yield text
-    yield from _FENCE.findall(text)
+def _asked(request: Mapping[str, Any]) -> str:
+    """All that a request says, for looking a mark up; made only when there is one."""
+    return " ".join(" ".join(_strings([request.get("system"), request.get("messages")])).split())
 
 
-def _content(request: Mapping[str, Any]) -> str:
-    """All text of a request's messages, for looking a mark up; made only when there is one."""
-    return json.dumps([request.get("system"), request.get("messages")], ensure_ascii=False, default=str)
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in it, but for the model's own: they may be what leaked before and was passed on."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping) and value.get("role") != "assistant":
+        for one in value.values():
+            yield from _strings(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _strings(one)
 
 
 def _text(value: Any) -> str:
@@ -205,4 +236,4 @@ def _is_object(text: str) -> bool:
 
 
 def _excerpt(text: str) -> str:
-    return " ".join(text.split())[:_EXCERPT]
+    return " ".join(text[: 4 * _EXCERPT].split())[:_EXCERPT]

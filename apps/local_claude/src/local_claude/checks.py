@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,14 +33,13 @@ CHECK_TOKENS = 256
 KEPT_S = 30 * 24 * 3600
 NEVER_S = 1e12  # no time of a clock; and above it numbers may not fit into a float
 MAX_KEPT = 200
-LEAKED = (
-    "<unused",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<tool_call>",
-    "<function=",
-    "<|python_tag|>",
-    "[TOOL_CALLS]",
+# Marks of chat templates: what llm_router.answers.LEAK holds, which is not installed where this is.
+LEAKED = re.compile(
+    r"<unused\d+>|<\|[a-z][a-z0-9_]{1,30}\|?>|<[a-z][a-z0-9_]{1,30}\|>|<\|\\?\"\|>"
+    r"|<\uff5c[^\uff5c<>]{1,40}\uff5c>"
+    r"|</?(?:start_of_turn|end_of_turn|tool_call|tool_response|function_calls|think|bos|eos)>"
+    r"|<function=[\w.-]+>|</function>|<parameter=[\w.-]+>|<invoke name=\\?\"[\w.-]+\\?\">"
+    r"|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
 )
 TOOL = {
     "name": "report",
@@ -177,7 +177,7 @@ def _judge_call(found: Found, reply: Reply) -> Result:
             EXIT_WRONG_SERVER,
         )
     text = "".join(str(block.get("text", "")) for block in blocks if block.get("type") == "text")
-    leaked = next((mark for mark in LEAKED if mark in text), None)
+    leaked = LEAKED.search(text)
     calls = [block for block in blocks if block.get("type") == "tool_use"]
     if leaked:
         return Result(
