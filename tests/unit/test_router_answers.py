@@ -177,6 +177,11 @@ def test_usage_counts_what_the_cache_had() -> None:
     assert (made.prompt_tokens, made.output_tokens, made.stop) == (95, 7, "tool_use")
 
 
+def test_usage_counts_what_went_into_the_cache() -> None:
+    usage = {"input_tokens": 5, "cache_creation_input_tokens": 80, "cache_read_input_tokens": 10}
+    assert answer({**anthropic(), "usage": usage}).tokens == 95
+
+
 def test_html_and_code_are_not_leaks() -> None:
     text = "<s>old</s> <b>x</b> a <| b |> c [INSTALL] List<Tool> {'name': 'Write'} <p>"
     assert leaked_tokens(text) == [] and unparsed_call(text) == ""

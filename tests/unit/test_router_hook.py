@@ -391,6 +391,7 @@ def test_the_box_with_the_fewest_requests_in_flight_is_asked(world: Any) -> None
         ({"fallbacks": ["cloud"]}, 400),
         ({"litellm_call_id": "id-2"}, 400),
         ({"mock_response": "x"}, 400),
+        ({"tools": TOOLS, "n": 2}, 400),  # of several answers only the first would be judged
     ],
 )
 def test_what_only_the_router_may_say_is_refused(more: dict[str, Any], status: int, world: Any) -> None:
@@ -409,6 +410,10 @@ def test_a_budget_halts_with_a_line_and_retry_after(world: Any) -> None:
 
 def test_a_field_that_no_client_needs_goes_no_further(world: Any) -> None:
     assert "store" not in begin(world, store=True) and begin(world, temperature=0.5)["temperature"] == 0.5
+
+
+def test_one_answer_with_tools_and_several_without_go_on(world: Any) -> None:
+    assert begin(world, tools=TOOLS, n=1)["n"] == 1 and begin(world, n=2)["n"] == 2
 
 
 def test_a_failed_request_has_its_line(world: Any) -> None:

@@ -132,6 +132,8 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         )
         if inside:
             raise Refused(400, f"{inside[0]}: not for clients of this router")
+        if sent.get("tools") and sent.get("n") not in (None, 1):
+            raise Refused(400, "n: with tools one answer is judged; fix: leave n out, or ask several times")
 
     async def count(self, key: Key, request: Request) -> None:
         """A count of tokens, which no other hook sees: only for a preset, so that the prompt stays here.
