@@ -262,7 +262,7 @@ SUSPEND = {
     # logind's word, the unit's states, and the seconds that the machine has slept by then.
     "sleeps": """say true; sleep 0.3; unit activating start; sleep 0.3
         echo 8 > slept; unit inactive dead; say false""",
-    "sleeps for a moment": """say true; unit activating start; sleep 0.3; unit inactive dead; say false""",
+    "sleeps for a moment": """say true; unit activating start; sleep 1.5; unit inactive dead; say false""",
     "sleeps at once": "echo 8 > slept",
     "fails late": """
         say true; sleep 0.3; unit activating start; sleep 0.3; unit failed failed exit-code 1; say false""",
@@ -283,7 +283,7 @@ SUSPEND = {
         ("fails at once", "systemd-suspend.service: it exited with status 1; look with: journalctl"),
         ("is given up", "it was accepted, and the machine did not sleep"),
         ("does not begin", "it was accepted, and the machine did not sleep"),
-        ("hangs", "has not ended in 2 s, so nothing is started: it may sleep"),
+        ("hangs", "has not ended in 4 s, so nothing is started: it may sleep"),
     ],
 )
 def test_a_suspend_is_over_when_the_machine_is_awake_again(
@@ -302,11 +302,11 @@ def test_a_suspend_is_over_when_the_machine_is_awake_again(
         }"""
     program(stand_in, "goes", f"{here}; {helpers}\n{SUSPEND[way]}\ntouch over")
     # logind says that it is at it before its caller returns.
-    program(stand_in, "sudo", f'{here}; echo "$*" > asked; ./goes >/dev/null 2>&1 & sleep 0.15')
+    program(stand_in, "sudo", f'{here}; echo "$*" > asked; ./goes >/dev/null 2>&1 & sleep 0.5')
     program(stand_in, "busctl", f"{here}; cat said 2>/dev/null")
     program(stand_in, "systemctl", f"{here}; cat unit")
     monkeypatch.setattr(systemd, "asleep", lambda: float((stand_in / "slept").read_text() or 3))
-    for name, seconds in (("TIMEOUT", 2.0), ("BEGIN", 0.6), ("TICK", 0.05)):
+    for name, seconds in (("TIMEOUT", 4.0), ("BEGIN", 1.0), ("TICK", 0.05)):
         monkeypatch.setattr(systemd, f"SUSPEND_{name}_S", seconds)
     if way == "hangs":
         with pytest.raises(LlmboxError, match=said):
