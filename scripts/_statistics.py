@@ -11,31 +11,38 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from statistics import median
+from statistics import fmean, median
 
 RECENT = 5  # runs that are judged together
 BASELINE = 60  # runs before them that they are compared with, at most
-BASELINE_LEAST = 20  # fewer say too little about the spread
-NOISY = 0.03  # with a larger spread than this the verdict says what it can still see
+BASELINE_LEAST = 25  # five measurements: of fewer, how far their levels lie apart cannot be told
+NOISY = 0.03  # with more noise than this the verdict says what it can still see
 LEAST_CHANGE = 0.06  # what is called a change, however quiet the box is
-# Standard errors to the threshold, and from there to the slowdown that nine of ten comparisons show (normal
-# quantile 0.90). tests/unit/test_statistics.py holds both against runs recorded on a real box.
-Z_ALARM, Z_POWER = 2.6, 1.28
+# Beyond this wander (see Baseline) the threshold grows with its square: the more there is, the less the past
+# few stretches tell of the next. A box at NOISY has 0.0204; what 25 runs say of it scatters.
+STILL = 0.022
+# Wanders from the threshold to the slowdown that nine of ten comparisons show: more than the normal quantile
+# of 1.28, since the wander is an estimate. tests/unit/test_statistics.py holds both against recorded and
+# synthetic runs.
+POWER = 2.5
+CUT = 4.0  # standard errors of independent runs: what one stretch adds to the wander at most
 MAD_TO_SIGMA = 1.4826  # of a normal distribution: 1 / its 0.75 quantile
 MOST = 0.7  # of the runs: what they span counts as well
 MOST_TO_MAD = 0.3254  # of a normal distribution: its 0.75 quantile / (2 x its 0.85 quantile)
 # Variance of the Hodges-Lehmann estimate from n normal values in units of sigma²/n, asymptotically (Hodges &
 # Lehmann 1963); the median's is pi/2, the mean's 1.
 LEVEL_VARIANCE = math.pi / 3
+# The standard error of the level of RECENT independent normal runs in units of the MAD of one.
+LEVEL_ERROR = MAD_TO_SIGMA * math.sqrt(LEVEL_VARIANCE / RECENT)
 BOOTSTRAPS = 2000
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a box did before: level, and spread (see there) as a share of it.
+    """What a box did before: level, spread (see there) as a share of it, and how many runs that are.
 
-    `wander` is the standard deviation, as a share, of the level of RECENT runs in a row. On a box that others
-    use slow runs follow each other, and it is larger than the spread of single runs explains.
+    `wander` is how far the level of RECENT runs in a row lies from the level of all, as the root mean square
+    of the logarithm. A box on which slow runs follow each other wanders farther than its spread explains.
     """
 
     level: float
@@ -49,34 +56,29 @@ class Baseline:
         newest = values[-BASELINE:]
         if not newest or min(newest) <= 0:
             raise ValueError("a baseline needs positive values")
-        rows = [level(newest[at : at + RECENT]) for at in range(len(newest) - RECENT + 1)]
-        middle, wander = level(newest), MAD_TO_SIGMA * _deviation(rows) if rows else 0.0
-        if rows and spread(newest) > NOISY:  # few and far between, what disturbs a box escapes every median
-            wander = max(wander, max(abs(row / middle - 1) for row in rows) / 2)
-        return cls(middle, spread(newest), len(newest), wander)
+        return cls(level(newest), spread(newest), len(newest), wander(newest))
+
+    @property
+    def noise(self) -> float:
+        """As `noise` of its runs."""
+        return max(self.spread, self.wander / LEVEL_ERROR)
 
     @property
     def noisy(self) -> bool:
-        """Whether the spread is too large for a sharp verdict."""
-        return self.spread > NOISY
+        """Whether there is too much noise for a sharp verdict."""
+        return self.noise > NOISY
 
-    def error(self, runs: int) -> float:
-        """The standard error of the level of `runs` runs against this baseline, as a share."""
-        sigma = MAD_TO_SIGMA * self.spread
-        return max(self.wander, sigma * math.sqrt(LEVEL_VARIANCE / runs + LEVEL_VARIANCE / self.runs))
+    @property
+    def threshold(self) -> float:
+        """The slowdown of the level of RECENT runs, as a share, from which on it is told."""
+        beyond = max(1.0, self.wander / STILL)
+        return 1 - math.exp(math.log(1 - LEAST_CHANGE) * beyond * beyond)
 
-    def threshold(self, runs: int) -> float:
-        """The slowdown of the level of `runs` runs, as a share, from which on it is told.
-
-        Errors are of the logarithm, as no speed is below 0. The noisier the box, the more of them it takes:
-        what disturbs it comes and goes, and is no normal distribution's.
-        """
-        errors = Z_ALARM * max(1.0, self.spread / NOISY)
-        return max(LEAST_CHANGE, -math.expm1(-errors * self.error(runs)))
-
-    def detectable(self, runs: int) -> float:
+    @property
+    def detectable(self) -> float:
         """The slowdown, as a share, that nine of ten such comparisons show."""
-        return 1 - (1 - self.threshold(runs)) * math.exp(-Z_POWER * self.error(runs))
+        error = self.wander * math.sqrt(1 + RECENT / self.runs)
+        return 1 - (1 - self.threshold) * math.exp(-POWER * error)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Verdict:
     @property
     def slower(self) -> bool:
         """Whether the level is lower than chance explains."""
-        return self.baseline is not None and self.change < -self.baseline.threshold(self.runs)
+        return self.baseline is not None and self.change < -self.baseline.threshold
 
     @property
     def word(self) -> str:
@@ -104,7 +106,7 @@ class Verdict:
             return "no baseline"
         if self.slower:
             return "slower"
-        return "faster" if self.change > self.baseline.threshold(self.runs) else "steady"
+        return "faster" if self.change > self.baseline.threshold else "steady"
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,25 @@ def spread(values: Sequence[float]) -> float:
     tail = round((1 - MOST) / 2 * (len(ascending) - 1))
     span = ascending[-1 - tail] - ascending[tail]
     return max(_deviation(values), MOST_TO_MAD * span / middle)
+
+
+def wander(values: Sequence[float]) -> float:
+    """How far the levels of RECENT runs in a row lie from the level of all (see Baseline); 0 of fewer runs.
+
+    Each counts with CUT standard errors at most: what disturbed a quiet box once does not blind it.
+    """
+    middle, most = level(values), CUT * LEVEL_ERROR * spread(values)
+    stretches = [values[at : at + RECENT] for at in range(len(values) - RECENT + 1)]
+    away = [min(abs(math.log(level(stretch) / middle)), most) for stretch in stretches]
+    return math.sqrt(fmean(one * one for one in away)) if away else 0.0
+
+
+def noise(values: Sequence[float]) -> float:
+    """What makes a slowdown hard to see, as a MAD: the spread of runs, or what their wander amounts to.
+
+    That is the MAD of independent normal runs whose levels would lie as far apart. Raises ValueError: none.
+    """
+    return max(spread(values), wander(values) / LEVEL_ERROR)
 
 
 def _deviation(values: Sequence[float]) -> float:

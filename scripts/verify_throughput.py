@@ -104,7 +104,7 @@ class Figure:
         trend = self.verdict
         limit = None
         if trend.baseline:
-            limit = round(trend.baseline.level * (1 - trend.baseline.threshold(trend.runs)), 2)
+            limit = round(trend.baseline.level * (1 - trend.baseline.threshold), 2)
         return [
             Check(name, good, best, unit, floor, detail),
             Check(f"{name}_trend", not trend.slower, round(trend.level, 2), unit, limit, told(trend)),
@@ -132,9 +132,9 @@ def told(trend: Verdict) -> str:
     before = trend.baseline
     if before is None:
         return f"no baseline yet: it takes {BASELINE_LEAST} runs of the same preset, release and driver"
-    least = before.detectable(trend.runs)
+    least = before.detectable
     seen = f"a slowdown of {least:.0%} would be seen" if least < HOPELESS else "no slowdown could be told"
-    noise = f"; the runs vary too much for a finer verdict (±{before.spread:.1%})" if before.noisy else ""
+    noise = f"; the runs vary too much for a finer verdict (±{before.noise:.1%})" if before.noisy else ""
     beside = f"{trend.change:+.1%} beside {before.level:.1f} tok/s of {before.runs} runs before"
     fix = "; fix: look for another load, for heat and for what changed on the box" if trend.slower else ""
     return f"{beside}; {seen}{noise}{fix}"
