@@ -230,6 +230,8 @@ def test_a_client_names_boxes_and_presets_that_there_are(
 
 # --- the files ---
 
+BEGIN_LINE = "# BEGIN llmbox"
+
 TEXTS = {
     "empty": "",
     "no line break at the end": "export A=1",
@@ -306,11 +308,14 @@ def test_an_editor_s_line_breaks_are_cut_out_with_the_block(tmp_path: Path) -> N
     assert path.read_bytes() == b'{\r\n  "a": 1\r\n}\r\n'
 
 
+OURS = "# Managed by llmbox\n"
+
+
 @pytest.mark.parametrize("kind", ["block", "json", "own"])
 def test_what_was_made_goes_with_its_folders(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "one/file"
     (tmp_path / "one").mkdir() if kind == "own" else None
-    entry = {"paths": [str(path)], "kind": kind, "text": "x", "at": ["at"], "content": ITEMS, "make": True}
+    entry = {"paths": [str(path)], "kind": kind, "text": OURS, "at": ["at"], "content": ITEMS, "make": True}
     assert converge({**entry, "wanted": True}) and path.is_file()
     assert not converge({**entry, "wanted": True})
     assert converge({**entry, "wanted": False})
@@ -341,6 +346,70 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "dotfiles").read_text().startswith("# BEGIN llmbox")
 
 
+@pytest.mark.parametrize("kind", ["block", "own"])
+def test_a_link_to_nothing_stays_and_what_was_made_behind_it_goes(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    link = tmp_path / "home/rc"
+    link.symlink_to(tmp_path / "dot/rc")
+    entry = {"paths": [str(link)], "kind": kind, "text": OURS, "make": True, "wanted": True}
+    assert converge(entry) and not converge(entry)
+    assert (tmp_path / "dot/rc").is_file()
+    assert converge({**entry, "wanted": False})
+    assert link.is_symlink() and not (tmp_path / "dot").exists()
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    link = tmp_path / "rc"
+    link.symlink_to(link)
+    entry = {"paths": [str(link)], "kind": "block", "text": "x", "make": True, "wanted": True}
+    with pytest.raises(module.Refused, match="leads back to itself; fix: remove it"):
+        module.planned(entry)
+
+
+def test_a_hard_link_stays_one(tmp_path: Path) -> None:
+    path, other = tmp_path / "rc", tmp_path / "other"
+    path.write_text("mine\n")
+    other.hardlink_to(path)
+    entry = {"paths": [str(path)], "kind": "block", "text": "x", "make": True, "wanted": True}
+    converge(entry)
+    assert other.samefile(path) and BEGIN_LINE in other.read_text()
+    converge({**entry, "wanted": False})
+    assert other.samefile(path) and other.read_text() == "mine\n"
+
+
+def test_a_file_of_the_person_with_the_name_of_ours_is_refused_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "presets.json"
+    path.write_bytes(b'{"mine": "\xe9"}')
+    entry = {"path": str(path), "kind": "own", "text": OURS, "wanted": True}
+    with pytest.raises(module.Refused, match=f"^{re.escape(str(path))} is there and not ours; fix: move it"):
+        converge(entry)
+    assert not converge({**entry, "wanted": False})
+    assert path.read_bytes() == b'{"mine": "\xe9"}'
+
+
+@pytest.mark.parametrize("facts", [LINUX, MAC], ids=["linux", "mac"])
+def test_every_file_of_our_own_says_so(facts: dict[str, str]) -> None:
+    own = [entry for entry in files(facts).values() if entry["kind"] == "own"]
+    assert len(own) == 3 and all(module.OWN in entry["text"] for entry in own)
+
+
+@pytest.mark.parametrize("kind", ["block", "json"])
+def test_any_bytes_get_the_block_and_come_back(kind: str, tmp_path: Path) -> None:
+    path, theirs = tmp_path / "file", b'{"a": "caf\xe9 \xff"}\n'
+    path.write_bytes(theirs)
+    entry = {"paths": [str(path)], "kind": kind, "text": "x", "at": ["at"], "content": ITEMS, "wanted": True}
+    module.planned(entry).shown["prepared"].encode()  # goes to the controller
+    assert converge(entry) and BEGIN_LINE.encode()[2:] in path.read_bytes()
+    assert converge({**entry, "wanted": False})
+    assert path.read_bytes() == theirs
+
+
+def test_a_folder_in_a_file_s_place_is_refused_with_a_fix(tmp_path: Path) -> None:
+    entry = {"paths": [str(tmp_path)], "kind": "block", "text": "x", "wanted": True}
+    with pytest.raises(module.Refused, match="is no file of text; fix: move it away"):
+        module.planned(entry)
+
+
 def test_bash_on_a_mac_keeps_the_file_that_it_reads(tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in (".bash_profile", ".bash_login", ".profile", ".bash_profile")]
     (tmp_path / ".profile").write_text("mine\n")
@@ -354,16 +423,16 @@ def test_bash_on_a_mac_keeps_the_file_that_it_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "refusal"),
     [
-        ("", ":1: is empty, no JSON; fix: "),
+        ("", ":1: is empty, no JSON"),
         ("[]", ":1: is no object of JSON"),
         ('{\n "at": 3}', ":2: at is no list"),
-        ('{\n "at": [{"name": "B"}]}', ":2: B is set there already; fix: "),
+        ('{\n "at": [{"name": "B"}]}', ":2: B is set there already"),
         ('{"a" 1}', ":1: cannot be read as JSON: ':' is missing"),
         ('{"a": [1 2]}', ":1: cannot be read as JSON: ',' or ']' is missing"),
         ('{"a": 1', ":1: cannot be read as JSON: ',' or '}' is missing"),
         ('{"a": "x', ":1: cannot be read as JSON: a value is missing"),
         ('{"a": ' + "[" * 100_000, ":1: cannot be read as JSON"),
-        ("{\n  /* BEGIN llmbox */\n}", ":2: half a block of llmbox, or two of them; fix: "),
+        ("{\n  /* BEGIN llmbox */\n}", ":2: half a block of llmbox, or two of them"),
     ],
 )
 def test_what_cannot_be_changed_safely_is_refused_with_its_line(
@@ -372,7 +441,7 @@ def test_what_cannot_be_changed_safely_is_refused_with_its_line(
     path = tmp_path / "settings.json"
     path.write_text(text)
     entry = {"path": str(path), "kind": "json", "at": ["at"], "content": ITEMS, "wanted": True}
-    with pytest.raises(module.Refused, match=f"^{re.escape(f'{path}{refusal}')}"):
+    with pytest.raises(module.Refused, match=f"^{re.escape(f'{path}{refusal}')}.*; fix: "):
         module.planned(entry)
     assert path.read_text() == text
 

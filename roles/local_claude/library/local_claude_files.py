@@ -44,6 +44,7 @@ paths: {description: Files that changed., type: list, elements: str, returned: a
 """
 
 BEGIN, END = "BEGIN llmbox", "END llmbox"
+OWN = "Managed by llmbox"  # in every file of our own: llama_common.clients
 # In JSON not to the end of the line: there the person's text may go on.
 SHELL, JSON = "#", "/*"
 MAX_BYTES = 4 * 1024 * 1024
@@ -160,17 +161,16 @@ class Document:
             items = [start for _, start in self._container(position)[0] if self.text[start] == "{"]
             taken, wanted = {self._name(start): start for start in items}, {item["name"] for item in content}
         for name in sorted(taken.keys() & wanted):
-            fix = "remove it, or switch this file off in the inventory"
-            raise self._refused(taken[name], f"{name} is set there already; fix: {fix}")
+            raise self._refused(taken[name], f"{name} is set there already", "remove it")
 
     def _name(self, position: int) -> str:
         """The text of the member `name` of an object, "" without one."""
         at = self._members(position).get("name")
         return str(json.loads(self.text[at : self._value(at)])) if at and self.text[at] == '"' else ""
 
-    def _refused(self, position: int, what: str) -> Refused:
+    def _refused(self, position: int, what: str, fix: str = "mend it") -> Refused:
         line = self.text.count("\n", 0, position) + 1
-        return Refused(f"{self.path}:{line}: {what}")
+        return Refused(f"{self.path}:{line}: {what}; fix: {fix}, or switch this file off in the inventory")
 
     def _skip(self, position: int) -> int:
         """The next character that is neither blank nor comment."""
@@ -228,7 +228,8 @@ class Change:
         """For --diff: only lines around ours, for a person's files may hold secrets."""
         before, after = (self.before or "").splitlines(), (self.after or "").splitlines()
         found = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
-        lines = [line for line in found if not line.startswith("@@")]
+        # A byte that is no UTF-8 cannot be sent to the controller.
+        lines = [line.encode(errors="replace").decode() for line in found if not line.startswith("@@")]
         return {
             "header": str(self.path),
             "prepared": f"{self.path}\n" + "".join(f"{line}\n" for line in lines),
@@ -238,12 +239,16 @@ class Change:
 def planned(entry: dict[str, Any]) -> Change:
     """What one entry of the list makes of its file. Raises Refused and OSError."""
     path, make = target(entry)
-    before = read(path)
+    file, before = behind(path), read(path)
     if entry["kind"] == "own":
-        return Change(path, before, entry["text"] if entry["wanted"] else None, 1)
+        theirs = before is not None and OWN not in before
+        if theirs and entry["wanted"]:
+            raise Refused(f"{path} is there and not ours; fix: move it away, or remove it")
+        kept = before if theirs else None
+        return Change(path, before, entry["text"] if entry["wanted"] else kept, 1)
     comment = JSON if entry["kind"] == "json" else SHELL
     empty = "{\n}\n" if comment == JSON else ""
-    text, folders = (empty, missing(path)) if before is None else without(before, comment, str(path))
+    text, folders = (empty, missing(file)) if before is None else without(before, comment, str(path))
     if not entry["wanted"] or (before is None and not make):
         gone = before is None or (folders is not None and text == empty)
         return Change(path, before, None if gone else text, folders or 0)
@@ -268,11 +273,16 @@ def read(path: Path) -> str | None:
     if not path.exists():
         return None
     if not path.is_file() or path.stat().st_size > MAX_BYTES:
-        raise Refused(f"{path} is no file of text")
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError:
-        raise Refused(f"{path} is not UTF-8; fix: put the lines of docs/clients.md in by hand") from None
+        raise Refused(f"{path} is no file of text; fix: move it away")
+    return path.read_bytes().decode(errors="surrogateescape")  # any byte comes back as it was
+
+
+def behind(path: Path) -> Path:
+    """The file behind a link, whether it is there or not. Raises Refused."""
+    found = Path(os.path.realpath(path))
+    if found.is_symlink():
+        raise Refused(f"{path} is a link that leads back to itself; fix: remove it")
+    return found
 
 
 def missing(path: Path) -> int:
@@ -281,15 +291,22 @@ def missing(path: Path) -> int:
 
 
 def apply(change: Change) -> None:
-    """Do it: whole or not at all, through a link, with mode and owner of what was there. Raises OSError."""
+    """Do it through a link, with mode and owner of what was there: whole or not at all, but for a hard link.
+
+    Raises Refused and OSError.
+    """
+    path = behind(change.path)
     if change.after is None:
-        change.path.unlink()
-        for folder in list(change.path.parents)[: change.folders]:
+        path.unlink()
+        for folder in list(path.parents)[: change.folders]:
             if any(folder.iterdir()):
                 break
             folder.rmdir()
         return
-    path = change.path.resolve()
+    content = change.after.encode(errors="surrogateescape")
+    if path.exists() and path.stat().st_nlink > 1:  # a new file would leave the other names with the old text
+        path.write_bytes(content)
+        return
     for folder in reversed(path.parents):
         if not folder.exists():
             folder.mkdir(mode=0o700)
@@ -297,7 +314,7 @@ def apply(change: Change) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(change.after.encode())
+            file.write(content)
         Path(name).chmod(mode)
         Path(name).replace(path)
     except BaseException:

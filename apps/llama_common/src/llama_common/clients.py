@@ -15,6 +15,8 @@ from llama_common.fields import Address
 from llama_common.presets import HostConfig, Preset
 from llama_common.problems import Problem
 
+# By its first words the role local_claude knows a file of ours.
+MANAGED: Final = "Managed by llmbox: roles/local_claude."
 VERBS: Final = ("off", "sleep", "status", "logs")
 MAX_OUTPUT: Final = 16384
 SSH_PORT: Final = 22
@@ -102,7 +104,7 @@ def shell_text(entries: Mapping[str, str], bin_dir: str) -> str:
     folder = shlex.quote(bin_dir)
     return "".join(
         [
-            "# Managed by llmbox: roles/local_claude. From the presets of the inventory; for bash and zsh.\n",
+            f"# {MANAGED} From the presets of the inventory; for bash and zsh.\n",
             f'case ":$PATH:" in *:{folder}:*) ;; *) PATH={folder}:"$PATH" ;; esac\n',
             *(f"alias {name}={shlex.quote(command)}\n" for name, command in entries.items()),
         ]
@@ -111,7 +113,7 @@ def shell_text(entries: Mapping[str, str], bin_dir: str) -> str:
 
 def ssh_text(boxes: Mapping[str, tuple[str, int]]) -> str:
     """Entries for ssh_config, from name to address and port. Who logs in stays the person's own choice."""
-    lines = ["# Managed by llmbox: roles/local_claude."]
+    lines = [f"# {MANAGED}"]
     for name, (host, port) in boxes.items():
         lines += [f"Host {name}", f"  HostName {host}", *([f"  Port {port}"] if port != SSH_PORT else [])]
     return "\n".join(lines) + "\n"
@@ -158,7 +160,7 @@ def local_presets(boxes: Sequence[Box]) -> dict[str, Any]:
         for name, preset in box.presets.items():
             said = preset.model_dump(mode="json", include=set(LOCAL), exclude_none=True)
             found.setdefault(name, {"file": box.config.files(preset.model)[0].file, **said})
-    return {"version": 1, "presets": found}
+    return {"comment": MANAGED, "version": 1, "presets": found}
 
 
 def opencode_providers(boxes: Sequence[Box]) -> dict[str, Any]:
