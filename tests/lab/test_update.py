@@ -116,12 +116,14 @@ class Seen:
 def settled() -> Seen:
     """Wait until what outlives a killed play has ended, and ask the preset something. What serves then."""
     deadline = time.monotonic() + SETTLED_S
-    while (seen := Seen.now()).wrong and time.monotonic() < deadline:
+    while True:
+        seen = Seen.now()
+        if not seen.wrong:
+            completion()
+            if Seen.now() == seen:  # what was killed may have begun a trial only now
+                return seen
+        assert time.monotonic() < deadline, seen
         time.sleep(1)
-    assert seen.wrong == ""
-    completion()
-    assert Seen.now() == seen
-    return seen
 
 
 @dataclass(frozen=True)
