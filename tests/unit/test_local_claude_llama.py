@@ -64,6 +64,15 @@ def test_the_draft_is_the_smallest_with_the_same_tokens() -> None:
     assert plan("--model", "coder-tiny").draft is None
 
 
+def test_a_draft_of_its_own_choice_is_less_than_half_as_large() -> None:
+    """It must be read beside the model for every token; a person may name a larger one."""
+    small = file("coder-1.7b", 1.2)
+    large, close = file("coder-a", 2.5), file("coder-b", 2.3)
+    assert plan("--model", "coder-a", files=[large, small]).draft == small["path"]
+    assert plan("--model", "coder-b", files=[close, small]).draft is None
+    assert plan("--model", "coder-b", "--draft", "coder-1.7b", files=[close, small]).draft == small["path"]
+
+
 @pytest.mark.parametrize(
     ("draft", "reason"),
     [

@@ -225,6 +225,37 @@ def test_arrow_keys(keys: list[bytes], picked: int | None) -> None:
     assert "Models" in seen[0] and any("> b" in text for text in seen)
 
 
+def drawn(written: list[str]) -> list[list[str]]:
+    """Each picture of the list, as rows: what was written between two moves back up."""
+    pictures = re.split(r"\x1b\[(\d+)A", "".join(written).split("\n", 1)[1])
+    rows = [picture.replace("\x1b[K", "").splitlines() for picture in pictures[::2]]
+    assert [len(each) for each in rows[:-1]] == [int(height) for height in pictures[1::2]]
+    return [[re.sub(r"\x1b\[\d*m", "", row) for row in each] for each in rows]
+
+
+def test_a_list_taller_and_wider_than_the_terminal() -> None:
+    """What is drawn over again is exactly what stands there: as many lines as fit, none that wraps."""
+    rows = [f"model {number} {'x' * 60}" for number in range(30)]
+    pressed = iter([b"\x1b[A", b"\x1b[A", b"\r"])
+    seen: list[str] = []
+    assert choose.pick("Models", rows, 0, lambda: next(pressed), seen.append, lambda: (40, 8)) == 28
+    pictures = drawn(seen)
+    assert [[row.split()[1 if row[0] == " " else 2] for row in each] for each in pictures] == [
+        ["0", "1", "2", "3", "4", "5"],
+        ["24", "25", "26", "27", "28", "29"],
+        ["24", "25", "26", "27", "28", "29"],
+    ]
+    assert [[row[0] for row in each].index(">") for each in pictures] == [0, 5, 4]
+    assert all(len(row) < 40 for each in pictures for row in each) and pictures[0][0].endswith("x…")
+    assert len(seen[0]) <= 40
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 2), (200, 100)])
+def test_a_terminal_of_any_size(size: tuple[int, int]) -> None:
+    pressed = iter([b"\x1b[B", b"\r"])
+    assert choose.pick("Models", ["a", "b", "c"], 1, lambda: next(pressed), lambda _: None, lambda: size) == 2
+
+
 # --- LM Studio's own files ---
 
 

@@ -86,6 +86,29 @@ def test_quiet_keeps_warnings(world: Path, capsys: pytest.CaptureFixture[str]) -
     assert told and all(line.startswith("local-claude: warn ") for line in told), told
 
 
+@pytest.mark.parametrize(
+    ("build", "often"), [("b1-a", "once for each server, model and version"), ("", "every time: it tells no")]
+)
+def test_how_often_the_long_check_is_done_is_said(
+    build: str, often: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And done: a server without a version may be another one tomorrow."""
+    with ScriptedLlm(scripted_llm.gateway(build=build)) as server:
+        for _ in range(2):
+            started("--port", str(server.port), "-p", "x")
+        asked = sum(path == "/v1/messages" for _, path, _ in server.asked)
+    assert f"checking tool calls and prompt cache ({often}" in capsys.readouterr().err
+    assert asked == (2 if build else 4)
+
+
+def test_another_request_between_the_two_of_the_check_is_no_broken_cache(world: Path) -> None:
+    calls = iter([0, 0, 120])  # tokens found: of the first prompt, of the second, of the second again
+    with ScriptedLlm(scripted_llm.gateway()) as server:
+        server.answers["/v1/messages"] = lambda body: scripted_llm.called(cached=next(calls))(body)  # type: ignore[operator]
+        started("--port", str(server.port), "-p", "x")
+    assert next(calls, None) is None
+
+
 def test_a_server_of_another_machine_is_never_started_here(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ def choose(title: str, rows: Sequence[str], first: int = 0) -> int | None:
     before = termios.tcgetattr(descriptor)
     try:
         tty.setcbreak(descriptor)
-        return pick(title, rows, first, lambda: os.read(descriptor, 64), _write)
+        return pick(title, rows, first, lambda: os.read(descriptor, 64), _write, _size)
     except KeyboardInterrupt:
         return None
     finally:
@@ -34,13 +34,26 @@ def choose(title: str, rows: Sequence[str], first: int = 0) -> int | None:
 
 
 def pick(
-    title: str, rows: Sequence[str], at: int, read: Callable[[], bytes], write: Callable[[str], None]
+    title: str,
+    rows: Sequence[str],
+    at: int,
+    read: Callable[[], bytes],
+    write: Callable[[str], None],
+    size: Callable[[], tuple[int, int]] = lambda: (80, 24),
 ) -> int | None:
-    """The choice itself: keys come from `read`, what is to be seen goes to `write`."""
-    write(f"{title} (arrow keys, Enter; q gives up)\n")
+    """The choice itself: keys come from `read`, what is to be seen goes to `write`, on (columns, lines).
+
+    A list that is taller than the terminal is shown around the row that is meant, a longer row is cut: what
+    scrolls or wraps could not be drawn over again.
+    """
+    write(_cut(f"{title}: {len(rows)} (arrow keys, Enter; q gives up)", size()[0]) + "\n")
     while True:
-        for number, row in enumerate(rows):
-            write(f"\x1b[K\x1b[7m> {row}\x1b[0m\n" if number == at else f"\x1b[K  {row}\n")
+        columns, lines = size()
+        height = max(1, min(len(rows), lines - 2))
+        top = min(max(0, at - height // 2), len(rows) - height)
+        for number in range(top, top + height):
+            row = _cut(f"{'>' if number == at else ' '} {rows[number]}", columns)
+            write(f"\x1b[K\x1b[7m{row}\x1b[0m\n" if number == at else f"\x1b[K{row}\n")
         for pressed in _KEY.findall(read()) or [b""]:
             key = _KEYS.get(pressed)
             if key == ENTER:
@@ -48,7 +61,19 @@ def pick(
             if key == GIVE_UP:
                 return None
             at = (at + {UP: -1, DOWN: 1}.get(key or "", 0)) % len(rows)
-        write(f"\x1b[{len(rows)}A")
+        write(f"\x1b[{height}A")
+
+
+def _cut(text: str, columns: int) -> str:
+    return text if len(text) < columns else f"{text[: max(0, columns - 2)]}…"
+
+
+def _size() -> tuple[int, int]:
+    try:
+        columns, lines = os.get_terminal_size(sys.stderr.fileno())
+    except OSError:
+        columns = lines = 0
+    return columns or 80, lines or 24  # a serial line tells 0
 
 
 def _write(text: str) -> None:
