@@ -282,6 +282,32 @@ def test_a_client_that_leaves_while_an_answer_is_held_has_used_it(leaves: str, w
     asyncio.run(leave())
     (line,) = lines(world)
     assert (line["status"], line["error"], line["prompt_tokens"]) == (499, "the client went away", 50)
+    assert (line["output_tokens"], line["estimated"]) == ((1, True) if leaves == "closed" else (0, False))
+
+
+def test_who_always_leaves_before_the_end_uses_up_a_budget_too(world: Any) -> None:
+    """Servers tell what an answer took with its last event, which such a client never waits for."""
+
+    async def words() -> AsyncIterator[Any]:
+        for _ in range(7):
+            yield {"choices": [{"delta": {"content": "word "}}]}
+
+    async def leave() -> None:
+        messages = [{"role": "user", "content": "x" * 4000}]
+        data = await world.hook.async_pre_call_hook(
+            types.SimpleNamespace(key_alias="me"), None, request(messages=messages), "acompletion"
+        )
+        stream = world.hook.async_post_call_streaming_iterator_hook(None, words(), data)
+        for _ in range(3):
+            await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(leave())
+    (line,) = lines(world)
+    assert line["estimated"] and line["output_tokens"] == 3
+    assert 1000 <= line["prompt_tokens"] <= 1100
+    used = json.loads((world.folder / "usage.json").read_text())["me"][1]
+    assert used == line["prompt_tokens"] + 3
 
 
 def test_what_was_said_stays_out_of_the_log_where_that_is_wanted(world: Any) -> None:

@@ -55,6 +55,7 @@ class Answer:
     stop: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
+    parts: int = 0  # pieces of text, thought or arguments that came
 
     @property
     def tokens(self) -> int:
@@ -68,12 +69,30 @@ class Answer:
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Add a whole answer, a chunk or an event of either protocol."""
+        before = self._length()
         if "choices" in event:
             self._take_openai(event)
         elif event.get("type") == "message":
             self._take_message(event)
         else:
             self._take_event(event)
+        self.parts += self._length() > before
+
+    def estimate(self, body: Mapping[str, Any]) -> bool:
+        """Put in for what a server did not tell, as its answer was left too early; whether it had to be.
+
+        A token for each part that came, as servers stream them, and one for each four characters of the
+        request's JSON, which is about what tokenizers make of English and of code.
+        """
+        if self.stop or not self.parts or (self.prompt_tokens and self.output_tokens):
+            return False
+        self.prompt_tokens = self.prompt_tokens or len(json.dumps(body, default=str)) // 4
+        self.output_tokens = self.output_tokens or self.parts
+        return True
+
+    def _length(self) -> int:
+        called = sum(len(call.name) + len(call.arguments) for call in self.calls.values())
+        return len(self.text) + len(self.thought) + called
 
     def _take_openai(self, event: Mapping[str, Any]) -> None:
         self._take_usage(event.get("usage"), "prompt_tokens", "completion_tokens")

@@ -306,6 +306,7 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         if self._open.pop(call_id(data), None) is None:
             return
         answers = opened.verdict.answers
+        estimated = [answer.estimate(opened.body) for answer in answers]
         cloud_tokens = sum(answer.tokens for number, answer in enumerate(answers) if number in opened.left)
         entry = self._line(
             opened.key,
@@ -324,6 +325,7 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
             prompt_tokens=sum(answer.prompt_tokens for answer in answers),
             output_tokens=sum(answer.output_tokens for answer in answers),
             cloud_tokens=cloud_tokens,
+            estimated=any(estimated),
             request=call_id(data),
         )
         self._write(entry)
