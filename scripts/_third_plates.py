@@ -1,7 +1,8 @@
 """Nameplates by a third hand, written without sight of the parser and of the other plates' wordings.
 
 Three fifths are in Portuguese, by NBR 5356 and NBR 5440, a fifth in Spanish, a fifth in English, by IEC 60076
-or ANSI C57.12. A label is what a careful person reads, by the contract of the 11 fields.
+or ANSI C57.12. A label is what a careful person reads, by the contract of the 11 fields (docs/ocr.md): the
+higher one of two voltages first, a manufacturer as the templates write it.
 Nothing is tuned on these plates; whoever tunes on them needs another generator to measure with.
 """
 
@@ -110,6 +111,11 @@ def primary(unit: Unit, label: str) -> tuple[str, Value]:
     return label, Value(float(unit.taps[0]), text)
 
 
+def higher_first(volts: str) -> str:
+    """`120/240` as the field's value is defined: 240/120."""
+    return "/".join(sorted(volts.split("/"), key=float, reverse=True))
+
+
 def fields(rng: random.Random, unit: Unit) -> tuple[dict[str, Value], dict[str, str]]:
     """The fields that this plate prints, and their labels."""
     utility, words = rng.choice(unit.words["utilities"]), unit.words
@@ -133,7 +139,7 @@ def fields(rng: random.Random, unit: Unit) -> tuple[dict[str, Value], dict[str, 
         "potencia_kva": (1.0, Value(unit.power, power)),
         "fases": (1.0, Value(unit.phases, phases)),
         "tensao_primaria": (1.0, high),
-        "tensao_secundaria": (1.0, Value(unit.low.replace("Y", ""), low)),
+        "tensao_secundaria": (1.0, Value(higher_first(unit.low.replace("Y", "")), low)),
         "elo_fusivel": (0.5, Value(fuse, decimal(unit, fuse[:-1] + apart + fuse[-1]))),
         "autoprotegido": (0.32, Value(own, rng.choice(words["yes" if own else "no"]))),
         "patrimonio": (0.5, Value(asset, asset)),

@@ -511,7 +511,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     measures = {"bank": bank, "speed": speed, "memory": memory}
     measures |= {name: partial(verified, name) for name in GENERATORS}
     try:
-        args.work.mkdir(parents=True, exist_ok=True)
+        for folder in (args.work, args.output):
+            folder.mkdir(parents=True, exist_ok=True)
         figures = args.output / "ocr.json"
         parts = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
         wanted = () if args.page else args.part or PARTS

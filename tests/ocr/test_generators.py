@@ -90,7 +90,7 @@ def read_third(name: str, printed: str, language: str) -> Any:
     if name == "tensao_primaria":
         return round(number(printed))
     if name == "tensao_secundaria":
-        return "/".join(re.findall(r"\d+", printed))
+        return "/".join(sorted(re.findall(r"\d+", printed), key=int, reverse=True))
     if name == "fases":
         return words["phases"].index(printed) + 1 if printed in words["phases"] else int(printed)
     if name == "autoprotegido":
