@@ -92,10 +92,13 @@ def judge_preset(found: Comparison) -> Verdict:
     )
     if broken or slower:
         return Verdict("roll back", broken + slower)
-    if old.health:
+    if old.health and not found.generation:
         return without_old(found, f"is not healthy: {old.health}")
     if found.trouble or not ratios:
-        return Verdict("undecided", (f"{name} could not be measured: {found.trouble or 'too few runs'}",))
+        why = found.trouble or "too few runs"
+        if old.health:
+            why = f"{why}: the current release is not healthy: {old.health}"
+        return Verdict("undecided", (f"{name} could not be measured: {why}",))
     unsure = [figure for figure, ratio in ratios.items() if ratio.low < LEAST]
     lines = tuple(f"{name}: {told(figure, ratio, found)}" for figure, ratio in ratios.items())
     if unsure:

@@ -293,8 +293,8 @@ def draw(host: Host, preset: str, expect: Expect, history: History) -> list[Path
 
 
 def put_back(box: Box, before: str | None, wanted: Sequence[str], tell: Tell) -> None:
-    """Have what served before serve again: another preset, or nothing."""
-    if not wanted or before == wanted[-1]:
+    """Have what served before serve again, wherever the measurement ended: another preset, or nothing."""
+    if not wanted or list(wanted) == [before]:
         return
     if before in box.data.names("user"):
         tell(f"going back to {before}")

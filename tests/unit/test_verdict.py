@@ -136,6 +136,22 @@ def test_a_preset_that_only_the_new_release_can_serve_speaks_for_it(old: Behavio
 
 
 @pytest.mark.parametrize(
+    ("ratio", "count", "word"),
+    [(0.5, 4, "undecided"), (1.0, 4, "undecided"), (0.5, 5, "roll back"), (1.0, 8, "keep")],
+)
+def test_a_current_release_that_ended_late_leaves_what_was_measured_before(
+    ratio: float, count: int, word: str
+) -> None:
+    """Pairs are something to compare with: a slow release is not kept because the old one died once."""
+    ended = Behaviour(health="its server ended 1 times")
+    found = replace(world(), old=ended, generation=pairs(ratio, count=count), prefill=pairs(ratio, count=count))
+    verdict = judge([found])
+    assert (verdict.word, verdict.compared) == (word, True)
+    if word != "roll back":
+        assert "the current release is not healthy" in verdict.reasons[-1]
+
+
+@pytest.mark.parametrize(
     ("found", "line"),
     [
         (replace(NEW_PRESET, new=Behaviour(start="so")), f"{NOTHING} one does not start: so"),

@@ -258,14 +258,33 @@ def test_what_was_off_is_switched_off_again(gateway: FakeGateway, monkeypatch: p
     assert commands == ["sudo -n -u llm lmswitch off"]
 
 
-def test_an_interruption_goes_back_too(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", [["--preset", "one"], []], ids=["one preset", "the last one served before"])
+def test_an_interruption_goes_back_too(
+    words: list[str], gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verify_throughput, "kept", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        verify_throughput.main([*RUN_ALL, "--preset", "one"])
+        verify_throughput.main([*RUN_ALL, *words])
     assert gateway.active == "two"
+
+
+def test_a_last_preset_that_is_never_woken_is_no_way_back(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slots may be too small for the prompt: then the one before it is left serving."""
+
+    def too_small(box: verify_throughput.Box, preset: str, tell: verify_throughput.Tell) -> Any:
+        if preset == "two":
+            return [], []
+        return measured(box, preset, tell)
+
+    measured = verify_throughput.measure_preset
+    monkeypatch.setattr(verify_throughput, "measure_preset", too_small)
+    verify_throughput.main(RUN_ALL)
+    assert gateway.asked[-1] == "/tokenize two" and gateway.active == "two"
 
 
 def test_a_host_that_cannot_be_asked_is_exit_code_2(
