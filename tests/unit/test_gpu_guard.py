@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from llmbox.errors import LlmboxError, UsageError
-from llmbox.guard import card, cli, enforce, kernel_log, latch, report, watch
+from llmbox.guard import card, cli, enforce, judge, kernel_log, latch, report, watch
 from llmbox.guard import settings as settings_module
 from llmbox.guard.card import Card, Reading
 from llmbox.guard.command import Command, Unreadable
@@ -663,6 +663,26 @@ def test_a_guard_that_was_killed_says_so_and_goes_on_where_it_was(place: Place) 
     assert place.began_at == ["", "c1", "c1"] and second is not first
     found = report.report(place.runtime, time.monotonic() - 10)
     assert found.restarts == 1
+
+
+@pytest.mark.parametrize("away_s", [0.0, 60.0])
+def test_a_guard_that_is_told_to_end_again_and_again_still_stops_a_hot_card(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, away_s: float
+) -> None:
+    """`kill PID`, or each run of the playbook; one that was away for long begins to count anew."""
+    monkeypatch.setattr(judge, "GRACE_S", 0.05)
+    place.card_look = lambda: Reading(91, 0)
+    state = place.runtime / latch.STATE
+    began = time.monotonic()
+    while time.monotonic() - began < 2 * place.limits.hold and not place.kinds():
+        ends = time.monotonic() + 0.4 * place.limits.hold
+        place.watches(place.guard(), lambda ends=ends: place.kinds() or time.monotonic() > ends)  # type: ignore[misc]
+        former = latch.read(state) or {}
+        latch.write(state, {**former, "updated": former["updated"] - away_s})
+    assert place.kinds() == ([] if away_s else ["stop"])
+    said = "the guard was told to end, and was started again; nobody watched for 0.0 s"
+    assert (said in caplog.text) is not bool(away_s)
+    assert latch.read(state)["restarts"] == 0  # type: ignore[index]
 
 
 def until(done: Callable[[], bool], patience_s: float = 5.0) -> float:

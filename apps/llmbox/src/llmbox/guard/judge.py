@@ -117,10 +117,10 @@ class Judge:
         return min(self._card.since, self._log.since)
 
     def resume(self, since: float, now: float) -> None:
-        """Go on where a former guard was: one that is killed again and again must not begin to count anew."""
+        """Go on where a former guard was: one that ends again and again must not begin to count anew."""
         for source in (self._card, self._log):
             source.since = min(now, max(since, now - self._settings.hold + GRACE_S))
-            source.fault = "the guard was killed or hung"
+            source.fault = "the guard was started again"
 
     def clear(self, now: float) -> None:
         """Somebody says that the cause is gone: everything counts from now on, the cards as well."""

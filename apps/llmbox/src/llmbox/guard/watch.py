@@ -88,9 +88,10 @@ class Guard:
         self._judge = Judge(limits, now, int(former.get("cards") or 0))
         self._restarts = int(former.get("restarts") or 0)
         self._xid = str(former.get("xid") or "")
-        if former and not former.get("ended"):
+        blind_s, killed = now - float(former.get("updated") or now), not former.get("ended")
+        if former and (killed or blind_s < limits.hold):
             self._judge.resume(float(former.get("since") or now), now)
-            self._say_restart(now - float(former.get("updated") or now))
+            self._say_restart(blind_s, killed=killed)
         if (closed := latch.read(runtime / latch.LATCH)) is not None:
             self._stopped, self._latched = str(closed.get("reason") or "unknown"), True
             enforcer.stop(self._stopped)
@@ -164,12 +165,14 @@ class Guard:
             self._xid = f"Xid {xid.number}: {xid.text}"
             log.warning("the kernel log tells of %s", self._xid)
 
-    def _say_restart(self, blind_s: float) -> None:
-        """The former guard did not end by itself."""
-        self._restarts += 1
-        said = f"the guard was killed or hung, and was started again; nobody watched for {blind_s:.1f} s"
+    def _say_restart(self, blind_s: float, *, killed: bool) -> None:
+        """There was a guard a moment ago; one that was killed is an event, one that was told to end is not."""
+        what = "was killed or hung" if killed else "was told to end"
+        said = f"the guard {what}, and was started again; nobody watched for {blind_s:.1f} s"
         log.warning("%s", said)
-        self._enforcer.event("restart", reason=said)
+        if killed:
+            self._restarts += 1
+            self._enforcer.event("restart", reason=said)
 
     def _write_state(self, verdict: Verdict, now: float, *, ended: bool = False) -> None:
         self._written = now
