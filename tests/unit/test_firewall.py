@@ -119,6 +119,13 @@ def chain(family: str, table: str, name: str, policy: str = "drop", hook: str = 
     return {"chain": {"family": family, "table": table, "name": name, "hook": hook, "policy": policy}}
 
 
+def rule(chain: str, *statements: dict[str, Any], table: str = "filter") -> dict[str, Any]:
+    return {"rule": {"family": "ip", "table": table, "chain": chain, "expr": list(statements)}}
+
+
+SSH = {"match": {"op": "==", "left": {"payload": {"protocol": "tcp", "field": "dport"}}, "right": 22}}
+COUNTED = {"counter": {"packets": 0, "bytes": 0}}
+REJECT = {"reject": {"type": "icmp", "expr": "host-prohibited"}}
 DOCKER = {"chain": {"family": "ip", "table": "filter", "name": "DOCKER-USER"}}
 UFW = {"chain": {"family": "ip", "table": "filter", "name": "ufw-before-input"}}
 
@@ -133,6 +140,33 @@ UFW = {"chain": {"family": "ip", "table": "filter", "name": "ufw-before-input"}}
         ([chain("ip", "filter", "FORWARD", hook="forward"), DOCKER], "", set(), {}, "docker.socket"),
         ([DOCKER], "", set(), {}, "docker.socket"),  # it drops nothing where somebody else forwards
         ([chain("ip6", "mine", "in")], "", set(), {}, "chain ip6 mine in"),
+        ([chain("ip", "mine", "pre", hook="prerouting")], "", set(), {}, "chain ip mine pre"),
+        ([chain("netdev", "mine", "early", hook="ingress")], "", set(), {}, "chain netdev mine early"),
+        (
+            [
+                chain("ip", "filter", "in", "accept"),
+                rule("in", SSH, {"accept": None}),
+                rule("in", {"drop": None}),
+            ],
+            "",
+            set(),
+            {},
+            "chain ip filter in",
+        ),
+        (
+            [chain("ip", "filter", "in", "accept"), rule("in", COUNTED, REJECT)],
+            "",
+            set(),
+            {},
+            "chain ip filter in",
+        ),
+        (
+            [],
+            "",
+            set(),
+            {"iptables-legacy-save": ":INPUT ACCEPT\n-A INPUT -p tcp -j ACCEPT\n-A INPUT -j REJECT --x y\n"},
+            "iptables-legacy INPUT",
+        ),
         (
             [],
             "",
@@ -156,8 +190,13 @@ def test_our_own_table_and_chains_that_accept_are_no_other_firewall() -> None:
         chain("inet", "llmbox", "input"),
         chain("ip", "filter", "ts-input", policy="accept"),
         chain("ip", "nat", "out", hook="output"),
+        chain("ip", "guard", "in", policy="accept"),
+        rule("in", SSH, {"drop": None}, table="guard"),
+        rule("in", {"limit": {"rate": 5, "per": "second"}}, {"drop": None}, table="guard"),
+        rule("in", COUNTED, table="guard"),
+        rule("own", {"drop": None}, table="guard"),  # of a chain that only a match leads to
     ]
-    legacy = {"iptables-legacy-save": ":INPUT ACCEPT [0:0]\n"}
+    legacy = {"iptables-legacy-save": ":INPUT ACCEPT [0:0]\n-A INPUT -s 192.0.2.7/32 -j DROP\n"}
     assert list(module.others({"nftables": chains}, "ENABLED=no\n", set(), legacy)) == []
 
 

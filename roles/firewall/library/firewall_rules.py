@@ -6,9 +6,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ SYSTEM_DIR = Path("/etc/systemd/system")
 FORMER = Path("/run/llmbox-firewall/former.nft")
 REVERT = "llmbox-firewall-revert"
 UFW_CONF = Path("/etc/ufw/ufw.conf")
+WAYS_IN = ("ingress", "prerouting", "input", "forward")
 LEGACY = {
     "iptables-legacy-save": "/proc/net/ip_tables_names",
     "ip6tables-legacy-save": "/proc/net/ip6_tables_names",
@@ -123,6 +125,12 @@ def listed(rules: str) -> str:
     return must("unshare", "--net", "--", "sh", "-c", script, stdin=rules)
 
 
+def drops_all(statements: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a rule drops or rejects whatever comes to it, as the last one of many rule sets does."""
+    kinds = {kind for statement in statements for kind in statement}
+    return kinds <= {"counter", "log", "drop", "reject"} and bool(kinds & {"drop", "reject"})
+
+
 def others(
     ruleset: Mapping[str, Any], ufw: str, active: set[str], legacy: Mapping[str, str]
 ) -> Iterator[str]:
@@ -142,18 +150,23 @@ def others(
         )
     chains = [one["chain"] for one in ruleset["nftables"] if "chain" in one]
     names = {chain["name"] for chain in chains}
+    ending = {
+        (rule["family"], rule["table"], rule["chain"])
+        for one in ruleset["nftables"]
+        if (rule := one.get("rule")) and drops_all(rule["expr"])
+    }
     dropping = [
         f"{chain['family']} {chain['table']} {chain['name']}"
         for chain in chains
-        if chain.get("hook") in ("input", "forward")
-        and chain.get("policy") == "drop"
+        if chain.get("hook") in WAYS_IN
+        and (chain.get("policy") == "drop" or (chain["family"], chain["table"], chain["name"]) in ending)
         and (chain["family"], chain["table"]) != TABLE
     ]
     for program, text in legacy.items():
         dropping += [
             f"{program.removesuffix('-save')} {name}"
             for name in ("INPUT", "FORWARD")
-            if f":{name} DROP" in text
+            if re.search(rf"^:{name} DROP|^-A {name} -j (DROP|REJECT)\b", text, re.MULTILINE)
         ]
         names |= {"DOCKER-USER"} if ":DOCKER-USER " in text else set()
     if dropping and "ufw-before-input" in names:
