@@ -29,6 +29,7 @@ SERVER_ANSWER_LIMIT = 4 * 1024 * 1024
 TCP_LISTEN = "0A"
 FIREWALL_TABLE = ("inet", "llmbox")
 PCI = Path("/sys/bus/pci/devices")
+CARD_SET_UP = Path("/etc/systemd/system/llmbox-gpu-devices.service")  # by role gpu_host
 REMOVED_PARAMETERS = Path("/run/llmbox-kernel-parameters-removed")  # roles/gpu_host writes it
 PCIE_CAPABILITY = 0x10
 
@@ -403,6 +404,7 @@ def machine(wake: str) -> dict[str, Any]:
     return {
         "container": bool(kind and kind["rc"] == 0),
         "links": links(),
+        "card_set_up": CARD_SET_UP.exists(),
         "driver": driver,
         "uvm": Path("/dev/nvidia-uvm").exists(),
         "wake_on": on[-1] if on else None,

@@ -57,6 +57,10 @@ CLOCK_LIMIT_S = 5.0
 SET_CLOCK = {"Linux": "timedatectl set-ntp true", "Darwin": "sudo sntp -sS time.apple.com"}
 AWAKE_BUS = "pcie_aspm=off"
 NOT_IN_EFFECT = "asked for, not in effect; fix: run site.yml with -e allow_reboot=true"
+GONE = (
+    "the NVIDIA card is gone from the PCI bus; fix: switch the machine off at the mains for a minute, look "
+    "at the card's power and the firmware's setup; gpu_host_card: absent where there is none any more"
+)
 STILL_IN_EFFECT = (
     "taken out of the inventory, still in effect; fix: run site.yml with -e allow_reboot=true, or reboot it"
 )
@@ -206,6 +210,10 @@ def machine_checks(
     checks = [kernel_check(one, command_line) for one in declared["parameters"]]
     if AWAKE_BUS in declared["parameters"]:
         checks += [aspm_check(one["device"], one["link"]) for one in seen["links"]]
+    # What was set up for a card had one: without it now, it fell off the bus, or the firmware has lost it.
+    set_up = declared["driver"] and (seen["links"] or seen["card_set_up"])
+    if declared["card"] == "present" or (declared["card"] == "auto" and set_up):
+        checks.append(equal("nvidia_card", "there" if seen["links"] else "none", "there", GONE))
     if declared["driver"] and seen["links"]:
         version = declared["driver"].partition("-")[0]
         checks.append(equal("nvidia_driver", seen["driver"], version, NOT_IN_EFFECT))
@@ -240,8 +248,12 @@ def machine_asked(variables: Mapping[str, Any]) -> dict[str, Any] | None:
         "parameters": list(variables.get("gpu_host_kernel_parameters") or []),
         "driver": str(variables.get("gpu_host_driver_version") or ""),
         "wake": str(variables.get("gpu_host_wake_on_lan") or ""),
+        "card": str(variables.get("gpu_host_card") or "auto"),
     }
-    return asked if any(asked.values()) else None
+    if asked["card"] == "auto" and variables.get("llama_presets_gpu_memory_mib"):
+        asked["card"] = "present"
+    asks = asked["card"] == "present" or any(asked[name] for name in ("parameters", "driver", "wake"))
+    return asked if asks else None
 
 
 def llm_checks(box: LlmBox, seen: Mapping[str, Any], answers: Answers) -> list[Check]:

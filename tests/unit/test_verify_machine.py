@@ -10,7 +10,9 @@ import pytest
 from scripts import _probe
 from scripts.verify_health import kernel_check, machine_asked, machine_checks, removed_checks
 
-ASKED = {"parameters": ["pcie_aspm=off"], "driver": "580.159.03-1ubuntu1", "wake": "eno1"}
+ASKED = {
+    "parameters": ["pcie_aspm=off"], "driver": "580.159.03-1ubuntu1", "wake": "eno1", "card": "auto",
+}  # fmt: skip
 GIVEN = ("ro", "pcie_aspm=off")
 
 
@@ -18,7 +20,8 @@ def seen(**changes: Any) -> dict[str, Any]:
     """What the probe says of a machine that is as it was asked to be."""
     return {
         "container": False, "driver": "580.159.03", "uvm": True,
-        "links": [{"device": "0000:01:00.0", "link": {"can": 2, "on": 0}}], "wake_on": "g", **changes,
+        "links": [{"device": "0000:01:00.0", "link": {"can": 2, "on": 0}}], "wake_on": "g",
+        "card_set_up": True, **changes,
     }  # fmt: skip
 
 
@@ -29,7 +32,7 @@ def short(command_line: tuple[str, ...] = GIVEN, **changes: Any) -> dict[str, st
 
 def test_a_machine_that_is_as_asked_is_well() -> None:
     assert short() == {}
-    assert len(machine_checks(ASKED, seen(), GIVEN)) == 5
+    assert len(machine_checks(ASKED, seen(), GIVEN)) == 6
     assert machine_checks(ASKED, seen(container=True), ()) == []
     assert machine_asked({"gpu_host_kernel_parameters": [], "gpu_host_driver_version": ""}) is None
 
@@ -59,6 +62,30 @@ def test_what_is_not_in_effect_is_said(changes: dict[str, Any], name: str, says:
     found = short(**changes)
     assert list(found) == [name]
     assert says in found[name]
+
+
+@pytest.mark.parametrize(
+    ("card", "set_up", "told"),
+    [
+        ("auto", True, True),
+        ("present", False, True),
+        ("auto", False, False),  # the role has skipped it, and said so
+        ("absent", True, False),
+    ],
+)
+def test_a_card_that_is_gone_is_said(card: str, set_up: bool, told: bool) -> None:
+    """Off the bus it takes the checks of its driver and of its link along."""
+    gone = seen(links=[], driver="", uvm=False, card_set_up=set_up)
+    wrong = [check for check in machine_checks({**ASKED, "card": card}, gone, GIVEN) if not check.ok]
+    assert [check.name for check in wrong] == (["nvidia_card"] if told else [])
+    assert all("gone from the PCI bus; fix: " in check.detail for check in wrong)
+
+
+def test_a_card_that_is_said_to_be_there_is_looked_for_without_anything_else() -> None:
+    assert machine_asked({"gpu_host_card": "present"}) and machine_asked({"gpu_host_card": "auto"}) is None
+    memory = {"llama_presets_gpu_memory_mib": 16376}  # of a card
+    assert (machine_asked(memory) or {})["card"] == "present"
+    assert machine_asked({**memory, "gpu_host_card": "absent"}) is None
 
 
 def test_a_parameter_that_only_a_reboot_takes_away_is_said() -> None:
