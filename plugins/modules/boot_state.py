@@ -68,8 +68,9 @@ def variables(folder: Path) -> dict[str, str]:
 
 def partitions(mounts: str) -> list[Path]:
     """Where EFI system partitions are mounted."""
-    places = [line.split(" ")[1] for line in mounts.splitlines() if line.split(" ")[2] == "vfat"]
-    return [Path(place.replace("\\040", " ")) for place in places if (Path(place) / "EFI").is_dir()]
+    rows = [line.split(" ") for line in mounts.splitlines()]
+    places = [Path(row[1].replace("\\040", " ")) for row in rows if row[2] == "vfat"]
+    return [place for place in places if (place / "EFI").is_dir()]
 
 
 def files(places: Iterable[Path], own: Iterable[str]) -> dict[str, str]:

@@ -21,6 +21,13 @@ def test_boot_variables_are_looked_at_and_no_others(tmp_path: Path) -> None:
     assert boot_state.variables(tmp_path / "missing") == {}
 
 
+def test_a_partition_is_found_at_a_path_with_a_space(tmp_path: Path) -> None:
+    """The kernel writes it as an octal number."""
+    (tmp_path / "my esp/EFI").mkdir(parents=True)
+    mounts = f"/dev/vda1 {tmp_path}/my\\040esp vfat rw 0 0\n"
+    assert boot_state.partitions(mounts) == [tmp_path / "my esp"]
+
+
 def test_files_of_the_system_that_runs_are_left_out(tmp_path: Path) -> None:
     for name in ("EFI/debian/grub.cfg", "EFI/Microsoft/Boot/BCD", "EFI/BOOT/BOOTX64.EFI", "System/debian/x"):
         (tmp_path / name).parent.mkdir(parents=True)

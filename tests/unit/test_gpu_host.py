@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ def test_a_container_is_not_the_machine(
 @of("look")
 def test_without_a_card_the_rest_applies_and_the_skipped_is_said(module: Any, machine: Path) -> None:
     found = module.look(asked())
-    assert found["apply"] == ["kernel_parameters", "wake_on_lan", "hardware_clock"]
+    assert found["apply"] == ["kernel_parameters", "wake_on_lan", "hardware_clock"] and not found["key_waits"]
     assert [note.partition(": no NVIDIA card")[0] for note in found["notes"]] == [
         "skipped: the NVIDIA driver and the CUDA toolkit",
         "skipped: the driver's settings, services and limits",
@@ -153,6 +154,11 @@ def test_secure_boot_is_read_and_the_person_is_told(
     for said, told in (("is not enrolled", f"mokutil --import {key}"), (f"{key} is already enrolled", "")):
         monkeypatch.setattr(module, "run", lambda *argv, said=said, **_: done(said))
         assert told in "".join(module.secure_boot_notes([key]))
+        monkeypatch.setattr(module, "secure_boot", lambda: True)
+        monkeypatch.setattr(module, "SIGNING_KEYS", [key])
+        monkeypatch.setattr(module, "container", str)
+        monkeypatch.setattr(module.secure_boot_notes, "__defaults__", ([key],))
+        assert module.look(asked(declared=["packages"], card="present"))["key_waits"] is bool(told)
         assert bool(told) == bool(list(module.secure_boot_notes([key])))
 
 
@@ -224,6 +230,38 @@ def test_what_is_held_and_what_has_strayed(module: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "must", lambda *argv, **_: policy)
     assert module.strays(FAMILIES, there) == {"nvidia-driver-open": "580.1-1"}
     assert module.unlike({"nvidia-open": "580.1-1", "libcuda1": "", "new": "1"}, there) == ["new"]
+
+
+@of("packages")
+def test_what_leaves_the_list_of_held_packages_is_let_go(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """But for what somebody else held before: without its updates a kernel grows old unnoticed."""
+    selections = {"linux-image-generic": "install", "linux-generic": "install", "bash": "hold"}
+
+    def must(*argv: str, stdin: str = "", **_more: Any) -> str:
+        assert argv == ("dpkg", "--set-selections")
+        selections.update(dict(line.split() for line in stdin.splitlines()))
+        return ""
+
+    monkeypatch.setattr(module, "must", must)
+    for name in ("HELD", "SOURCE", "PREFERENCES", "KEY"):
+        monkeypatch.setattr(module, name, tmp_path / name.lower())
+    monkeypatch.setattr(module, "installed", lambda: {name: ("1", wish) for name, wish in selections.items()})
+
+    def apply(*held: str, check: bool = False) -> tuple[bool, str]:
+        wanted = {"packages": {}, "families": [], "held": held, "url": "", "fingerprint": ""}
+        found = module.apply(wanted, check)
+        return found["changed"], "".join(diff["after"] for diff in found["diff"])
+
+    assert apply("linux-*", "bash")[0] and set(selections.values()) == {"hold"}
+    assert apply("linux-*", "bash") == (False, "")
+    assert apply("linux-generic", check=True) == (True, "linux-image-generic: no longer on hold\n")
+    assert apply("linux-generic")[0] and not apply("linux-generic")[0]
+    assert selections == {"linux-image-generic": "install", "linux-generic": "hold", "bash": "hold"}
+    assert module.HELD.exists()
+    assert apply()[0] and selections["linux-generic"] == "install" and not module.HELD.exists()
+    assert selections["bash"] == "hold", "it was on hold before"
 
 
 # --- kernel parameters ---
@@ -314,6 +352,10 @@ def test_it_is_changed_until_what_boots_follows(
         (CONFIGURATION + "BROKEN", "syntax error"),
         ("menuentry 'Windows' {\nchainloader x\n}\n", "no entry that boots Linux"),
         (CONFIGURATION.replace("pcie_aspm=off", ""), "does not give pcie_aspm=off"),
+        (
+            CONFIGURATION.replace("pcie_aspm=off", "pcie_aspm=off pcie_aspm=force"),
+            "pcie_aspm=force takes the place of pcie_aspm=off: it comes after it",
+        ),
     ],
 )
 def test_a_configuration_that_proves_nothing_does_not_replace_what_boots(
@@ -325,6 +367,18 @@ def test_a_configuration_that_proves_nothing_does_not_replace_what_boots(
     assert "boots as before" in str(refused.value)
     assert module.BOOTS.read_text() == CONFIGURATION
     assert [file.name for file in module.BOOTS.parent.iterdir()] == ["grub.cfg"]
+
+
+@of("kernel_parameters")
+def test_a_later_word_of_the_same_name_takes_the_place_of_ours(module: Any, grub: Path) -> None:
+    """By hand in GRUB_CMDLINE_LINUX_DEFAULT: GRUB puts that behind, and the kernel takes the last one."""
+    given = "menuentry 'x' {\n\tlinux /vmlinuz console=tty0 a=1 console=ttyS0 a=2 b quiet\n}\n"
+    assert module.overruled(["a=1", "b", "console=tty0", "c"], given) == [("a=1", "a=2")]
+    module.put(["pcie_aspm=off"], check=False)
+    module.BOOTS.write_text(CONFIGURATION)
+    assert not module.put(["pcie_aspm=off"], check=False)["changed"]
+    module.BOOTS.write_text(CONFIGURATION.replace("=off", "=off pcie_aspm=force"))
+    assert module.put(["pcie_aspm=off"], check=False)["changed"], "the handler refuses it, with the fix"
 
 
 @of("kernel_parameters")
@@ -539,7 +593,7 @@ def test_a_card_that_hangs_delays_the_boot_by_a_moment_only(unit: str, bar_s: in
     assert seconds["Start"] + 4 * seconds.get("Stop", 90) <= bar_s
 
 
-def reboot(folder: Path, variables: dict[str, str]) -> tuple[PlaybookRun, list[str]]:
+def reboot(folder: Path, variables: dict[str, str], **more: Any) -> tuple[PlaybookRun, list[str]]:
     """The role's reboot, as far as it comes here: Ansible refuses to reboot the machine that it runs on."""
     log = folder / "log"
     (folder / "lmswitch").write_text(
@@ -561,6 +615,7 @@ def reboot(folder: Path, variables: dict[str, str]) -> tuple[PlaybookRun, list[s
         "__gpu_host_device": {"pending": "the driver"},
         "__gpu_host_others": {"state": {"variables": variables}},
         "_gpu_host_lmswitch": str(folder / "lmswitch"),
+        **more,
     }
     done = ansible_playbook(
         folder / "play.yml", "-e", json.dumps(given), inventory=folder / "inventory.yml", timeout=120
@@ -572,6 +627,43 @@ def test_what_serves_is_drained_before_a_reboot_and_serves_again(tmp_path: Path)
     done, calls = reboot(tmp_path, {"BootOrder": "0700000000000100"})
     assert "would reboot the control node" in done.stdout
     assert calls == ["off --keep --json", "resume --json", "resume --json"]
+
+
+def with_a_reboot_that_does_nothing(folder: Path) -> None:
+    """A copy of the role beside the play, which comes before the role itself."""
+    copy = folder / "roles/gpu_host"
+    shutil.copytree(ROLE, copy)
+    tasks = copy / "tasks/reboot.yml"
+    text, stand_in = tasks.read_text(), "      ansible.builtin.command: 'true'\n      changed_when: true\n"
+    task = re.compile(r"      ansible\.builtin\.reboot:\n        reboot_timeout: .*\n")
+    assert len(task.findall(text)) == 1
+    tasks.write_text(task.sub(stand_in, text))
+
+
+DRIVER = {"_gpu_host_files": {}, "_gpu_host_enabled": [], "_gpu_host_driver_retries": 1}
+
+
+def test_a_reboot_that_has_not_brought_the_driver_is_a_failure_with_its_fix(tmp_path: Path) -> None:
+    """Else every later run that may reboot would drain and reboot again, and call it well."""
+    with_a_reboot_that_does_nothing(tmp_path)
+    done, calls = reboot(tmp_path, {}, **DRIVER, gpu_host_driver_version="580.1-1")
+    assert done.rc != 0 and calls[0] == "off --keep --json"
+    assert (
+        "rebooted, and still not in effect: driver 580.1 is installed, none is loaded; fix: " in done.stdout
+    )
+
+
+def test_a_reboot_that_has_brought_it_is_well(tmp_path: Path) -> None:
+    with_a_reboot_that_does_nothing(tmp_path)
+    done, _ = reboot(
+        tmp_path, {}, **DRIVER, gpu_host_driver_version=""
+    )  # nothing is asked for that is missing
+    assert done.rc == 0, done.tail()
+
+
+def test_no_reboot_for_a_driver_whose_key_waits_for_a_person(tmp_path: Path) -> None:
+    done, calls = reboot(tmp_path, {}, __gpu_host={"apply": [], "key_waits": True})
+    assert done.rc == 0 and not calls, done.tail()
 
 
 def test_no_reboot_into_what_somebody_else_has_named_next(tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ def test_a_current_release_that_ended_late_leaves_what_was_measured_before(
 ) -> None:
     """Pairs are something to compare with: a slow release is not kept because the old one died once."""
     ended = Behaviour(health="its server ended 1 times")
-    found = replace(world(), old=ended, generation=pairs(ratio, count=count), prefill=pairs(ratio, count=count))
+    found = replace(
+        world(), old=ended, generation=pairs(ratio, count=count), prefill=pairs(ratio, count=count)
+    )
     verdict = judge([found])
     assert (verdict.word, verdict.compared) == (word, True)
     if word != "roll back":

@@ -56,6 +56,7 @@ COMMAND_LINE = Path("/proc/cmdline")
 # What was taken out of the data and was given to the kernel that runs. In memory: a boot forgets it.
 REMOVED = Path("/run/llmbox-kernel-parameters-removed")
 HANDOFF = "vt.handoff="  # what Ubuntu's $vt_handoff becomes where there is a splash screen
+REPEATED = ("console", "earlycon", "acpi_osi")  # each of these words counts
 # os-prober looks at every partition.
 GENERATE_TIMEOUT_S = 600
 
@@ -91,6 +92,17 @@ def lacking(parameters: Sequence[str], configuration: str) -> list[str]:
     """Parameters that the first Linux entry does not give."""
     given = command_line(configuration) or []
     return [one for one in parameters if one not in given]
+
+
+def overruled(parameters: Sequence[str], configuration: str) -> list[tuple[str, str]]:
+    """Parameters with the later word of the same name that the kernel takes instead, in the first entry."""
+    given = command_line(configuration) or []
+    last = {word.partition("=")[0]: word for word in given}
+    return [
+        (one, last[name])
+        for one in parameters
+        if one in given and (name := one.partition("=")[0]) not in REPEATED and last[name] != one
+    ]
 
 
 def pending(parameters: Sequence[str], configuration: str, running: str) -> list[str]:
@@ -174,7 +186,9 @@ def put(parameters: Sequence[str], check: bool) -> dict[str, Any]:
             write(OWN, wanted)
     booting = read(BOOTS)
     stale = (
-        modified(BOOTS) < modified(FOLDER) or bool(lacking(parameters, booting)) or bool(script_fault(BOOTS))
+        modified(BOOTS) < modified(FOLDER)
+        or bool(lacking(parameters, booting) or overruled(parameters, booting))
+        or bool(script_fault(BOOTS))
     )
     diff = {"before_header": str(OWN), "after_header": str(OWN), "before": found or "", "after": wanted or ""}
     return {
@@ -212,6 +226,11 @@ def generate(parameters: Sequence[str]) -> dict[str, Any]:
         if missing := lacking(parameters, made):
             raise Refused(
                 f"its first entry does not give {' '.join(missing)}: a later file of {FOLDER} takes them away"
+            )
+        for ours, theirs in overruled(parameters, made):
+            raise Refused(
+                f"{theirs} takes the place of {ours}: it comes after it (GRUB_CMDLINE_LINUX_DEFAULT does); "
+                "take one of them out"
             )
         FRESH.chmod(BOOTS.stat().st_mode & 0o7777 if BOOTS.exists() else FILE_MODE)
         must("sync", "--file-system", str(FRESH))

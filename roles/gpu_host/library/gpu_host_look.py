@@ -42,6 +42,7 @@ notes: {description: What was skipped and what a person has to do., returned: al
 cards: {description: NVIDIA cards by their PCI address., returned: always, type: list}
 container: {description: "The kind of container, empty on a machine.", returned: always, type: str}
 clock_differs: {description: The hardware clock runs in another time than asked., type: bool}
+key_waits: {description: The key that signs the driver has to be enrolled by a person., type: bool}
 """
 
 PCI = Path("/sys/bus/pci/devices")
@@ -138,6 +139,7 @@ def look(wanted: dict[str, Any]) -> dict[str, Any]:
         "cards": [],
         "container": "",
         "clock_differs": False,
+        "key_waits": False,
     }
     if not declared:
         return nothing
@@ -156,14 +158,21 @@ def look(wanted: dict[str, Any]) -> dict[str, Any]:
             notes.append(f"skipped: {what}: this host does not boot with GRUB ({GRUB} is missing)")
         else:
             apply.append(part)
-    if "packages" in apply and not where and secure_boot():
-        notes += secure_boot_notes()
+    enrolment = list(secure_boot_notes()) if "packages" in apply and not where and secure_boot() else []
+    notes += enrolment
     differs = (
         "hardware_clock" in apply
         and wanted["local_clock"] is not None
         and clock_is_local() != wanted["local_clock"]
     )
-    return {"apply": apply, "notes": notes, "cards": found, "container": where, "clock_differs": differs}
+    return {
+        "apply": apply,
+        "notes": notes,
+        "cards": found,
+        "container": where,
+        "clock_differs": differs,
+        "key_waits": bool(enrolment),
+    }
 
 
 def main() -> None:

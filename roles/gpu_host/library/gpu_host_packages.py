@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 from ansible.module_utils.basic import AnsibleModule  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
-    from roles.gpu_host.module_utils.gpu_host_tools import Refused, converge, must, run, work, write
+    from roles.gpu_host.module_utils.gpu_host_tools import Refused, converge, must, present, run, work, write
 else:
-    from ansible.module_utils.gpu_host_tools import Refused, converge, must, run, work, write
+    from ansible.module_utils.gpu_host_tools import Refused, converge, must, present, run, work, write
 
 DOCUMENTATION = r"""
 ---
@@ -64,6 +64,8 @@ RETURN = "held: {description: Packages that are on hold now., returned: always, 
 KEY = Path("/etc/apt/keyrings/llmbox-nvidia.gpg")
 SOURCE = Path("/etc/apt/sources.list.d/llmbox-nvidia.sources")
 PREFERENCES = Path("/etc/apt/preferences.d/llmbox-nvidia")
+# Packages that this has put on hold because the data named them, so that it can let them go again.
+HELD = Path("/var/lib/llmbox/gpu-host-held")
 MANAGED = "# Managed by llmbox: roles/gpu_host.\n"
 
 FETCH_TIMEOUT_S = 60
@@ -309,12 +311,24 @@ def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
             )
     holding = to_hold(families, held, there)
     loose = [name for name in holding if there[name][1] != "hold"]
-    if loose and not check:
-        must("dpkg", "--set-selections", stdin="".join(f"{name} hold\n" for name in loose))
+    ours = present(HELD) or ""
+    let_go = [name for name in ours.split() if name not in holding and there.get(name, ("", ""))[1] == "hold"]
+    if not check:
+        named = [name for name in holding if _named(name, held) and name in (*loose, *ours.split())]
+        # First: broken off after it, the next run still knows whose they are.
+        converge({HELD: "".join(f"{name}\n" for name in [*named, *let_go]) or None}, check=False)
+        if loose or let_go:
+            wishes = [*(f"{name} hold\n" for name in loose), *(f"{name} install\n" for name in let_go)]
+            must("dpkg", "--set-selections", stdin="".join(wishes))
+        converge({HELD: "".join(f"{name}\n" for name in named) or None}, check=False)
     if not check and not packages:
         KEY.unlink(missing_ok=True)
-    if changed or loose:
-        after = [*changed, *(f"{name}: on hold" for name in loose)]
+    if changed or loose or let_go:
+        after = [
+            *changed,
+            *(f"{name}: on hold" for name in loose),
+            *(f"{name}: no longer on hold" for name in let_go),
+        ]
         diffs.append(
             {
                 "before_header": "packages",
