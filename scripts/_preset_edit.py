@@ -191,12 +191,9 @@ def _with_ubatch(text: str, preset: str, value: int) -> str:
             start, end = items[index].start_mark.index, items[index].end_mark.index
             return f'{text[:start]}"{value}"{text[end:]}'
     if not items or old.flow_style:
-        end = old.end_mark.index - 1
+        at = items[-1].end_mark.index if items else old.end_mark.index - 1
         comma = ", " if items else ""
-        return (
-            f'{text[: items[-1].end_mark.index if items else end]}{comma}{UBATCH_FLAG}, "{value}"]'
-            + (text[end + 1 :])
-        )
+        return f'{text[:at]}{comma}{UBATCH_FLAG}, "{value}"{text[at:]}'
     indent = " " * (old.start_mark.column)
     at = _line_end(text, items[-1].end_mark.index)
     newline = _newline(text)

@@ -47,7 +47,7 @@ class Found:
 
 
 class OutOfTime(Exception):
-    """What `measure` raises to end the search with the best that it has."""
+    """What `measure` raises to end the search with the best that it has, if it has one."""
 
 
 class NothingFits(Exception):
@@ -59,7 +59,7 @@ def search(axes: tuple[Axis, ...], start: Setting, measure: Measure) -> Found:
 
     `start` is where it begins, best the setting in use; its values are taken to the nearest of the axes. The
     axes are searched in their order, the one that matters most first. A setting is measured once. Raises
-    NothingFits, ValueError for an axis without values.
+    NothingFits, OutOfTime when there is nothing to give yet, ValueError for an axis without values.
     """
     return _Descent(axes, start, measure).run()
 
@@ -86,13 +86,13 @@ class _Descent:
                 if not self._better(self._speed(self.at), before):
                     break
         except OutOfTime:
+            if all(speed is None for speed in self._known.values()):
+                raise  # there is no best yet, and what was not tried may well fit
             return self._best(finished=False)
         return self._best(finished=True)
 
     def _best(self, *, finished: bool) -> Found:
         speeds = {place: speed for place, speed in self._known.items() if speed is not None}
-        if not speeds:
-            raise NothingFits
         # The place that the descent stands on: another that was measured as hardly faster is chance.
         place = max(speeds, key=speeds.__getitem__)
         here = tuple(self.at)

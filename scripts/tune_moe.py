@@ -53,7 +53,7 @@ from scripts._measure import DEEP_GENERATE, ROOM, Meter, NotMeasured, Shape, sha
 from scripts._preset_edit import CannotEdit
 from scripts._refusal import KEY_VARIABLE
 from scripts._screen import table
-from scripts._search import Axis, NothingFits, Setting, search
+from scripts._search import Axis, NothingFits, OutOfTime, Setting, search
 from scripts._trial import TrialFailed, trial
 from scripts._tuning import LEAST_GAIN, Case, Goal, NotTuned, Point, Points, Tell, Tuner, gain, shown, told
 from scripts.plan_vram import headers, run
@@ -326,6 +326,9 @@ def searched(host: str, tuner: Tuner, made: tuple[Axis, ...], used: Setting) -> 
         best = search(made, used, tuner)
     except NothingFits:
         note = "no setting that was tried fits into memory"
+        return replace(nothing, points=tuple(tuner.found), note=note)
+    except OutOfTime:
+        note = "the time was over before the search came to a setting that fits; fix: a larger --budget"
         return replace(nothing, points=tuple(tuner.found), note=note)
     better = best.speed > (tuner.point(used).speed(tuner.goal) or 0.0)
     change: float | None = None

@@ -45,6 +45,14 @@ def test_keys_that_are_not_there_come_after_the_one_before_them_in_the_schema() 
     [
         ("extra_args: []", 'extra_args: [--ubatch-size, "64"]'),
         ("extra_args: [--mlock]  # why", 'extra_args: [--mlock, --ubatch-size, "64"]  # why'),
+        (
+            'extra_args: [\n      --temp, "0.7",  # its own\n      # keep\n    ]',
+            'extra_args: [\n      --temp, "0.7", --ubatch-size, "64",  # its own\n      # keep\n    ]',
+        ),
+        (
+            "extra_args: [  # none yet\n    ]  # why",
+            'extra_args: [  # none yet\n    --ubatch-size, "64"]  # why',
+        ),
         ("extra_args: [-ub, '512', --mlock]", 'extra_args: [-ub, "64", --mlock]'),
         (
             'extra_args:\n      - -ub  # a\n      - "512"  # b\n      - --mlock',

@@ -197,9 +197,10 @@ def test_out_of_time_gives_the_best_so_far(limit: int) -> None:
     assert found == Found(bench.seen[speeds.index(max(speeds))], max(speeds), finished=False)
 
 
-def test_out_of_time_before_anything_fits() -> None:
-    with pytest.raises(NothingFits):
-        search((LAYERS,), {"n_cpu_moe": 0}, Bench(between(BENCH), 1))
+@pytest.mark.parametrize("limit", [0, 1])
+def test_out_of_time_before_anything_fits_does_not_say_that_nothing_does(limit: int) -> None:
+    with pytest.raises(OutOfTime):
+        search((LAYERS,), {"n_cpu_moe": 0}, Bench(between(BENCH), limit))
 
 
 def test_a_flat_surface_keeps_the_setting_in_use() -> None:

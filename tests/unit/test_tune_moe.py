@@ -172,6 +172,18 @@ def test_one_point_is_run_whatever_the_budget_is(box: Box, points: Points) -> No
     assert (len(found.points), found.changes, found.finished) == (1, {}, False)
 
 
+def test_a_budget_for_less_than_a_point_of_another_setting_is_no_lack_of_memory(
+    box: Box, points: Points
+) -> None:
+    """The preset says something else by now, and an earlier run told how long a point takes."""
+    box.tuner(points)(at(24))
+    box.started.clear()
+    found = searched("box", box.tuner(points, minutes=1), (LAYERS,), at(30))
+    assert box.started == [] and [point.setting for point in found.points] == [at(24)]
+    assert (found.code, found.changes, found.finished) == (1, {}, False)
+    assert "the time was over" in found.note and "a larger --budget" in found.note
+
+
 def test_a_change_that_does_not_show_again_is_not_proposed(points: Points) -> None:
     lucky = iter([1.0] * RUNS + [1.1] * RUNS + [1.0] * 1000)
     box = Box(lambda _: 50.0 * next(lucky))
