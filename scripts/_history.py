@@ -12,6 +12,7 @@ from pathlib import Path
 
 LIMIT = 5000  # runs of a host that are kept, about 400 bytes each
 SLACK = 500  # so many more are let in before the file is written anew
+SAME_LENGTH = 0.02  # prompts whose tokens differ by this share at most; a nonce changes them by a few
 
 Gpu = Mapping[str, float | None]
 
@@ -36,9 +37,14 @@ class Run:
     gpu: Gpu | None = None
 
     def alike(self, other: Run) -> bool:
-        """Whether both say something about the same thing: only such runs are compared."""
+        """Whether both say something about the same thing: only such runs are compared.
+
+        A deep prompt is as long as the preset's context allows, and the speed goes with its length.
+        """
         mine = (self.preset, self.shape, self.release, self.driver)
-        return mine == (other.preset, other.shape, other.release, other.driver)
+        shorter, longer = sorted((self.prompt_tokens, other.prompt_tokens))
+        near = longer - shorter <= SAME_LENGTH * longer
+        return near and mine == (other.preset, other.shape, other.release, other.driver)
 
 
 class History:

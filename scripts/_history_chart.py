@@ -29,7 +29,7 @@ class Panel:
     title: str
     values: Sequence[float]
     lines: Sequence[tuple[float, str]]
-    breaks: Sequence[int]  # before which run another release or driver begins
+    breaks: Sequence[int]  # before which run another release, driver or length of prompt begins
 
 
 def panels(expect: Expect, runs: Sequence[Run]) -> list[Panel]:

@@ -75,6 +75,16 @@ def test_only_runs_of_the_same_preset_shape_release_and_driver_are_alike(field: 
     assert not RUN.alike(replace(RUN, **{field: value}))  # type: ignore[arg-type]
 
 
+DEPTHS = [(15_992, True), (16_650, True), (15_990, False), (7_936, False)]  # beside 16,318 tokens
+
+
+@pytest.mark.parametrize(("tokens", "alike"), DEPTHS)
+def test_only_prompts_of_about_one_length_are_alike(tokens: int, alike: bool) -> None:
+    """A preset whose context changed is measured at another depth, where it has another speed."""
+    deep, other = (replace(RUN, shape="deep", prompt_tokens=count) for count in (16_318, tokens))
+    assert deep.alike(other) is other.alike(deep) is alike
+
+
 def test_a_history_that_cannot_be_written_is_one_line_with_the_fix(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"the history .*box\.jsonl: .*XDG_STATE_HOME"):
