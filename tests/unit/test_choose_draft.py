@@ -200,6 +200,7 @@ def test_a_rejected_draft_is_tried_again_when_something_changed(
     ("make", "said"),
     [
         (lambda data: box(data, files={"small.gguf": None}), "small.gguf is not on the box; fix: run site"),
+        (lambda data: box(data, files={"small.gguf": 9}), "small.gguf is not on the box; fix: run site"),
         (lambda data: box(data, presets={"presets": {"p": {"command": ["x"]}}}), "with other flags than the"),
         (lambda data: box(data, builds={"b": {"current": None}}), "has no release on the box; fix: run"),
     ],

@@ -242,6 +242,9 @@ def test_the_cache_must_hold_the_prompt_when_it_is_sent_again() -> None:
     assert prompt_cache_trouble(answers((0, 1000), (0, 1000), (999, 1))) == ""  # a client was in between
     lost = prompt_cache_trouble(answers((0, 1000), (1, 999), (100, 900)))
     assert lost == "of 1000 tokens of the same prompt 100 came from it"
+    assert prompt_cache_trouble(answers((0, 1000), (900, 100))) == ""
+    lost = prompt_cache_trouble(answers((0, 1000), *[(899, 101)] * 2))
+    assert lost == "of 1000 tokens of the same prompt 899 came from it"
     assert "no timings" in prompt_cache_trouble(lambda *_: {})
 
     def refused(*_: Any) -> Any:

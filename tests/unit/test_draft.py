@@ -89,6 +89,12 @@ def test_the_smallest_model_with_the_same_tokenizer_is_the_candidate() -> None:
     assert draft.candidates(config(headers, sizes), "p") == [Draft(SIMPLE, "small")]
 
 
+@pytest.mark.parametrize(("size", "drafts"), [(999, True), (1000, False), (2000, False)])
+def test_a_model_that_is_no_smaller_is_no_draft(size: int, drafts: bool) -> None:
+    found = draft.candidates(config(BOTH, {**SIZES, "small": size}), "p")
+    assert found == ([Draft(SIMPLE, "small")] if drafts else [])
+
+
 def test_names_of_files_decide_nothing() -> None:
     headers = {"big": header("big"), "big-draft-0-5b": header("big-draft-0-5b", model="llama")}
     assert draft.candidates(config(headers, {"big": 1000, "big-draft-0-5b": 1}), "p") == []

@@ -129,11 +129,11 @@ class Box:
         self.stamp(model)
         return model
 
-    def stamp(self, model: Path) -> None:
+    def stamp(self, model: Path, content: bytes = MODEL) -> None:
         """The content was verified as it is now, so it is told."""
         info = model.stat()
         stamp = {
-            "sha256": sha256(MODEL),
+            "sha256": sha256(content),
             "size": info.st_size,
             "mtime_ns": info.st_mtime_ns,
             "ctime_ns": info.st_ctime_ns,
@@ -391,6 +391,14 @@ def test_hand_made_drift_is_named_with_expected_and_found_and_nothing_else(box: 
     assert (where, wanted[: len(expected)], there[: len(found)]) == (path, expected, found)
 
 
+@pytest.mark.parametrize("key", ["mode", "owner", "group"])
+def test_whose_a_file_is_and_for_whom_is_drift(box: Box, key: str) -> None:
+    expected = host.look(str(box.unit), 0)
+    assert expected is not None
+    (difference,) = compare.compare("x", expected, {**expected, key: "other"})
+    assert str(difference) == f"x: expected {key} {expected[key]}, found {key} other"
+
+
 def test_a_kernel_parameter_that_is_gone(box: Box) -> None:
     box.deployed["kernel_parameters"] = ["pcie_aspm=off"]
     box.record()
@@ -538,6 +546,16 @@ def test_rot_that_no_stamp_shows_is_found_by_a_full_read_and_by_a_sample(box: Bo
     )
     ((_, expected, _),) = box.found(full=True)
     assert expected == f"sha256 {sha256(MODEL)}"
+
+
+def test_blocks_of_the_model_that_was_at_the_path_before_are_not_held_against_this_one(box: Box) -> None:
+    box.check(full=True)
+    other = MODEL[::-1]
+    box.model.write_bytes(other)
+    box.stamp(box.model, other)
+    box.deployed["models"][0]["files"][0]["sha256"] = sha256(other)
+    box.record()
+    assert box.found() == []
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 1061])

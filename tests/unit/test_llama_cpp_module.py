@@ -389,6 +389,12 @@ def test_a_release_that_is_to_be_compared_first_stands_beside_the_current_one(tw
     assert len(list((two.root / "up/releases").iterdir())) == 3
 
 
+def test_a_former_release_without_its_stamp_is_nothing_to_go_back_to(two: module.Host) -> None:
+    (two.root / "up/releases/old" / module.STAMP).unlink()
+    two.activate(two.builds["up"])
+    assert links(two) == ("new", "older")
+
+
 def test_the_first_release_of_a_build_becomes_current_with_nothing_to_compare(host: module.Host) -> None:
     make_release(host.root / "up" / "releases", "new")
     host.params = {**host.params, "activate": False}

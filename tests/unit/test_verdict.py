@@ -92,6 +92,14 @@ def test_a_ratio_that_looks_well_is_no_verdict_while_its_interval_reaches_below(
     assert "100.0 % of it (75.0 to 100.0 % in 5 pairs" in verdict.reasons[1]
 
 
+@pytest.mark.parametrize(("low", "word"), [(0.94, "undecided"), (0.949, "undecided"), (0.95, "keep")])
+def test_the_lower_end_must_reach_the_bar_itself(low: float, word: str) -> None:
+    found = replace(world(), generation=((100.0, 100 * low),) * 2 + ((100.0, 100.0),) * 3)
+    ratio = found.ratios["generation"]
+    assert (ratio.low, ratio.high) == pytest.approx((low, 1.0))
+    assert judge([found]).word == word
+
+
 def test_a_reason_has_both_ends_of_the_interval_and_the_bar() -> None:
     halves = ((80.0, 40.0),) * 3 + ((80.0, 44.0),) * 2
     (reason,) = judge([replace(world(), generation=halves)]).reasons

@@ -166,7 +166,7 @@ class Guard:
             log.warning("the kernel log tells of %s", self._xid)
 
     def _say_restart(self, blind_s: float, *, killed: bool) -> None:
-        """There was a guard a moment ago; one that was killed is an event, one that was told to end is not."""
+        """There was a guard a moment ago; one that was killed is an event, one told to end is not."""
         what = "was killed or hung" if killed else "was told to end"
         said = f"the guard {what}, and was started again; nobody watched for {blind_s:.1f} s"
         log.warning("%s", said)
