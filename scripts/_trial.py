@@ -25,6 +25,7 @@ from llmbox.systemd import WAIT_PREFIX
 
 from scripts._ask_host import Unreachable, explain
 from scripts._inventory import Host
+from scripts._measure import NotMeasured
 
 ANSWER_TIMEOUT_S = 1800.0  # the box bounds what it does itself
 END_TIMEOUT_S = 900.0
@@ -64,10 +65,13 @@ class Trial:
     def run(self, command: Sequence[str] | None) -> None:
         """Have the preset serve with `command`, with its own for None. Raises TrialFailed, Unreachable.
 
-        After a TrialFailed it serves with its own again.
+        After a TrialFailed it serves with its own again. Raises NotMeasured when the box did not even try:
+        that says nothing about the command.
         """
         said = self._ask({"command": None if command is None else list(command)})
         if not said["ok"]:
+            if not said.get("tried", True):  # an older box does not say
+                raise NotMeasured(str(said["message"]))
             raise TrialFailed(
                 str(said["message"]), said.get("reason", ()), out_of_memory=bool(said.get("out_of_memory"))
             )

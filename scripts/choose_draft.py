@@ -69,6 +69,7 @@ from scripts.verify_health import (
 
 Tell = Callable[[str], None]
 Commands = tuple[list[str], list[str]]
+TOO_LARGE = "with it the preset takes"  # how a reason begins that is a prediction
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,15 @@ def identity(config: HostConfig, preset: str, draft: Draft, release: str, driver
     }
 
 
-def decided(config: HostConfig, preset: str, wanted: Mapping[str, Any]) -> DraftChoice | None:
-    """The decision that still holds; none that left it open."""
+def decided(config: HostConfig, preset: str, wanted: Mapping[str, Any], large: str) -> DraftChoice | None:
+    """The decision that still holds; none that left it open.
+
+    One by prediction holds as long as that says the same (`large`): the preset may have been made smaller.
+    """
     choice = config.llama_drafts.get(preset)
     if choice is None or choice.verdict == "undecided":
+        return None
+    if choice.reason.startswith(TOO_LARGE) and choice.reason != large:
         return None
     return choice if all(getattr(choice, name) == value for name, value in wanted.items()) else None
 
@@ -142,7 +148,7 @@ def too_large(config: HostConfig, preset: str) -> str:
     except NotPredicted:
         return ""
     return "; ".join(
-        f"with it the preset takes {fit.gib(fit.use_of(taken, place).total)} of {fit.PLACES[place][0]}, "
+        f"{TOO_LARGE} {fit.gib(fit.use_of(taken, place).total)} of {fit.PLACES[place][0]}, "
         f"which has {fit.gib(room.at(place))}"
         for place in room.lacking(taken)
     )
@@ -234,12 +240,12 @@ def choose(box: Box, client: httpx.Client, preset: str, *, again: bool, tell: Te
         raise NotMeasured("its build has no release on the box; fix: run site.yml")
     draft = candidate(config, preset, box.dialect(preset))
     wanted = identity(config, preset, draft, release, box.driver)
-    known = decided(config, preset, wanted)
+    blank = DraftChoice(verdict="undecided", reason="", measured=now(), pairs=0, **wanted)
+    large = too_large(with_draft(config, preset, kept(blank)), preset)
+    known = decided(config, preset, wanted, large)
     if known and not again:
         tell(f"{preset}: {known.verdict} already, {known.measured}: {known.reason}")
         return known
-    blank = DraftChoice(verdict="undecided", reason="", measured=now(), pairs=0, **wanted)
-    large = too_large(with_draft(config, preset, kept(blank)), preset)
     if large:
         judged = Judged("rejected", large, {})
     else:

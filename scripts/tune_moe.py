@@ -546,6 +546,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--chart", type=Path, metavar="FILE", help="draw the points there (PNG), not beside them"
     )
     args = parser.parse_args(argv)
+    names = [name for name, _ in args.axis]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            parser.error(f"--axis {name}: given twice; fix: all its values in one")
     args.axis = dict(args.axis)
     return args
 

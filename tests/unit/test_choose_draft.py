@@ -221,6 +221,24 @@ def test_a_draft_that_does_not_fit_the_card_is_never_started(
     assert (made.verdict, made.reason[:22], bench.seen) == ("rejected", "with it the preset tak", [])
 
 
+@pytest.mark.parametrize(
+    ("now", "verdict", "measured"),
+    [("{} 20 GiB", "rejected", False), ("{} 18 GiB", "rejected", False), ("", "kept", True)],
+    ids=["as before", "still too large", "room was made"],
+)
+def test_a_rejection_by_prediction_holds_as_long_as_the_prediction(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, now: str, verdict: str, measured: bool
+) -> None:
+    before, now = (text.format(choose_draft.TOO_LARGE) for text in ("{} 20 GiB", now))
+    old = choice("rejected", release=RELEASE, pairs=0, reason=before)
+    monkeypatch.setattr(choose_draft, "too_large", lambda *_: now)
+    data = config(BOTH, SIZES, llama_drafts={"p": old})
+    made = decide(box(data))
+    assert (made.verdict, bool(bench.seen)) == (verdict, measured)
+    assert made.reason == now or measured
+    assert (made is data.llama_drafts["p"]) is (now == before), "the file changes only with the reason"
+
+
 @pytest.mark.parametrize(("more", "refused"), [(0, False), (1, True)])
 @pytest.mark.parametrize("place", ["gpu", "cpu"])
 def test_a_draft_with_which_a_memory_is_full_to_the_last_byte_fits(
@@ -231,7 +249,8 @@ def test_a_draft_with_which_a_memory_is_full_to_the_last_byte_fits(
     monkeypatch.setattr(
         fit, "estimate_of", lambda *_, **__: Estimate(use) if place == "gpu" else Estimate(Use(), use)
     )
-    assert bool(choose_draft.too_large(data, "p")) is refused
+    said = choose_draft.too_large(data, "p")
+    assert bool(said) is said.startswith(choose_draft.TOO_LARGE) is refused
 
 
 def test_fixes_of_a_report_can_be_typed_as_they_stand() -> None:

@@ -163,6 +163,21 @@ def test_a_release_that_started_before_and_does_not_again_leaves_it_open(box: Bo
     assert "it started before and then did not: smol failed" in verdict.reasons[0]
 
 
+@pytest.mark.parametrize("start", range(3))
+def test_a_start_that_the_box_refuses_is_no_fault_of_a_release(box: Box, start: int) -> None:
+    starts, run = iter(range(9)), box.run
+
+    def refused(command: Sequence[str] | None) -> None:
+        if next(starts) == start:
+            raise NotMeasured("smol is refused: the GPU is out of service")
+        run(command)
+
+    box.run = refused  # type: ignore[method-assign]
+    verdict = judge_preset(box.bench().compare())
+    line = "smol could not be measured: smol is refused: the GPU is out of service"
+    assert (verdict.word, verdict.reasons) == ("undecided", (line,))
+
+
 def test_figures_of_another_program_count_for_nothing(box: Box) -> None:
     box.foreign = "/r/third/llama-server"
     found = box.bench().compare()

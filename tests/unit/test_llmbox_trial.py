@@ -34,6 +34,7 @@ class Box:
         self.runtime, self.proc = runtime, runtime / "proc"
         self.up, self.pid = "", 0
         self.failing: list[str] | None = None  # the command that does not start
+        self.refused: set[int] = set()  # the requests, counted from 1, that lmswitch does not even try
         self.journal: list[str] = []
         self.did: list[str] = []
         self.read: dict[str, str] = {}  # drop-ins by preset, as of the last reload
@@ -60,10 +61,13 @@ class Box:
 
     def switch(self, words: Sequence[str], timeout_s: float) -> dict[str, Any]:
         self.did.append(" ".join(words))
+        if len(self.did) in self.refused:
+            return {"ok": False, "message": "another switch is under way (7)"}
         if words[0] == "off":
             self.up = ""
         elif not self.start(words[-1]):
-            return {"ok": False, "message": f"{words[-1]} failed after 1.0 s", "reason": ["it broke"]}
+            said = {"ok": False, "message": f"{words[-1]} failed after 1.0 s", "reason": ["it broke"]}
+            return {**said, "changed": True}
         return {"ok": True, "message": "ready"}
 
     def start(self, name: str) -> bool:
@@ -116,6 +120,21 @@ def test_a_command_that_does_not_start_is_told_with_its_reason_and_the_own_one_s
     assert (said["ok"], said["out_of_memory"], said["reason"]) == (False, True, ["it broke"])
     assert box.up == "a" and running(box) == OWN
     assert not box.folder("a").exists()
+
+
+@pytest.mark.parametrize(("refused", "tried"), [(set(), True), ({1}, False), ({2}, False), ({1, 2}, False)])
+def test_a_start_that_was_refused_is_told_from_one_that_failed(
+    box: Box, refused: set[int], tried: bool
+) -> None:
+    """The guard may take the card away under a start: then the preset's own command is refused as well."""
+    box.failing, box.refused = OTHER, refused
+    said = box.trial().answer({"command": OTHER})
+    assert (said["ok"], said["tried"]) == (False, tried)
+
+
+def test_an_own_command_that_fails_too_was_tried(box: Box) -> None:
+    box.failing = OWN
+    assert box.trial().answer({"command": None})["tried"] is True
 
 
 def test_what_cannot_be_a_command_changes_nothing(box: Box) -> None:

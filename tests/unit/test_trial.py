@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from scripts._ask_host import Unreachable
+from scripts._measure import NotMeasured
 from scripts._trial import Serving, TrialFailed, last_words, trial
 
 PROGRAM = "/opt/llama.cpp/up/releases/new/bin/llama-server"
@@ -71,6 +72,19 @@ def test_a_preset_that_does_not_start_is_an_error_of_its_own(box: Any) -> None:
     ):
         held.run(["/x"])
     assert raised.value.out_of_memory and last_words(raised.value) == "too big"
+
+
+def test_a_start_that_the_box_refuses_says_nothing_about_the_program(box: Any) -> None:
+    refused = {"ok": False, "message": "another switch is under way (7)", "reason": [], "tried": False}
+    with trial(box(FINE, refused), "coder") as held, pytest.raises(NotMeasured, match="another switch"):
+        held.run(["/x"])
+
+
+@pytest.mark.parametrize("said", [{"tried": True}, {}], ids=["it was tried", "an older box"])
+def test_a_start_that_was_tried_is_the_programs_fault(box: Any, said: dict[str, bool]) -> None:
+    failed = {"ok": False, "message": "coder failed", **said}
+    with trial(box(FINE, failed), "coder") as held, pytest.raises(TrialFailed, match="coder failed"):
+        held.run(["/x"])
 
 
 def test_the_words_of_the_wait_are_not_the_reason() -> None:

@@ -580,6 +580,13 @@ def test_an_axis_that_makes_no_sense(text: str, capsys: pytest.CaptureFixture[st
     assert text in capsys.readouterr().err
 
 
+def test_an_axis_that_is_named_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    twice = ["--axis", "threads=1,2", "--axis", "ubatch", "--axis", "threads=7"]
+    with pytest.raises(SystemExit, match="2"):
+        tune_moe.parse(["--inventory", "x", "--preset", "y", *twice])
+    assert "--axis threads: given twice; fix: all its values in one" in capsys.readouterr().err
+
+
 def test_an_axis_in_every_form() -> None:
     forms = {"threads": (), "threads=2-4": (2, 3, 4), "n_cpu_moe=0,8": (0, 8)}
     for text, values in forms.items():

@@ -9,7 +9,8 @@ reads objects from standard input, one a line, and answers each with one:
 
     {"ok": true, "message": str, "executable": path of the program that serves now, "restarts": int,
      "out_of_memory": bool: whether it was for want of memory that it was restarted}
-    {"ok": false, "message": str, "out_of_memory": bool, "reason": [the server's last lines]}
+    {"ok": false, "message": str, "out_of_memory": bool, "reason": [the server's last lines],
+     "tried": bool: whether it was started; else the box refused, or was busy with another switch}
 
 An empty line says that whoever asks is still there. The trial ends with its input, after SILENCE_S without a
 line, or when its unit llmbox-trial.service is stopped. What served before serves then; should this program
@@ -76,6 +77,11 @@ def out_of_memory(lines: Sequence[str]) -> bool:
     return any(_OUT_OF_MEMORY.search(line) for line in lines)
 
 
+def was_tried(said: Mapping[str, Any]) -> bool:
+    """Whether lmswitch went as far as to start what it was asked for."""
+    return bool(said["ok"] or said.get("changed"))
+
+
 class Trial:
     """One preset's trial. `former` is the preset that served before; "" for none."""
 
@@ -114,6 +120,7 @@ class Trial:
                 "out_of_memory": False,
                 "executable": "",
                 "reason": [],
+                "tried": False,
             }
         self._began = self.clock()
         self._put(text)
@@ -121,15 +128,18 @@ class Trial:
         if done["ok"]:
             return self._serving(done["message"])
         lines = self._journal()
+        tried = was_tried(done)
         if text is not None:  # serve again before anything else
             self._put(None)
-            self._restart()
+            # What refuses the preset's own command as well may have ended the start: the guard, or a person.
+            tried = was_tried(self._restart()) and tried
         reason = [str(line) for line in done.get("reason", [])]
         return {
             "ok": False,
             "message": done["message"],
             "out_of_memory": out_of_memory([*lines, *reason, done["message"]]),
             "reason": reason,
+            "tried": tried,
         }
 
     def end(self) -> None:
