@@ -31,6 +31,7 @@ FIREWALL_TABLE = ("inet", "llmbox")
 PCI = Path("/sys/bus/pci/devices")
 CARD_SET_UP = Path("/etc/systemd/system/llmbox-gpu-devices.service")  # by role gpu_host
 REMOVED_PARAMETERS = Path("/run/llmbox-kernel-parameters-removed")  # roles/gpu_host writes it
+DRIVER_PARAMETERS = Path("/proc/driver/nvidia/params")
 PCIE_CAPABILITY = 0x10
 
 
@@ -388,6 +389,15 @@ def removed_parameters() -> list[str]:
         return []
 
 
+def driver_parameter(name: str) -> str | None:
+    """The value that the loaded driver has of one of its options; None when none is loaded."""
+    try:
+        lines = DRIVER_PARAMETERS.read_text().splitlines()
+    except OSError:
+        return None
+    return dict(line.partition(": ")[::2] for line in lines).get(name)
+
+
 def machine(wake: str) -> dict[str, Any]:
     """What the machine below the services is: the card's links, driver, waking."""
     kind = command(["systemd-detect-virt", "--container"])
@@ -407,6 +417,7 @@ def machine(wake: str) -> dict[str, Any]:
         "card_set_up": CARD_SET_UP.exists(),
         "driver": driver,
         "uvm": Path("/dev/nvidia-uvm").exists(),
+        "suspend": driver_parameter("PreserveVideoMemoryAllocations"),
         "wake_on": on[-1] if on else None,
     }
 

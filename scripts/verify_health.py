@@ -219,6 +219,8 @@ def machine_checks(
         checks.append(equal("nvidia_driver", seen["driver"], version, NOT_IN_EFFECT))
         fix = "fix: systemctl restart llmbox-gpu-devices.service"
         checks.append(equal("nvidia_uvm", seen["uvm"], True, f"/dev/nvidia-uvm is missing; {fix}"))
+        if declared["suspend"]:
+            checks.append(equal("nvidia_suspend", seen["suspend"], "1", NOT_IN_EFFECT))
     if declared["wake"]:
         on = seen["wake_on"] or ""
         detail = (
@@ -249,6 +251,7 @@ def machine_asked(variables: Mapping[str, Any]) -> dict[str, Any] | None:
         "driver": str(variables.get("gpu_host_driver_version") or ""),
         "wake": str(variables.get("gpu_host_wake_on_lan") or ""),
         "card": str(variables.get("gpu_host_card") or "auto"),
+        "suspend": bool(variables.get("gpu_host_suspend")),
     }
     if asked["card"] == "auto" and variables.get("llama_presets_gpu_memory_mib"):
         asked["card"] = "present"

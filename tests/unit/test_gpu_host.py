@@ -469,6 +469,53 @@ def test_an_initramfs_whose_update_failed_is_brought_up_to_date_later(
     assert found["modprobe"] and found["changed"]
 
 
+@of("device")
+@pytest.mark.parametrize(
+    ("text", "loaded", "pending"),
+    [
+        ("options nvidia NVreg_PreserveVideoMemoryAllocations=1 NVreg_TemporaryFilePath=/x\n", "1", ""),
+        (
+            "options nvidia NVreg_PreserveVideoMemoryAllocations=1 NVreg_TemporaryFilePath=/x\n",
+            "0",
+            "PreserveVideoMemoryAllocations=1 is asked for, the loaded driver has 0",
+        ),
+        ("options nvidia NVreg_PreserveVideoMemoryAllocations=1\n", None, ""),
+        ("# options nvidia NVreg_PreserveVideoMemoryAllocations=1\n", "0", ""),
+        ("", "0", ""),
+    ],
+    ids=["in effect", "loaded before it was written", "no driver is loaded", "a comment", "not asked for"],
+)
+def test_an_option_that_the_loaded_driver_does_not_have_waits_for_a_reboot(
+    module: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    loaded: str | None,
+    pending: str,
+) -> None:
+    for name, file in {"MODPROBE": "modprobe", "LOADED": "version", "PARAMETERS": "params"}.items():
+        monkeypatch.setattr(module, name, tmp_path / file)
+    monkeypatch.setattr(module, "DEVICES", tmp_path)
+    monkeypatch.setattr(module, "states", lambda _: {})
+    (tmp_path / "version").write_text("580.1\n")
+    (tmp_path / "nvidia-uvm").touch()
+    if loaded is not None:
+        (tmp_path / "params").write_text(
+            f'EnableMSI: 1\nPreserveVideoMemoryAllocations: {loaded}\nTemporaryFilePath: "/x"\n'
+        )
+    wanted = {"files": {str(tmp_path / "modprobe/llmbox-nvidia.conf"): text}, "enabled": [], "started": []}
+    assert module.apply({**wanted, "version": "580.1-1ubuntu1"}, True)["pending"] == pending
+    assert module.apply({**wanted, "version": ""}, True)["pending"] == "", "the driver is not ours"
+
+
+@of("device")
+def test_the_role_asks_for_what_is_compared_with_the_loaded_driver(module: Any) -> None:
+    """The name is found in the role's own template, and the verification reads the same file."""
+    text = (ROLE / "templates/nvidia.conf.j2").read_text()
+    assert re.findall(rf"^options nvidia NVreg_{module.SUSPEND}=(\d) ", text, re.M) == ["1"]
+    assert module.PARAMETERS == _probe.DRIVER_PARAMETERS
+
+
 # --- Wake-on-LAN ---
 
 MAC = "52:54:00:12:34:56"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from scripts import _probe
 from scripts.verify_health import kernel_check, machine_asked, machine_checks, removed_checks
+from tests.support import ROOT
 
 ASKED = {
     "parameters": ["pcie_aspm=off"], "driver": "580.159.03-1ubuntu1", "wake": "eno1", "card": "auto",
+    "suspend": True,
 }  # fmt: skip
 GIVEN = ("ro", "pcie_aspm=off")
 
@@ -21,7 +26,7 @@ def seen(**changes: Any) -> dict[str, Any]:
     return {
         "container": False, "driver": "580.159.03", "uvm": True,
         "links": [{"device": "0000:01:00.0", "link": {"can": 2, "on": 0}}], "wake_on": "g",
-        "card_set_up": True, **changes,
+        "card_set_up": True, "suspend": "1", **changes,
     }  # fmt: skip
 
 
@@ -32,7 +37,7 @@ def short(command_line: tuple[str, ...] = GIVEN, **changes: Any) -> dict[str, st
 
 def test_a_machine_that_is_as_asked_is_well() -> None:
     assert short() == {}
-    assert len(machine_checks(ASKED, seen(), GIVEN)) == 6
+    assert len(machine_checks(ASKED, seen(), GIVEN)) == 7
     assert machine_checks(ASKED, seen(container=True), ()) == []
     assert machine_asked({"gpu_host_kernel_parameters": [], "gpu_host_driver_version": ""}) is None
 
@@ -48,6 +53,8 @@ def test_a_machine_that_is_as_asked_is_well() -> None:
         ({"command_line": (*GIVEN, "pcie_aspm=force")}, "kernel_pcie_aspm", "asked for, not in effect"),
         ({"driver": "570.1"}, "nvidia_driver", "asked for, not in effect"),
         ({"uvm": False}, "nvidia_uvm", "llmbox-gpu-devices.service"),
+        ({"suspend": "0"}, "nvidia_suspend", "asked for, not in effect; fix: run site.yml with -e allow"),
+        ({"suspend": None}, "nvidia_suspend", "asked for, not in effect"),
         ({"wake_on": "d"}, "wake_on_lan", "ethtool eno1"),
         ({"wake_on": None}, "wake_on_lan", "ethtool eno1"),
         (
@@ -101,6 +108,31 @@ def test_a_parameter_that_only_a_reboot_takes_away_is_said() -> None:
     assert removed_checks(["pcie_aspm=off"], ["pcie_aspm=off"], GIVEN) == [], "it is asked for again"
     assert removed_checks(["pcie_aspm=off"], ["pcie_aspm=force"], GIVEN) == [], "which has a check of its own"
     assert removed_checks([], [], GIVEN) == []
+
+
+def test_suspend_is_looked_at_where_it_is_asked_for() -> None:
+    for changes in ({"suspend": False}, {"driver": ""}):
+        asked, found = {**ASKED, **changes}, seen(suspend="0")
+        assert "nvidia_suspend" not in {check.name for check in machine_checks(asked, found, GIVEN)}
+    driver = {"gpu_host_driver_version": "580.1-1"}
+    for told in (True, False):
+        assert (machine_asked({**driver, "gpu_host_suspend": told}) or {})["suspend"] is told
+
+
+def test_the_loaded_driver_s_options_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_probe, "DRIVER_PARAMETERS", tmp_path / "params")
+    monkeypatch.setattr(_probe, "command", lambda *_: None)
+    assert _probe.machine("")["suspend"] is None
+    (tmp_path / "params").write_text('EnableMSI: 1\nPreserveVideoMemoryAllocations: 0\nRegistryDwords: ""\n')
+    assert _probe.machine("")["suspend"] == "0"
+
+
+def test_what_is_asked_of_the_machine_is_among_the_variables_that_are_read() -> None:
+    """A name that is not shown never comes: the check would go by nothing, and be silent or wrong."""
+    shown = yaml.safe_load((ROOT / "scripts/_shown.yml").read_text())["_shown_names"]
+    (names,) = re.findall(r"gpu_host_\(([a-z_|]+)\)\$", shown)
+    read = re.findall(r'get\("gpu_host_(\w+)"\)', inspect.getsource(machine_asked))
+    assert read and set(read) <= set(names.split("|"))
 
 
 def test_what_the_role_has_taken_away_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

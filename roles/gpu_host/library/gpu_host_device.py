@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -47,10 +48,12 @@ pending: {description: "Why a reboot is wanted; empty when it is not.", returned
 
 UNITS = Path("/etc/systemd/system")
 LOADED = Path("/sys/module/nvidia/version")
+PARAMETERS = Path("/proc/driver/nvidia/params")
 DEVICES = Path("/dev")
 MODPROBE = Path("/etc/modprobe.d")
 INITRAMFS = Path(f"/boot/initrd.img-{os.uname().release}")
 START_TIMEOUT_S = 180
+SUSPEND = "PreserveVideoMemoryAllocations"
 
 
 def verify(units: Mapping[str, str]) -> None:
@@ -85,6 +88,23 @@ def initramfs_stale(files: Mapping[Path, str | None]) -> bool:
         return False
     made = INITRAMFS.stat().st_mtime
     return any(path.parent == MODPROBE and path.exists() and path.stat().st_mtime > made for path in files)
+
+
+def suspend_pending(files: Mapping[Path, str | None]) -> str:
+    """Why a reboot is wanted for suspend: the driver reads its options when it is loaded, not later."""
+    asked = [
+        value
+        for path, text in files.items()
+        if path.parent == MODPROBE
+        for value in re.findall(rf"^options nvidia .*\bNVreg_{SUSPEND}=(\d+)", text or "", re.M)
+    ]
+    try:
+        loaded = re.findall(rf"^{SUSPEND}: *(\d+)$", PARAMETERS.read_text(), re.M)
+    except FileNotFoundError:  # no driver is loaded
+        return ""
+    if not asked or not loaded or loaded[-1] == asked[-1]:
+        return ""
+    return f"{SUSPEND}={asked[-1]} is asked for, the loaded driver has {loaded[-1]}"
 
 
 def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
@@ -124,6 +144,8 @@ def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
         pending = f"driver {asked} is installed, {loaded or 'none'} is loaded"
     elif asked and not (DEVICES / "nvidia-uvm").exists():
         pending = notes or "the driver is loaded, /dev/nvidia-uvm is missing"
+    elif asked:
+        pending = suspend_pending(files)
     return {
         "changed": bool(diffs or disabled or modprobe),
         "diff": [*diffs, *({"before": "", "after": f"{unit}: enabled\n"} for unit in disabled)],
