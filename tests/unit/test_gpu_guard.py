@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import errno
 import json
 import os
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from llmbox.errors import LlmboxError, UsageError
 from llmbox.guard import card, cli, enforce, judge, kernel_log, latch, report, watch
 from llmbox.guard import settings as settings_module
 from llmbox.guard.card import Card, Reading
 from llmbox.guard.command import Command, Unreadable
 from llmbox.guard.enforce import Enforcer
-from llmbox.guard.hook import WAITING
+from llmbox.guard.hook import WAITING, Hook
 from llmbox.guard.judge import Judge, Verdict
 from llmbox.guard.kernel_log import KernelLog, News, Xid
 from llmbox.guard.settings import Settings
@@ -650,6 +652,63 @@ def test_a_service_manager_that_does_not_answer_is_told(place: Place) -> None:
     place.watches(place.guard(), lambda: place.kinds() == ["stop"])
 
 
+@pytest.mark.parametrize(
+    ("state", "stops"),
+    [
+        ("active", True),
+        ("activating", True),
+        ("reloading", True),
+        ("deactivating", True),
+        ("inactive", False),
+        ("failed", False),
+    ],
+)
+def test_a_preset_that_is_still_loading_is_stopped_as_well(place: Place, state: str, stops: bool) -> None:
+    place.manager.look = lambda units: {unit: UnitState(unit, active=state) for unit in units}  # type: ignore[method-assign]
+    enforcer = Enforcer(place.limits, presets(), place.manager, lambda _reason: True)
+    enforcer.stop("it is hot")
+    enforcer.once()
+    assert ("llama-coder.service" in place.manager.stopped) is stops
+
+
+def test_what_fails_as_nobody_thought_of_is_tried_again(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread lives on: without it nothing would ever be stopped again."""
+    look, failed = place.manager.look, threading.Event()
+
+    def once_broken(units: list[str]) -> dict[str, UnitState]:
+        if not failed.is_set():
+            failed.set()
+            raise RuntimeError("nobody thought of this")
+        return look(units)
+
+    place.manager.look = once_broken  # type: ignore[method-assign]
+    place.started().stop("it is hot")
+    until(lambda: not place.manager.up)
+    assert failed.is_set() and "nobody thought of this" in caplog.text
+
+
+def test_an_error_that_the_card_survives_is_in_the_journal(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.news = News((Xid(13, "Graphics Exception"),), "c2")
+    place.watches(place.guard(), lambda: "Xid 13" in report.report(place.runtime, time.monotonic()).xid)
+    assert "the kernel log tells of Xid 13: Graphics Exception" in caplog.text
+    assert place.kinds() == [] and place.manager.stopped == []
+
+
+def test_systemd_is_told_that_the_guard_is_there_and_lives(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Type=notify waits for READY=1; without WATCHDOG=1 systemd kills a guard that does its work."""
+    said: list[str] = []
+    monkeypatch.setattr(watch, "notify", said.append)
+    place.watches(place.guard(), lambda: said.count("WATCHDOG=1") >= 3)
+    assert (said[0], said[-1]) == ("READY=1", "STOPPING=1")
+    assert set(said[1:-1]) == {"WATCHDOG=1"}
+
+
 def test_a_guard_that_was_killed_says_so_and_goes_on_where_it_was(place: Place) -> None:
     first = place.guard()
     place.watches(first, lambda: report.report(place.runtime, time.monotonic()).running)
@@ -665,6 +724,20 @@ def test_a_guard_that_was_killed_says_so_and_goes_on_where_it_was(place: Place) 
     assert found.restarts == 1
 
 
+def test_the_next_guard_after_a_killed_one_goes_on_counting(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops a card that was hot for almost long enough, and counts how often a guard was killed."""
+    monkeypatch.setattr(judge, "GRACE_S", 0.05)
+    place.change(hold=60.0)
+    place.card_look = lambda: Reading(91, 0)
+    now = time.monotonic()
+    former = {"ended": False, "since": now - 59.0, "updated": now, "restarts": 2}
+    latch.write(place.runtime / latch.STATE, former)
+    place.watches(place.guard(), lambda: "stop" in place.kinds())
+    assert (latch.read(place.runtime / latch.STATE) or {})["restarts"] == 3
+
+
 @pytest.mark.parametrize("away_s", [0.0, 60.0])
 def test_a_guard_that_is_told_to_end_again_and_again_still_stops_a_hot_card(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, away_s: float
@@ -676,7 +749,7 @@ def test_a_guard_that_is_told_to_end_again_and_again_still_stops_a_hot_card(
     began = time.monotonic()
     while time.monotonic() - began < 2 * place.limits.hold and not place.kinds():
         ends = time.monotonic() + 0.4 * place.limits.hold
-        place.watches(place.guard(), lambda ends=ends: place.kinds() or time.monotonic() > ends)  # type: ignore[misc]
+        place.watches(place.guard(), lambda ends=ends: bool(place.kinds()) or time.monotonic() > ends)  # type: ignore[misc]
         former = latch.read(state) or {}
         latch.write(state, {**former, "updated": former["updated"] - away_s})
     assert place.kinds() == ([] if away_s else ["stop"])
@@ -722,6 +795,15 @@ def test_the_hook_gets_the_event_and_its_failure_changes_nothing(
     enforcer.event("restart", reason="-as a test")
     until(lambda: "exit code 3" in caplog.text)
     assert json.loads(copy.with_name("copyrestart-as a test").read_text())["reason"] == "-as a test"
+
+
+def test_the_hook_s_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not speak to systemd for the guard, and a NUL in a reason does not keep it from running."""
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent")
+    told = tmp_path / "told"
+    argv = ["/bin/sh", "-c", f'echo "${{NOTIFY_SOCKET-unset}} $GPU_GUARD_KIND $GPU_GUARD_REASON" > {told}']
+    Hook(argv, 5.0).run({"kind": "stop", "reason": "Xid\0 79"}, "")
+    assert told.read_text() == "unset stop Xid 79\n"
 
 
 @pytest.fixture
@@ -873,6 +955,33 @@ def test_the_report(tmp_path: Path) -> None:
     assert not found.serves and report.text(found).startswith("out of service: it was hot; now: 84 °C")
 
 
+@pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("critical", 1), ("starting", 1)])
+def test_the_exit_code_of_status_says_whether_the_card_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str, code: int
+) -> None:
+    monkeypatch.setattr(cli, "runtime_dir", lambda: tmp_path)
+    assert cli.show(as_json=False) == 1, "nobody watches"
+    latch.write(tmp_path / latch.STATE, {"level": level, "updated": time.monotonic()})
+    assert cli.show(as_json=False) == code
+    latch.close(tmp_path, "it was hot", 0.0)
+    assert cli.show(as_json=True) == 1
+
+
+def test_clear_tells_the_gateway_where_no_guard_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, str]] = []
+
+    def set_blocked(runtime: Path, reason: str) -> bool:
+        told.append((reason, latch.refusal(runtime)))
+        return True
+
+    monkeypatch.setattr(cli, "runtime_dir", lambda: tmp_path)
+    monkeypatch.setattr(cli, "set_blocked", set_blocked)
+    latch.close(tmp_path, "it was hot", 0.0)
+    assert cli.clear() == 0
+    assert told == [("", "")], "once, and not before the latch is open"
+    assert cli.clear() == 0 and len(told) == 1, "it is in service already"
+
+
 def test_a_latch_that_cannot_be_understood_holds(tmp_path: Path) -> None:
     (tmp_path / "llmbox").mkdir()
     (tmp_path / latch.LATCH).write_text("{")
@@ -909,3 +1018,19 @@ def test_the_page_names_the_boxes_that_have_a_guard_and_those_that_are_told() ->
 def test_the_units_program_is_the_installed_one() -> None:
     unit = (ROOT / "roles/gpu_guard/templates/gpu-guard.service.j2").read_text()
     assert "bin/gpu-guard run" in unit and os.access(Path(sys.executable).with_name("gpu-guard"), os.X_OK)
+
+
+def test_a_guard_that_ends_or_hangs_is_started_again_before_the_card_has_been_hot_for_too_long() -> None:
+    """Each in its section: systemd passes over a setting that is in another one."""
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(ROOT / "roles/gpu_guard/templates/gpu-guard.service.j2")
+    service = unit["Service"]
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0", "however often"
+    assert service["Restart"] == "always", "after kill PID as well, which is a clean end"
+    assert (service["Type"], service["WatchdogSignal"]) == ("notify", "SIGKILL")
+    assert service["WatchdogSec"] == "{{ gpu_guard_watchdog }}"
+    defaults = yaml.safe_load((ROOT / "roles/gpu_guard/defaults/main.yml").read_text())
+    away_s = sum(float(service[name]) for name in ("RestartSec", "TimeoutStopSec"))
+    assert away_s + defaults["gpu_guard_watchdog"] < defaults["gpu_guard_hold"]
+    assert (service["KillMode"], unit["Install"]["WantedBy"]) == ("mixed", "default.target")
