@@ -66,10 +66,14 @@ INVENTOR, INVENTED = "ocr-inventor", "QX904177"
 INVENTS = f"""
 import http.server, json
 class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({{"data": [{{"id": "vision"}}]}})
     def do_POST(self):
         self.rfile.read(int(self.headers["content-length"]))
         fields = json.dumps({{"numero_serie": "{INVENTED}"}})
-        data = json.dumps({{"choices": [{{"message": {{"content": fields}}}}]}}).encode()
+        self.answer({{"choices": [{{"message": {{"content": fields}}}}]}})
+    def answer(self, what):
+        data = json.dumps(what).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
