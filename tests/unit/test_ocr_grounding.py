@@ -57,3 +57,52 @@ def test_two_numbers_from_one_place_are_for_a_person(texts: list[str], shared: l
     values, reasons = grounding.settle(both, [Line(text) for text in texts])
     assert values["numero_serie"] == values["patrimonio"] == "123456"
     assert reasons == [f"shared_source:{name}" for name in shared]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text", "there"),
+    [
+        ("potencia_kva", 45.0, "Nº DE SÉRIE 984512", False),
+        ("potencia_kva", 45.0, "SÉRIE TR-45", False),
+        ("potencia_kva", 10.0, "PRIMÁRIO", False),  # IO is no misread 10 within a word
+        ("potencia_kva", 112.0, "TIPO 112,5X", False),
+        ("potencia_kva", 75.0, "AT 13800 V 75kVA", True),
+        ("potencia_kva", 75.0, "POT.75 kVA", True),
+        ("tensao_primaria", 13800.0, "SÉRIE TR-13800", False),
+        ("tensao_primaria", 13800.0, "SÉRIE A13800B", False),
+        ("tensao_primaria", 13800.0, "13800/13200-380/220 V", True),
+        ("tensao_primaria", 34500.0, "PRIMÁRIO (kV) 34,5", True),
+        ("tensao_secundaria", "220", "TIPO A220B", False),
+        ("tensao_secundaria", "110", "ILO DE ÓLEO", False),
+        ("tensao_secundaria", "220/127", "13800 V - 220Y/127 V", True),
+        ("data_fabricacao", "2019-07-23", "Nº DE SÉRIE 51934", False),
+        ("data_fabricacao", "2019-07", "SÉRIE 5193-07/19", False),
+        ("data_fabricacao", "2015-03-09", "FAB.09/03/2015", True),
+        ("data_fabricacao", "2015-03", "DATA: 03 / 2015", True),
+        ("data_fabricacao", "2019-03-12", "12 DE MARÇO DE 2019", True),
+        ("data_fabricacao", "2019", "SÉRIE 51934 ANO 2019", True),
+        ("fabricante", "COM", "COMUM", False),
+        ("fabricante", "WEG", "WEG EQUIPAMENTOS", True),
+    ],
+)
+def test_what_only_a_model_gives_is_grounded_by_whole_words_of_a_line(
+    name: str, value: Any, text: str, there: bool
+) -> None:
+    assert grounding.grounded(name, value, [Line("IMPEDÂNCIA"), Line(text)]) is there
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "raw"),
+    [
+        ("data_fabricacao", "2019-07-23", "2019-07-23"),
+        ("potencia_kva", 45.0, "45"),
+        ("fabricante", "ABB", "51934"),
+    ],
+)
+@pytest.mark.parametrize("line", [None, 1])
+def test_a_candidates_own_words_are_no_text_of_the_plate(
+    name: str, value: Any, raw: str, line: int | None
+) -> None:
+    lines = [Line("Nº DE SÉRIE 51934 984512 193"), Line("13800 V")]
+    values, reasons = grounding.settle(Extraction({name: Candidate(value, raw, line)}), lines)
+    assert (values[name], reasons) == (None, [f"not_grounded:{name}"])

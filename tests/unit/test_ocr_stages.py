@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from ocr_pipeline import build, gpu, settings, templates
+from ocr_pipeline import build, gpu, grounding, settings, templates
 from ocr_pipeline.audit import PlateAuditor
 from ocr_pipeline.detect import GREY, densest, letterbox, plates_of
 from ocr_pipeline.errors import BackendError, DeadlineError, GpuHangError, ImageRefusedError, SettingsError
@@ -323,12 +323,54 @@ def test_a_models_values_take_the_fields_own_form() -> None:
         "data_fabricacao": "2015-03",
         "autoprotegido": True,
     }
-    assert reasons == []
+    assert reasons == [
+        f"filters_disagree:{name}" for name in ("fabricante", "data_fabricacao", "autoprotegido")
+    ]
 
 
 def test_where_the_model_and_the_parser_differ_a_person_looks() -> None:
     _, reasons = extracted('{"potencia_kva": 45}', "POTÊNCIA: 75 kVA", "MASSA 45 kg")
     assert reasons == ["filters_disagree:potencia_kva"]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "text"),
+    [
+        ("potencia_kva", 150, "MASSA 150 KG"),
+        ("numero_serie", "5440", "NBR 5440"),
+        ("autoprotegido", True, "GRAU DE PROTEÇÃO IP54"),
+        ("fabricante", "COM", "TRANSFORMADOR COM ÓLEO"),
+        ("tensao_secundaria", "230", "VOLUME DO ÓLEO 230 L"),
+        ("tensao_primaria", 13800, "MASSA 13800"),
+    ],
+)
+def test_what_only_the_model_takes_for_a_field_is_for_a_person(name: str, given: Any, text: str) -> None:
+    lines = [Line("TRANSFORMADOR"), Line(text, confidence=0.97)]
+    found = reasoner(replies(chat(json.dumps({name: given})))).extract(
+        lines, PoleIdContext.NAMEPLATE, Deadline(60)
+    )
+    _, reasons = grounding.settle(found, lines)
+    assert f"filters_disagree:{name}" in reasons
+    assert found.candidates[name].confidence == 0.97
+
+
+def test_a_models_value_without_a_line_is_not_sure() -> None:
+    lines = [Line("TRANSFORMADOR WEG"), Line("Nº DE SÉRIE 51934"), Line("Nº DE TAPS 984512")]
+    given = {"data_fabricacao": "2019-07-23", "potencia_kva": 45}
+    found = reasoner(replies(chat(json.dumps(given)))).extract(lines, PoleIdContext.NAMEPLATE, Deadline(60))
+    values, reasons = grounding.settle(found, lines)
+    assert {name: values[name] for name in given} == dict.fromkeys(given)
+    assert {f"not_grounded:{name}" for name in given} <= {*reasons}
+    assert all(candidate.confidence < 0.7 for candidate in found.candidates.values())
+
+
+def test_a_misread_name_that_the_model_corrects_has_its_line() -> None:
+    lines = [Line("R0MAGNOLE PRODUTOS", confidence=0.9)]
+    given = '{"fabricante": "Romagnole"}'
+    found = reasoner(replies(chat(given))).extract(lines, PoleIdContext.NAMEPLATE, Deadline(60))
+    values, reasons = grounding.settle(found, lines)
+    assert (values["fabricante"], reasons) == ("ROMAGNOLE", [])
+    assert (found.candidates["fabricante"].line, found.candidates["fabricante"].confidence) == (0, 0.9)
 
 
 @pytest.mark.parametrize("text", ["I cannot read that.", "[1, 2]", "{broken", "", '{"a": ' * 5000])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ocr_pipeline import normal
 from ocr_pipeline.labels import Label, find_labels
 from ocr_pipeline.reading import FIELDS, Fields, Reason
-from ocr_pipeline.stages import Extraction, Line
+from ocr_pipeline.stages import Candidate, Extraction, Line
 from ocr_pipeline.templates import CODES, GENERIC, Template
 from ocr_pipeline.words import fold, squeezed
 
@@ -29,6 +29,14 @@ NUMBER_SIGN = re.compile(
     r"(?<![0-9A-Z])N(?:[O0][.:]*|RO?[.:]*|UM[.:]*|[.:]+)(?=[0-9])"
 )  # `Nº12345`, `No.12345`
 MOST_PARTS = 4  # of a code that is read in pieces
+MOST_WORDS = 6  # of a date or a name: `12 DE MARÇO DE 2019`
+# Nothing but a date: `03/2015`, `15.03.15`, `2015-03`, `2015`.
+DATE = re.compile(
+    r"(?:[0-3]?[0-9][/.\-])?[01]?[0-9][/.\-](?:(?:19|20)[0-9]{2}|[0-9]{2})"
+    r"|(?:19|20)[0-9]{2}(?:[/.\-][01]?[0-9](?:[/.\-][0-3]?[0-9])?)?"
+)
+# A number as it is printed, with its unit or without: `13800`, `220Y`, `75KVA`; in `TR13800` is none.
+MEASURE = re.compile(r"[0-9OQISBZL|]*[0-9][0-9OQISBZL|]*(?:Y|[KM]?[VU]A?)?|[KM]?[VU]A?|Y")
 RATED = ("potencia_kva", "tensao_primaria", "tensao_secundaria")
 DOUBTFUL = 0.85  # a value whose least sure character is below this is for a person
 DOUBTFUL_CODE = 0.90  # and a number that nothing else confirms
@@ -36,8 +44,16 @@ DOUBTFUL_KNOWN = 0.70  # and one that is a rated power or voltage, as few misrea
 
 
 def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> bool:
-    """Whether the value of a field occurs in the text, after normalisation."""
+    """Whether the value of a field occurs in the text, after normalisation.
+
+    `raw` is what the parser cut out of a line for this value. Without it, as for what only a model gives, a
+    number, date or name must be whole words of one line.
+    """
     texts = [_apart(line.text) for line in lines]
+    if not raw and name in (*RATED, "data_fabricacao"):
+        texts += [label.rest for text in texts for label in _labels(text)]  # `FAB.03/2015`
+    if not raw and name in RATED:
+        texts = [_without_codes(text) for text in texts]
     joined = " ".join(texts)
     match name:
         case "potencia_kva":
@@ -49,14 +65,16 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
             return any(float(value) in (round(volts, 1), round(1000 * volts, 1)) for volts in found)
         case "tensao_secundaria":
             wanted = {part for part in str(value).split("/") if part}
+            texts = texts if raw else [_numbers(text) for text in texts]
             return any(
                 wanted <= set(re.findall(r"[0-9]+(?:\.[0-9])?", _digits(text).replace(",", ".")))
                 for text in texts
             ) or any(normal.secondary(text) == value for text in texts)
         case "data_fabricacao":
-            return any(str(value) == normal.date(text) for text in [*texts, raw]) and str(value)[
-                2:4
-            ] in _digits(joined)
+            if not raw:
+                return any(str(value) == date for text in texts for date in _dates(text))
+            read = any(str(value) == normal.date(text) for text in [*texts, raw])
+            return read and str(value)[2:4] in _digits(joined)
         case "fases":
             return any(normal.phases(text) == value for text in texts)
         case "autoprotegido":
@@ -65,8 +83,10 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
         case "elo_fusivel":
             return any(normal.fuse(text) == value for text in texts)
         case "fabricante":
-            wanted_name = squeezed(raw) or squeezed(str(value))
-            return bool(wanted_name) and wanted_name in squeezed(joined)
+            if raw:
+                return squeezed(raw) in squeezed(joined)
+            words = (re.findall("[0-9A-Z]+", fold(text)) for text in texts)
+            return squeezed(str(value)) in {"".join(run) for some in words for run in _neighbours(some)}
         case _:
             wanted_code = squeezed(str(value))
             return bool(wanted_code) and any(wanted_code in codes(line.text) for line in lines)
@@ -75,6 +95,39 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
 def _apart(text: str) -> str:
     """A text with a space where an OCR engine left none: `ELO FUSÍVEL8K`."""
     return re.sub(r"(?<=[^\W\d_]{2})(?=[0-9])", " ", text)
+
+
+def _without_codes(text: str) -> str:
+    """A text without its codes: the digits of `TR-13800` or `A13800` are no number."""
+    words = fold(text).split()
+    return " ".join(word for word in words if not re.search("[0-9]", word) or not _is_code(word))
+
+
+def _is_code(word: str) -> bool:
+    return not all(MEASURE.fullmatch(part) for part in re.split(r"[^0-9A-Z|]+", word) if part)
+
+
+def _numbers(text: str) -> str:
+    """The words of a text that have a digit, and kV: other letters alone are no misread number."""
+    return " ".join(word for word in text.split() if re.search("[0-9]|KV", word))
+
+
+def _dates(text: str) -> Iterator[str | None]:
+    """What whole words of a text give as a date: a part of a number, `07/19` of `5193-07/19`, is none."""
+    folded = fold(text)
+    for spaced in (folded, re.sub(r"\s*([/.\-])\s*", r"\1", folded)):
+        for run in _neighbours(re.findall(r"[^\s:;=()\[\]]+", spaced)):
+            shown = " ".join(run).strip(" .,-/|")
+            digits = normal.ones(re.sub("[OQ]", "0", shown))
+            if DATE.fullmatch(digits) or normal.NAMED_MONTH.fullmatch(shown):
+                yield normal.date(shown)
+
+
+def _neighbours(words: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Each run of neighbouring words."""
+    for begin in range(len(words)):
+        for end in range(begin + 1, min(begin + MOST_WORDS, len(words)) + 1):
+            yield words[begin:end]
 
 
 def _labels(text: str) -> Sequence[Label]:
@@ -113,12 +166,19 @@ def _digits(text: str) -> str:
 
 
 def _number(text: str, value: float) -> bool:
-    folded = fold(text)
-    for raw in (*re.findall(r"[0-9OISB][0-9OISB.,]*", folded), *re.findall(normal.NUMBER, folded)):
-        found = normal.number(raw.strip(".,"))
-        if found == value:
-            return True
-    return False
+    """Whether a text shows a number as a word of its own: not `45` of `984512`, nor 10 of `PRIMARIO`."""
+    whole = rf"(?<![0-9A-Z])(?<![0-9][.,])({normal.NUMBER})(?=[KM]?[VU]A\b|(?![.,]?[0-9A-Z]))"
+    found = (raw for raw in re.findall(whole, fold(text)) if re.search("[0-9]", raw))
+    return any(normal.number(raw) == value for raw in found)
+
+
+def _cut_from(candidate: Candidate, lines: Sequence[Line]) -> str:
+    """The words that a value was cut from, where its own line has them: no others are the plate's."""
+    if candidate.line is None:
+        return ""
+    line, wanted = lines[candidate.line], squeezed(candidate.raw)
+    shown = bool(wanted) and (wanted in squeezed(line.text) or wanted in squeezed(line.second))
+    return candidate.raw if shown else ""
 
 
 def settle(extraction: Extraction, lines: Sequence[Line]) -> tuple[dict[str, Any], list[str]]:
@@ -134,7 +194,7 @@ def settle(extraction: Extraction, lines: Sequence[Line]) -> tuple[dict[str, Any
             log.warning("%s: a value that the schema refuses was dropped", name)
             reasons.append(f"{Reason.MODEL_OUTPUT_INVALID}:{name}")
             continue
-        if not grounded(name, value, lines, candidate.raw):
+        if not grounded(name, value, lines, _cut_from(candidate, lines)):
             log.warning("%s: a value that the text does not show was dropped", name)
             reasons.append(f"{Reason.NOT_GROUNDED}:{name}")
             continue

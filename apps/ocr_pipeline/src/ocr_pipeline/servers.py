@@ -22,13 +22,13 @@ import httpx
 
 from ocr_pipeline import gpu
 from ocr_pipeline.errors import BackendError, DeadlineError, GpuHangError
+from ocr_pipeline.grounding import grounded
 from ocr_pipeline.images import Pixels
-from ocr_pipeline.parser import PARSERS, Parser
+from ocr_pipeline.parser import PARSERS, UNSURE, Parser
 from ocr_pipeline.reading import FIELDS, Fields, Reason
 from ocr_pipeline.settings import ReasoningSettings, VisionSettings
 from ocr_pipeline.stages import Candidate, Deadline, Extraction, Line, PoleIdContext, Seen
 from ocr_pipeline.templates import Templates
-from ocr_pipeline.words import squeezed
 
 log = logging.getLogger(__name__)
 
@@ -184,18 +184,19 @@ class ServerReasoner:
             log.warning("the reasoning server's answer is no JSON object")
             extraction.reasons.append(Reason.MODEL_OUTPUT_INVALID)
             given = {}
+        other = self._parser.extract(lines, context, deadline)
         for name in FIELDS:
             value = self._value(name, given.get(name))
-            if value is not None:
-                raw = str(given.get(name))
-                at = line_of(raw, lines)
-                sure = 1.0 if at is None else lines[at].confidence
-                extraction.candidates[name] = Candidate(value, raw[:MAX_LINE], at, sure)
-        other = self._parser.extract(lines, context, deadline)
-        for name, candidate in other.candidates.items():
-            mine = extraction.candidates.get(name)
-            if mine is not None and mine.value != candidate.value:
+            if value is None:
+                continue
+            parsers = other.candidates.get(name)
+            if parsers is not None and parsers.value == value:
+                at, raw = parsers.line, parsers.raw
+            else:  # also where the parser has none: nothing but the model says that it is this field's
                 extraction.reasons.append(f"{Reason.FILTERS_DISAGREE}:{name}")
+                at, raw = self._shown_by(name, value, lines)
+            sure = UNSURE if at is None else lines[at].confidence
+            extraction.candidates[name] = Candidate(value, raw, at, sure)
         # What is wrong with the plate is wrong whoever reads it.
         extraction.reasons += [one for one in other.reasons if one.partition(":")[0] in OF_THE_PLATE]
         return extraction
@@ -231,6 +232,16 @@ class ServerReasoner:
             },
         }
         return said(self._server.post("/v1/chat/completions", body, deadline))
+
+    def _shown_by(self, name: str, value: Any, lines: Sequence[Line]) -> tuple[int | None, str]:
+        """The first line that shows a model's value, and the plate's own words for a manufacturer."""
+        for at, line in enumerate(lines):
+            named = self._templates.named_in(line.text) if name == "fabricante" else None
+            if named and named[0] == value:
+                return at, named[1]
+            if grounded(name, value, [line]):
+                return at, ""
+        return None, ""
 
     def _value(self, name: str, value: Any) -> Any:
         """A model's value in the field's own form; None where it has none."""
@@ -271,9 +282,3 @@ def parsed(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def line_of(value: str, lines: Sequence[Line]) -> int | None:
-    """The first line that shows a value, or None."""
-    wanted = squeezed(value)
-    return next((at for at, line in enumerate(lines) if wanted and wanted in squeezed(line.text)), None)
