@@ -41,14 +41,23 @@ def share(samba: servers.Samba, **changed: Any) -> Share:
 
 def test_a_feeder_is_listed_and_read(samba: servers.Samba) -> None:
     (samba.photos / "F/P1/deeper").mkdir(parents=True)
-    for name in ("F/P1/a.JPG", "F/P2_b.png", "F/notes.txt", "F/P1/.hidden.jpg", "F/P1/deeper/c.jpg"):
+    (samba.photos / "F/P4").mkdir()
+    for name in (
+        "F/P4/ lead.heic",
+        "F/P1/a.JPG",
+        "F/P2_b.png",
+        "F/notes.txt",
+        "F/P1/.hidden.jpg",
+        "F/P1/deeper/c.jpg",
+    ):
         (samba.photos / name).write_bytes(name.encode() * 100_000)
     (samba.photos / "F/P1/link.jpg").symlink_to("/etc/hostname")
     with share(samba) as opened:
         entries = opened.list("F")
-        assert [entry.path for entry in entries] == ["F/P1/a.JPG", "F/P2_b.png"]
+        assert [entry.path for entry in entries] == ["F/P1/a.JPG", "F/P2_b.png", "F/P4/ lead.heic"]
         assert entries[0].size == 1_000_000
-        assert opened.read("F/P1/a.JPG", 2_000_000) == b"F/P1/a.JPG" * 100_000
+        for entry in entries:
+            assert opened.read(entry.path, 2_000_000) == entry.path.encode() * 100_000
         with pytest.raises(ShareTooLargeError):
             opened.read("F/P1/a.JPG", 999_999)
 

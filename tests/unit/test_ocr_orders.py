@@ -120,13 +120,14 @@ def test_a_feeder_that_cannot_be_a_job(entries: list[Entry], reason: str) -> Non
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("path", ["F", "2026/F 7/P-1", "F_ã"])
+@pytest.mark.parametrize("path", ["F", "2026/F 7/P-1", "F_ã", "F/P1 / a.jpg"])
 def test_paths_below_a_share(path: str) -> None:
     assert checked_path(f"/{path}/") == path
 
 
 @pytest.mark.parametrize(
-    "path", ["", "/", "..", "a/../b", "a//b", r"a\b", "a:b", "a\0b", " a", "a/.", "C:/x", "*"]
+    "path",
+    ["", "/", "..", "a/../b", "a//b", r"a\b", "a:b", "a\0b", ".. /a", "a/.", "a/ ", "...", "C:/x", "*"],
 )
 def test_paths_that_could_lead_elsewhere(path: str) -> None:
     with pytest.raises(ShareMissingError):

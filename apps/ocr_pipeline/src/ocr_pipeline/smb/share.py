@@ -32,7 +32,8 @@ from smbprotocol.exceptions import (  # type: ignore[import-untyped]
 )
 from spnego.exceptions import SpnegoError
 
-PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Also what is not read: such a photo fails by name, it is not missing without a word.
+PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".gif")
 DEPTH = 2  # FEEDER/PHOTO and FEEDER/POLE/PHOTO
 MAX_ENTRIES = 20_000
 CHUNK = 1024 * 1024
@@ -75,6 +76,12 @@ class ShareEmptyError(ShareError):
     """The folder is there and holds no photo."""
 
     code = "SMB_EMPTY_FOLDER"
+
+
+class ShareNameError(ShareError):
+    """A photo's name can be no part of a path."""
+
+    code = "SMB_BAD_NAME"
 
 
 class ShareInsecureError(ShareError):
@@ -182,6 +189,7 @@ class Share:
                 if depth > 1 and not entry.name.startswith("."):
                     yield from self._walk(rf"{path}\{entry.name}", f"{name}/", depth - 1)
             elif entry.name.lower().endswith(PHOTOS) and not entry.name.startswith("."):
+                _readable(name)
                 status = entry.smb_info
                 yield Entry(name, status.end_of_file, status.last_write_time.timestamp())
 
@@ -284,6 +292,15 @@ _FORBIDDEN = re.compile(r'[\x00-\x1f\\:*?"<>|]')
 def checked_path(path: str) -> str:
     """A path below a share's folder, that cannot lead out of it. Raises ShareMissingError."""
     parts = path.strip("/").split("/")
-    if _FORBIDDEN.search(path) or any(part in ("", ".", "..") or part != part.strip() for part in parts):
+    # A name may begin or end with a blank, as files have; a server may take `.. ` for `..`.
+    if _FORBIDDEN.search(path) or not all(part.strip(" .") for part in parts):
         raise ShareMissingError(f"{path!r:.80} is no path of a share; write it like FEEDER or FEEDER/POLE")
     return "/".join(parts)
+
+
+def _readable(name: str) -> None:
+    """Nothing is listed that cannot be read afterwards. Raises ShareNameError."""
+    try:
+        checked_path(name)
+    except ShareMissingError:
+        raise ShareNameError(f"{name!r:.120}: a photo cannot be called so; rename it") from None
