@@ -11,8 +11,9 @@ import pytest
 from ocr_pipeline.api import orders, settings
 from ocr_pipeline.api.errors import Refusal
 from ocr_pipeline.errors import SettingsError
-from ocr_pipeline.jobs.tables import Kind
+from ocr_pipeline.jobs.tables import Item, Kind
 from ocr_pipeline.smb.share import Entry, ShareMissingError, ShareSettings, checked_path
+from sqlalchemy import String
 
 SETTINGS = settings.Settings(max_poles=3, max_images_per_pole=2, max_image=1024, max_feeder_images=3)
 
@@ -99,6 +100,13 @@ def test_the_pole_of_a_path(path: str, expected: str) -> None:
     assert found[0].data is None
 
 
+def test_the_longest_path_that_the_database_keeps_is_a_photo() -> None:
+    (found,) = orders.photos_of([Entry(f"F/P/{'a' * 504}.jpg", 1, 1.0)], "F", SETTINGS)
+    column = Item.__table__.c.name.type
+    assert isinstance(column, String)
+    assert len(found.name) == column.length
+
+
 def test_a_photo_that_was_replaced_on_the_share_is_another() -> None:
     hashes = {
         orders.photos_of([entry], "F", SETTINGS)[0].image_hash
@@ -112,6 +120,7 @@ def test_a_photo_that_was_replaced_on_the_share_is_another() -> None:
     [
         ([Entry(f"F/P{n}/a.jpg", 1, 1.0) for n in range(4)], "TOO_MANY_IMAGES"),
         ([Entry("F/=1+1/a.jpg", 1, 1.0)], "BAD_POLE"),
+        ([Entry(f"F/P/{'a' * 505}.jpg", 1, 1.0)], "BAD_JOB"),
     ],
 )
 def test_a_feeder_that_cannot_be_a_job(entries: list[Entry], reason: str) -> None:

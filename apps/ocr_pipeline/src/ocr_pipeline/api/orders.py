@@ -12,7 +12,7 @@ from ocr_pipeline.api.envelope import decode_base64, fields, items
 from ocr_pipeline.api.errors import Refusal, invalid
 from ocr_pipeline.api.settings import Settings
 from ocr_pipeline.jobs.store import NewItem
-from ocr_pipeline.jobs.tables import Kind
+from ocr_pipeline.jobs.tables import LONGEST_NAME, Kind
 from ocr_pipeline.smb.share import Entry, ShareError, checked_path
 
 POLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._/-]{0,63}")
@@ -93,6 +93,9 @@ def photos_of(entries: list[Entry], folder: str, settings: Settings) -> list[New
         raise invalid("TOO_MANY_IMAGES", f"{many}; at most {settings.max_feeder_images} a job: split it")
     found = []
     for entry in entries:
+        if len(entry.path) > LONGEST_NAME:
+            long = f"a path of {len(entry.path)} characters; at most {LONGEST_NAME} are kept"
+            raise invalid("BAD_JOB", f"{entry.path!r:.120}: {long}: shorten it")
         below = entry.path.removeprefix(f"{folder}/")
         head, slash, _ = below.partition("/")
         pole = head if slash else head.rpartition(".")[0].partition("_")[0]

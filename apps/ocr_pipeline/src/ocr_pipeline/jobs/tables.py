@@ -30,6 +30,7 @@ NAMING = {
     "fk": "fk_%(table_name)s_%(column_0_name)s",
     "pk": "pk_%(table_name)s",
 }
+LONGEST_NAME = 512  # of a photo; PostgreSQL refuses a longer one, SQLite would take it
 RowId = BigInteger().with_variant(Integer, "sqlite")
 
 
@@ -97,7 +98,7 @@ class Item(Base):
     id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
     job_id: Mapped[str] = mapped_column(String(32), ForeignKey("jobs.id", ondelete="CASCADE"))
     pole_id: Mapped[str] = mapped_column(String(128))
-    name: Mapped[str] = mapped_column(String(512))
+    name: Mapped[str] = mapped_column(String(LONGEST_NAME))
     image_hash: Mapped[str] = mapped_column(String(64))
     priority: Mapped[int] = mapped_column(Integer)
     state: Mapped[str] = mapped_column(String(16))
