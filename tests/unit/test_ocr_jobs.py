@@ -236,13 +236,6 @@ def test_put_back_waits_counts_and_ends(store: JobStore, clock: Clock) -> None:
     assert "attempt 3 of 3" in str(outcome.error)
 
 
-def test_waiting_for_the_gpu_is_no_attempt(store: JobStore) -> None:
-    store.submit(Kind.ALT, "me", photos(1))
-    for _ in range(10):
-        store.put_back(claim(store), "w1", "GPU_BUSY", "busy", status=503, counts=False)
-    assert claim(store).attempts == 1
-
-
 def test_the_waiting_request_is_told_when_its_photo_goes_back(store: JobStore) -> None:
     job = store.submit(Kind.READ, "me", photos(1))
     item = store.item_of(job.job_id)
@@ -466,19 +459,37 @@ def test_who_waits_for_an_answer_is_told_at_once_that_a_backend_is_away(store: J
     assert [key for key, count in store.counts().items() if count] == [("ALT", "queued"), ("READ", "failed")]
 
 
-def test_a_photo_that_no_backend_reads_is_given_up_at_last(store: JobStore, clock: Clock) -> None:
+def test_single_photos_do_not_wait_for_a_busy_gpu_for_ever(store: JobStore, clock: Clock) -> None:
+    """Their callers have left; the places in the queue are for those who come now."""
+    for _ in range(3):
+        store.submit(Kind.READ, "me", photos(1))
+    reader = FakeReader()
+    reader.raises = GpuBusyError("busy")
+    made = worker(store, reader)
+    for _ in range(20):
+        made.work_once()
+        clock.now += 10
+    assert {key: count for key, count in store.counts().items() if count} == {("READ", "failed"): 3}
+    assert len(reader.seen) == 9, "three attempts each"
+    store.submit(Kind.READ, "me", photos(1))
+
+
+@pytest.mark.parametrize("trouble", [BackendError("status 500"), GpuBusyError("busy")])
+def test_a_photo_that_no_backend_reads_is_given_up_at_last(
+    store: JobStore, clock: Clock, trouble: BackendError
+) -> None:
     job = store.submit(Kind.ALT, "me", photos(1))
     reader = FakeReader()
-    reader.raises = BackendError("status 500")
+    reader.raises = trouble
     made = worker(store, reader)
     began, tries = clock.now, 0
-    while state(store, job.job_id) is not JobState.FAILED:
+    while state(store, job.job_id) is not JobState.FAILED and clock.now - began < 7 * 3600:
         made._problem_until = 0.0
         tries += made.work_once()
         clock.now += 10
     assert 5.9 * 3600 < clock.now - began < 6.2 * 3600
     assert tries < 150, "and less often the longer it lasts"
-    assert store.results(job.job_id)[0].error_code == "BACKEND_UNAVAILABLE"
+    assert store.results(job.job_id)[0].error_code == trouble.reason
 
 
 @pytest.mark.parametrize(("problem", "attempts"), [("", 1), ("the vision server does not answer", 0)])

@@ -473,21 +473,16 @@ class JobStore:
         *,
         status: int,
         delay_s: float = 0.0,
-        counts: bool = True,
     ) -> bool:
-        """A photo goes back to the queue; it fails once its attempts are used up. `counts`: this was one."""
-        if counts and claimed.attempts >= self.limits.attempts:
+        """A photo goes back to the queue; it fails once its attempts are used up."""
+        if claimed.attempts >= self.limits.attempts:
             last = f"{message} (attempt {claimed.attempts} of {self.limits.attempts}, the last)"
             return self.fail(claimed, worker, code, last, status=status)
         with self._engine.begin() as connection:
             done = connection.execute(
                 update(Item)
                 .where(_owned(claimed, worker))
-                .values(
-                    **_queued(code, message, status),
-                    not_before=self._clock() + delay_s,
-                    attempts=claimed.attempts if counts else claimed.attempts - 1,
-                )
+                .values(**_queued(code, message, status), not_before=self._clock() + delay_s)
             )
             return done.rowcount == 1
 

@@ -3,7 +3,7 @@
 queued ──claim──▶ leased ──▶ done | failed | cancelled      (terminal: never left again)
    ▲                 │
    └── lease expired, GPU hung, share away: attempts are counted, and bounded
-       backend or records away: bounded by the time since, not by attempts
+       backend or records away, GPU busy: a job's photo is bounded by the time since, a single one by attempts
 """
 
 from __future__ import annotations

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 EXIT_RECYCLE = 0
 EXIT_OVERRAN = 75
 ENDING_S = 10.0  # to look whether a server still answers, and to write down what became of a photo
+BUSY_DELAY_S = 1.0  # a GPU that others have may be free at any moment
+SINGLE = (Kind.READ, Kind.TEXT)
 Keep = Callable[[Claimed, str, Read], None]
 
 
@@ -170,9 +172,7 @@ class Worker:
             self._trouble(claimed, error, settings.hang_delay_s)
         except GpuBusyError as error:
             self.images -= 1
-            self._store.put_back(
-                claimed, self.name, error.reason, str(error), status=503, delay_s=1.0, counts=False
-            )
+            self._wait_or_end(claimed, error, BUSY_DELAY_S)
         except BackendError as error:
             self._trouble(claimed, error, settings.retry_delay_s)
         except OcrError as error:
@@ -209,18 +209,25 @@ class Worker:
         self._problem = f"{error.reason}: {error}"
         self._problem_until = time.monotonic() + max(delay_s, self._settings.sweep_s)
         log.warning("photo %d of job %s goes back to the queue: %s", claimed.item_id, claimed.job_id, error)
-        its_own = claimed.kind in (Kind.READ, Kind.TEXT)
-        if not its_own and isinstance(error, GpuHangError):
+        its_own = False
+        if claimed.kind not in SINGLE and isinstance(error, GpuHangError):
             self._away = self._reader.check()
             its_own = not self._away
-        if its_own:
-            self._put_back(claimed, error.reason, str(error), error.http_status, delay_s)
-        else:
-            patience = self._settings.patience_s
-            self._store.put_off(
-                claimed, self.name, error.reason, str(error), delay_s=delay_s, patience_s=patience
-            )
+        self._wait_or_end(claimed, error, delay_s, its_own=its_own)
         self._report()
+
+    def _wait_or_end(
+        self, claimed: Claimed, error: BackendError, delay_s: float, *, its_own: bool = False
+    ) -> None:
+        """Try a photo again later, with an end: a single one, or one whose own trouble it is, by attempts,
+        the others by time. Without an end a GPU that others keep would fill the queue for good."""
+        if its_own or claimed.kind in SINGLE:
+            self._put_back(claimed, error.reason, str(error), error.http_status, delay_s)
+            return
+        patience = self._settings.patience_s
+        self._store.put_off(
+            claimed, self.name, error.reason, str(error), delay_s=delay_s, patience_s=patience
+        )
 
     def _bytes_of(self, claimed: Claimed) -> bytes:
         if claimed.kind is not Kind.TRA:
