@@ -9,7 +9,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ocr_pipeline.jobs.tables import Item, Job, JobState, Kind, State
 from ocr_pipeline.records.tables import Reading
 from ocr_pipeline.synthetic.scene import sample
 from PIL import Image
-from sqlalchemy import func, select, update
+from sqlalchemy import Engine, delete, event, func, select, text, update
 
 from tests.ocr import servers
 from tests.ocr.hostile import saved
@@ -330,3 +331,74 @@ def test_a_photo_that_is_sent_again_as_its_job_ends_is_not_lost(postgresql_url: 
         assert store.photo(sha256) is None
     finally:
         engine.dispose()
+
+
+@pytest.fixture
+def boxes(postgresql_url: str) -> Iterator[list[Engine]]:
+    """Three boxes' ways to one empty PostgreSQL."""
+    engines = [open_engine(postgresql_url) for _ in range(3)]
+    JobStore(engines[0], Limits()).prepare()
+    with engines[0].begin() as connection:
+        connection.execute(delete(Item))
+        connection.execute(delete(Job))
+    yield engines
+    for engine in engines:
+        engine.dispose()
+
+
+def one_waits(engine: Engine) -> bool:
+    """Whether somebody waits for a lock of somebody else."""
+    with reading(engine) as connection:
+        return bool(connection.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
+
+
+def test_a_job_is_cancelled_as_it_is_claimed(boxes: list[Engine]) -> None:
+    """Both want the job and its photo; neither waits for what the other has while it has what that wants."""
+    claims, cancels, looks = boxes
+    worker, client = JobStore(claims, Limits()), JobStore(cancels, Limits())
+    job = client.submit(Kind.READ, "me", [NewItem("", "photo", "4" * 64, b"x")]).job_id
+    half_way = threading.Event()
+    wrong: list[str] = []
+    for engine in (claims, cancels):
+        event.listen(engine, "handle_error", lambda context: wrong.append(str(context.original_exception)))
+
+    def hold(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("UPDATE jobs") and not half_way.is_set():
+            half_way.set()
+            servers.wait_for(lambda: one_waits(looks), "the other one's wait")
+
+    event.listen(claims, "before_cursor_execute", hold)
+    with ThreadPoolExecutor(2) as pool:
+        claimed = pool.submit(worker.claim, "w1")
+        assert half_way.wait(30)
+        cancelled = pool.submit(client.cancel, job)
+        assert cancelled.result(30)
+        assert claimed.result(30) is not None
+    assert wrong == [], "nothing was tried a second time either"
+    assert [outcome.state for outcome in client.results(job)] == [State.CANCELLED]
+
+
+@pytest.mark.parametrize("what", ["claim", "cancel", "complete"])
+def test_a_transaction_that_is_ended_for_another_one_is_begun_again(boxes: list[Engine], what: str) -> None:
+    """Somebody locks in the other order, as a person at the database may."""
+    store = JobStore(boxes[0], Limits())
+    job = store.submit(Kind.READ, "me", [NewItem("", "photo", "5" * 64, b"x")]).job_id
+    item = store.item_of(job)
+    work: Callable[[], Any] = lambda: store.claim("w1")  # noqa: E731
+    if what == "cancel":
+        work = lambda: store.cancel(job)  # noqa: E731
+    elif what == "complete":
+        mine = store.claim("w1")
+        assert mine is not None
+        work = lambda: store.complete(mine, "w1", "{}")  # noqa: E731
+    wrong: list[str] = []
+    event.listen(boxes[0], "handle_error", lambda context: wrong.append(str(context.original_exception)))
+    with ThreadPoolExecutor(1) as pool, boxes[1].begin() as other:
+        other.execute(text("SET LOCAL deadlock_timeout = '60s'"))  # so that it is the store that is ended
+        other.execute(select(Item.id).where(Item.id == item).with_for_update())
+        done = pool.submit(work)
+        servers.wait_for(lambda: one_waits(boxes[2]), "the store's wait")
+        other.execute(select(Job.id).where(Job.id == job).with_for_update())
+        other.rollback()
+        assert done.result(30)
+    assert [error.splitlines()[0] for error in wrong] == ["deadlock detected"]

@@ -12,10 +12,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, and_, case, delete, exists, func, insert, or_, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from ocr_pipeline.database import migrate, reading
 from ocr_pipeline.jobs.tables import UNDER_WAY, Item, Job, JobState, Kind, Photo, State, Worker
@@ -27,6 +28,8 @@ LONGEST_DELAY_S = 300.0
 ABANDONED = "ABANDONED"
 CANCELLED = "CANCELLED"
 UNAVAILABLE = 503
+DEADLOCK = "40P01"  # PostgreSQL's name for it
+T = TypeVar("T")
 
 
 class QueueFullError(Exception):
@@ -362,6 +365,9 @@ class JobStore:
 
     def cancel(self, job_id: str, owner: str | None = None) -> bool:
         """End what of a job is not over. False: no such job."""
+        return _once_more(partial(self._cancel, job_id, owner))
+
+    def _cancel(self, job_id: str, owner: str | None) -> bool:
         now = self._clock()
         with self._engine.begin() as connection:
             job = self._lock_job(connection, job_id)
@@ -387,23 +393,44 @@ class JobStore:
 
     def claim(self, worker: str, *, single: bool = False) -> Claimed | None:
         """Take the next photo that may be read now. `single`: only one that somebody waits for."""
-        now = self._clock()
-        with self._engine.begin() as connection:
-            query = (
-                select(Item.id, Item.job_id, Item.pole_id, Item.name, Item.image_hash, Item.attempts)
-                .where(
-                    Item.state == State.QUEUED.value,
-                    Item.not_before <= now,
-                    *([Item.priority == 0] if single else []),
-                )
-                .order_by(Item.priority, Item.id)
-                .limit(1)
-            )
-            if self._skip_locked:
-                query = query.with_for_update(skip_locked=True)
-            found = connection.execute(query).first()
-            if found is None:
+        while True:
+            with reading(self._engine) as connection:
+                job_id = connection.scalar(self._ready(Item.job_id, single))
+            if job_id is None:
                 return None
+            claimed = _once_more(partial(self._claim_of, job_id, worker, single))
+            if claimed:
+                return claimed
+            # Others took what that job had, or it was cancelled: what else waits is looked for anew.
+
+    def _ready(self, columns: Any, single: bool, *conditions: Any) -> Any:
+        """The photo that is next."""
+        return (
+            select(columns)
+            .where(
+                Item.state == State.QUEUED.value,
+                Item.not_before <= self._clock(),
+                *([Item.priority == 0] if single else []),
+                *conditions,
+            )
+            .order_by(Item.priority, Item.id)
+            .limit(1)
+        )
+
+    def _claim_of(self, job_id: str, worker: str, single: bool) -> Claimed | None:
+        """Take a job's next photo. The job is locked before the photo, as in whatever else locks both: two
+        that lock in another order may wait for each other."""
+        with self._engine.begin() as connection:
+            job = self._lock_job(connection, job_id)
+            found = connection.execute(self._ready(Item.__table__, single, Item.job_id == job_id)).first()
+            if job is None or found is None:
+                return None
+            now = self._clock()
+            connection.execute(
+                update(Job)
+                .where(Job.id == job_id, Job.state == JobState.QUEUED.value)
+                .values(state=JobState.RUNNING.value)
+            )
             connection.execute(
                 update(Item)
                 .where(Item.id == found.id)
@@ -419,17 +446,9 @@ class JobStore:
                     error_status=None,
                 )
             )
-            connection.execute(
-                update(Job)
-                .where(Job.id == found.job_id, Job.state == JobState.QUEUED.value)
-                .values(state=JobState.RUNNING.value)
-            )
-            job = connection.execute(
-                select(Job.kind, Job.feeder, Job.share).where(Job.id == found.job_id)
-            ).one()
         return Claimed(
             item_id=found.id,
-            job_id=found.job_id,
+            job_id=job_id,
             kind=Kind(job.kind),
             pole_id=found.pole_id,
             name=found.name,
@@ -513,6 +532,9 @@ class JobStore:
         return self.fail(claimed, worker, code, last, status=UNAVAILABLE)
 
     def _finish(self, claimed: Claimed, worker: str, values: dict[str, Any]) -> bool:
+        return _once_more(partial(self._end, claimed, worker, values))
+
+    def _end(self, claimed: Claimed, worker: str, values: dict[str, Any]) -> bool:
         with self._engine.begin() as connection:
             self._lock_job(connection, claimed.job_id)
             done = connection.execute(
@@ -527,7 +549,7 @@ class JobStore:
 
     def _lock_job(self, connection: Connection, job_id: str) -> Any:
         """The job's row, for this transaction alone: of two photos that end at once, one is the last."""
-        return connection.execute(select(Job.id, Job.owner).where(Job.id == job_id).with_for_update()).first()
+        return connection.execute(select(Job.__table__).where(Job.id == job_id).with_for_update()).first()
 
     def _settle(self, connection: Connection, job_id: str) -> None:
         """Close a job whose photos are all over, and drop the bytes that nobody needs any more."""
@@ -690,6 +712,16 @@ _OUTCOME = select(
 def _outcome(row: Any) -> Outcome:
     item_id, pole_id, name, image_hash, state, *rest = row
     return Outcome(item_id, pole_id, name, image_hash, State(state), *rest)
+
+
+def _once_more(work: Callable[[], T]) -> T:
+    """A transaction, begun a second time where PostgreSQL ended it so that another one could go on."""
+    try:
+        return work()
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != DEADLOCK:
+            raise
+    return work()
 
 
 def _owned(claimed: Claimed, worker: str) -> Any:
