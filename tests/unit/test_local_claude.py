@@ -48,6 +48,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "https_proxy",
         "HTTP_PROXY",
         "HTTPS_PROXY",
+        "ALL_PROXY",
+        "all_proxy",
         "NO_PROXY",
         "no_proxy",
     ):
@@ -257,11 +259,21 @@ def test_specstory_asks_for_the_version_and_adds_a_session(
     assert started(*words).command[-2:] == ("--resume", "0b5c-4f1e")
 
 
-@pytest.mark.parametrize("word", ["--version", "mcp", "--help"])
+@pytest.mark.parametrize(
+    "word",
+    ["--version", "mcp", "--help", "doctor", "setup-token", "project", "purge", "upgrade", "logs", "stop"],
+)
 def test_what_asks_no_model_needs_no_server(word: str, world: Path) -> None:
+    """And asks nobody else by itself: the settings of a server are not there to keep it from that."""
     became = started("--port", "9", "--", word)
     assert became.command == (str(world / "bin/claude"), word)
-    assert became.variables == {"CLAUDE_CONFIG_DIR": str(world / "claude-local")}
+    assert became.variables == {
+        "CLAUDE_CONFIG_DIR": str(world / "claude-local"),
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "CLAUDE_CODE_DISABLE_OFFICIAL_MARKETPLACE_AUTOINSTALL": "1",
+        "CLAUDE_CODE_ENABLE_TELEMETRY": "",
+        "DISABLE_AUTOUPDATER": "1",
+    }
 
 
 def test_settings_of_the_caller_are_kept_and_ours_win(serving: Callable[..., ScriptedLlm]) -> None:
@@ -456,6 +468,7 @@ def test_the_whole_environment() -> None:
         "ANTHROPIC_SMALL_FAST_MODEL": "",
         "ANTHROPIC_UNIX_SOCKET": "",
         "CLAUDE_CODE_API_BASE_URL": "",
+        "CLAUDE_CODE_ENABLE_TELEMETRY": "",
         "CLAUDE_CODE_OAUTH_TOKEN": "",
         "CLAUDE_CODE_USE_ANTHROPIC_AWS": "",
         "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD": "",

@@ -372,6 +372,42 @@ def test_managed_settings_in_the_folder_beside_that_file(
     assert code == 79 and f"{managed} sets ANTHROPIC_MODEL, which nothing overrides" in line
 
 
+HELPER = json.dumps({"apiKeyHelper": "echo sk-theirs"})
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["project/.claude/settings.json", "project/.claude/settings.local.json", "claude-local/settings.json"],
+)
+@pytest.mark.parametrize("chat", [(), ("--chat-only",)], ids=["agent", "chat"])
+def test_a_helper_for_another_key_is_overridden_and_told(
+    chat: tuple[str, ...], place: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it prints would go to the server beside the key that is meant."""
+    file = world / place
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(HELPER)
+    with ScriptedLlm(Good()) as server:
+        became = started("--port", str(server.port), *chat, "-p", "hi", "--settings", HELPER)
+    assert f"{file} sets apiKeyHelper: overridden for this session" in capsys.readouterr().err
+    written = json.loads(Path(became.command[2]).read_text())["apiKeyHelper"]
+    assert written == ("printenv ANTHROPIC_AUTH_TOKEN" if chat else "")
+
+
+@pytest.mark.parametrize("place", ["managed-settings.json", "managed-settings.d/a.json"])
+def test_a_managed_helper_for_another_key_is_refused(
+    place: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = world / place
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(HELPER)
+    monkeypatch.setattr(environment, "MANAGED", (str(world / "managed-settings.json"),))
+    with ScriptedLlm(Good()) as server:
+        code, line = refused(capsys, "--port", str(server.port))
+    assert code == 79 and f"{file} sets apiKeyHelper, which nothing overrides" in line
+    assert "sk-theirs" not in line
+
+
 PLACES = {
     "project": "project/.claude/settings.json",
     "project, own": "project/.claude/settings.local.json",
@@ -381,7 +417,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("variable", ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"])
+@pytest.mark.parametrize(
+    "variable", ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"]
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_proxy_in_a_file_of_settings_is_gone_past(
     place: str,

@@ -24,7 +24,7 @@ MANAGED = (
     "/etc/claude-code/managed-settings.json",
     "/Library/Application Support/ClaudeCode/managed-settings.json",
 )
-PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 PAST_PROXIES = ("NO_PROXY", "no_proxy")
 # What a session leaves behind when it does not end well, or cannot remove because claude has its place.
 OF_SESSIONS = ("settings-*.json", "litellm-*.yaml", "*.log")
@@ -46,10 +46,19 @@ SLIM = {
     "CLAUDE_CODE_DISABLE_CRON": "1",
     "CLAUDE_CODE_DISABLE_ARTIFACT": "1",
 }
+# Keeps claude from asking anybody by itself. What it is told to ask it still asks: `update`, say.
+QUIET = {
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    "CLAUDE_CODE_DISABLE_OFFICIAL_MARKETPLACE_AUTOINSTALL": "1",  # the line above leaves it on
+    "CLAUDE_CODE_ENABLE_TELEMETRY": "",  # OpenTelemetry, to whatever host the shell or a project names
+    "DISABLE_AUTOUPDATER": "1",
+}
 # Settings that no variable stands for: WebFetch asks Anthropic about the name of each host that it goes to.
-SETTINGS = {"skipWebFetchPreflight": True}
+# What a helper prints is sent beside the token: the key of another server, which this one may even prefer.
+HELPER = "apiKeyHelper"
+SETTINGS = {"skipWebFetchPreflight": True, HELPER: ""}
 # With --bare the token does not count. In ANTHROPIC_API_KEY claude would ask about it, and keep a part of it.
-CHAT_SETTINGS = {"apiKeyHelper": "printenv ANTHROPIC_AUTH_TOKEN"}
+CHAT_SETTINGS = {HELPER: "printenv ANTHROPIC_AUTH_TOKEN"}
 # Each of these sends requests, or what is in them, somewhere else. Blank counts as not set.
 BLANK = (
     "ANTHROPIC_API_KEY",
@@ -75,10 +84,8 @@ def variables(url: str, key: str, model: str, context: int) -> dict[str, str]:
         "ANTHROPIC_AUTH_TOKEN": key or PLACEHOLDER,
         **dict.fromkeys(MODEL_VARIABLES, model),
         **dict.fromkeys(BLANK, ""),
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "CLAUDE_CODE_DISABLE_OFFICIAL_MARKETPLACE_AUTOINSTALL": "1",  # the line above leaves it on
+        **QUIET,
         "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
-        "DISABLE_AUTOUPDATER": "1",
         "API_TIMEOUT_MS": str(REQUEST_TIMEOUT_MS),
         "API_FORCE_IDLE_TIMEOUT": "0",
         "CLAUDE_STREAM_IDLE_TIMEOUT_MS": str(REQUEST_TIMEOUT_MS),
@@ -293,6 +300,12 @@ def overriding(folder: Path, project: Path, wanted: Mapping[str, str], server: S
                     f"{path} sets {variable}, which nothing overrides",
                     "ask whoever manages this machine to take it out",
                 )
+        if read_object(path).get(HELPER):
+            raise LocalClaudeError(
+                EXIT_SETTINGS,
+                f"{path} sets {HELPER}, which nothing overrides",
+                "ask whoever manages this machine to take it out",
+            )
     for path in beside(folder, project):
         found = _env_of(path)
         both = sorted(
@@ -304,6 +317,8 @@ def overriding(folder: Path, project: Path, wanted: Mapping[str, str], server: S
                 f"{path} sets ANTHROPIC_AUTH_TOKEN, which would be sent instead of LLMBOX_KEY",
                 "take it out of that file",
             )
+        if read_object(path).get(HELPER):
+            both.append(HELPER)
         if both:
             lines.append(f"{path} sets {', '.join(both)}: overridden for this session")
     return lines

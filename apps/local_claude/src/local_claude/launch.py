@@ -126,11 +126,7 @@ def knows(program: Path, option: str, folder: Path) -> bool:
             check=False,
             stdin=subprocess.DEVNULL,
             preexec_fn=lambda: keeper.die_with(me),
-            env={
-                **os.environ,
-                "CLAUDE_CONFIG_DIR": str(folder),
-                "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-            },
+            env={**os.environ, "CLAUDE_CONFIG_DIR": str(folder), **environment.QUIET},
         )
     except (OSError, subprocess.TimeoutExpired):
         return False

@@ -13,9 +13,13 @@ from local_claude.errors import CODES, EXIT_SETTINGS, EXIT_USAGE, LocalClaudeErr
 
 MAX_MODEL_NAME = 200
 CONTEXT_FLOOR = 32768
-# Commands and options of claude that ask no model: they only get the folder of settings.
+# Commands and options of claude that ask no model. What is none of them is a prompt, or begins a session.
 NEED_NO_SERVER = frozenset(
-    {"--version", "-v", "--help", "-h", "mcp", "plugin", "plugins", "config", "install", "update", "auth"}
+    [
+        *("--version", "-v", "--help", "-h", "doctor", "install", "update", "upgrade"),
+        *("mcp", "plugin", "plugins", "auth", "setup-token", "project", "purge"),
+        *("logs", "stop", "kill", "rm"),  # of sessions in the background
+    ]
 )
 
 DESCRIPTION = """Run Claude Code on a local model. Finds the server, checks that it can carry an agent, and

@@ -39,7 +39,8 @@ def run(wanted: Options) -> int:
     environment.prepare_folder(folder)
     own = {"CLAUDE_CONFIG_DIR": str(folder)}
     if not wanted.needs_server:
-        launch.Launch(launch.compose_plain(launch.find_claude(), wanted.claude), own).go()
+        plain = launch.compose_plain(launch.find_claude(), wanted.claude)
+        launch.Launch(plain, own | environment.QUIET).go()
     program = Path("claude") if wanted.print_env else launch.find_claude()
     if wanted.dry_run and BACKENDS[wanted.backend].starts in {"llama", "ssh"}:
         from local_claude import started
