@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import signal
@@ -10,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from local_claude import cli, llama, options, started, survey
+from llama_common import gguf as gguf_header
+from local_claude import cli, keeper, llama, options, started, survey
 from local_claude.errors import LocalClaudeError
 from local_claude.llama import GgufFile
 
@@ -206,6 +210,65 @@ def test_the_survey_is_the_same_on_the_other_side(
     monkeypatch.setenv("LOCAL_CLAUDE_REMOTE_MODELS", str(models / "m"))
     here = survey.survey(str(models / "llama-server"), str(models / "m"))
     assert started.far_survey("box") == json.loads(json.dumps(here))
+
+
+# What python 3.7 has of the names that are imported one by one.
+OLD_NAMES = {
+    "__future__": {"annotations"},
+    "collections.abc": {"Callable", "Iterable", "Iterator", "Mapping"},
+    "dataclasses": {"dataclass"},
+    "llama_common": {"gguf"},
+    "local_claude": {"keeper"},
+    "pathlib": {"Path"},
+    "typing": {"Any", "TYPE_CHECKING"},
+}
+NEW_METHODS = {"removeprefix", "removesuffix", "is_relative_to", "readlink", "hardlink_to", "with_stem"}
+
+
+def old_enough(source: str) -> None:
+    """Fails for what python 3.7 cannot read, import or call; annotations are never looked at."""
+    tree = ast.parse(source, feature_version=(3, 7))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and id(node) not in typing_only
+    ]
+    for node in imports:
+        new = {name.name for name in node.names} - OLD_NAMES.get(node.module or "", set())
+        assert not new, f"{node.module} has {new} only later, or OLD_NAMES does not know it"
+    called = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    given = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    assert not called & NEW_METHODS and not given & {"missing_ok", "strict", "process_group", "slots"}
+
+
+@pytest.mark.parametrize("module", [gguf_header, keeper, survey], ids=lambda module: module.__name__)
+def test_what_runs_on_the_other_side_runs_with_its_older_python(module: ModuleType) -> None:
+    """That of macOS is 3.9, and what `ssh mac python3` finds."""
+    source = inspect.getsource(module)
+    assert "from __future__ import annotations" in source
+    old_enough(source)
+
+
+@pytest.mark.parametrize("program", ["_FIRST", "_KEEP", "_SURVEY"])
+def test_what_comes_first_on_the_other_side_does_as_well(program: str) -> None:
+    old_enough(getattr(started, program))
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        *("if (a := 1): pass", "match a:\n case 1: pass", "def f(a, /): pass"),
+        *("from itertools import pairwise", "from typing import Final"),
+        *("a.removeprefix('b')", "a.unlink(missing_ok=True)", "zip(a, b, strict=True)"),
+    ],
+)
+def test_what_is_too_new_is_seen(new: str) -> None:
+    with pytest.raises((SyntaxError, AssertionError)):
+        old_enough(new)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 Format: docs/gguf.md of the ggml project, versions 2 and 3 (little-endian). The `gguf` package reads the same,
 but maps whole files into memory; a header that was fetched over HTTP has no file behind it.
+
+local-claude sends this source to hosts whose python3 is 3.7 perhaps: nothing newer, and no other module.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # not in python 3.7, and annotations are not looked at there
+    from typing import Final
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -200,7 +204,7 @@ def _sized(tensors: Iterable[tuple[str, int, tuple[int, ...], int]], data_size: 
     """Each tensor with its bytes: up to where the next one begins, so that no table of types is needed."""
     listed = list(tensors)
     offsets = sorted({offset for *_, offset in listed} | {data_size})
-    following = dict(pairwise(offsets))
+    following = dict(zip(offsets, offsets[1:]))  # noqa: B905, RUF007 - both are of python 3.10
     for name, kind, shape, offset in listed:
         size = following.get(offset, 0)
         if size <= offset:
