@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +228,52 @@ def test_arrow_keys(keys: list[bytes], picked: int | None) -> None:
     assert "Models" in seen[0] and any("> b" in text for text in seen)
 
 
+@pytest.mark.parametrize(
+    ("pieces", "read"),
+    [
+        ([b"\x1b", b"[B"], [b"\x1b[B"]),
+        ([b"\x1b", b"[", b"B"], [b"\x1b[B"]),
+        ([b"j\x1bO", b"A"], [b"j\x1bOA"]),
+        ([b"\x1b"], [b"\x1b"]),
+        ([b"\x1b[B", b"j"], [b"\x1b[B", b"j"]),
+    ],
+)
+def test_an_arrow_key_that_comes_in_pieces(
+    pieces: list[bytes], read: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a slow line. Escape alone is one as well, but nothing follows it at once."""
+    left = list(pieces)
+    monkeypatch.setattr(os, "read", lambda *_: left.pop(0))
+    waited: list[float] = []
+
+    def ready(reading: list[int], _w: list[int], _x: list[int], seconds: float) -> tuple[list[int], ...]:
+        waited.append(seconds)
+        return (reading if left else [], [], [])
+
+    monkeypatch.setattr("select.select", ready)
+    assert [choose.read_keys(0) for _ in read] == read and not left
+    assert set(waited) <= {0.05}
+
+
+def test_a_choice_at_a_terminal_reads_whole_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed, terminal = pty.openpty()
+    pressed = iter([b"\x1b[B", b"\r"])
+    monkeypatch.setattr(choose, "read_keys", lambda _: next(pressed))
+    monkeypatch.setattr(os, "read", lambda *_: b"q")  # for who reads in another way
+    with os.fdopen(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert choose.choose("Models", ["a", "b"]) == 1
+    os.close(typed)
+
+
+def test_the_end_of_what_is_typed_is_waited_for_once() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"\x1b")
+    os.close(writing)
+    assert choose.read_keys(reading) == b"\x1b"
+    os.close(reading)
+
+
 def drawn(written: list[str]) -> list[list[str]]:
     """Each picture of the list, as rows: what was written between two moves back up."""
     pictures = re.split(r"\x1b\[(\d+)A", "".join(written).split("\n", 1)[1])
@@ -399,6 +448,25 @@ def test_the_doctor_of_a_broken_world(
     with ScriptedLlm(answers) as server:
         found, lines = doctor(capsys, "--port", str(server.port))
     assert found == code and any(line.startswith(part) and "; fix: " in line for line in lines), lines
+
+
+@pytest.mark.parametrize("given", ['{"file_path": "numb', None, ["a"], 5], ids=repr)
+def test_the_doctor_of_a_call_that_the_server_could_not_parse(
+    given: Any, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It passes the arguments on as they came: the very fault that is looked for."""
+
+    def damaged(body: Any) -> Any:
+        status, data = working(body)[:2]  # type: ignore[index]
+        if "report" not in {tool["name"] for tool in body.get("tools", [])}:
+            data["content"][0]["input"] = given
+        return status, data
+
+    with ScriptedLlm(scripted_llm.gateway() | {"/v1/messages": damaged}) as server:
+        code, lines = doctor(capsys, "--port", str(server.port))
+    told = [line for line in lines if line.startswith("warn")]
+    assert code == 0 and len(told) == 1 and "recommended:" in lines[-1], lines
+    assert "stops in mid-edit: the call of a tool came back damaged; fix: " in told[0]
 
 
 def hangs_up(_body: Any) -> Answer:

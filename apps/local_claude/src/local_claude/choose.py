@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import sys
 import termios
 import tty
@@ -18,6 +19,8 @@ _KEYS = {
 }  # fmt: skip
 
 _KEY = re.compile(rb"\x1b[\[O].|.", re.DOTALL)  # several may come in one read
+_BEGUN = re.compile(rb"\x1b[\[O]?\Z")
+REST_S = 0.05  # over a slow line an arrow key comes in pieces; behind Escape alone nothing follows
 
 
 def choose(title: str, rows: Sequence[str], first: int = 0) -> int | None:
@@ -26,11 +29,20 @@ def choose(title: str, rows: Sequence[str], first: int = 0) -> int | None:
     before = termios.tcgetattr(descriptor)
     try:
         tty.setcbreak(descriptor)
-        return pick(title, rows, first, lambda: os.read(descriptor, 64), _write, _size)
+        return pick(title, rows, first, lambda: read_keys(descriptor), _write, _size)
     except KeyboardInterrupt:
         return None
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def read_keys(descriptor: int) -> bytes:
+    """What was typed, an arrow key to its end; nothing once there is nobody who types."""
+    keys = piece = os.read(descriptor, 64)
+    while piece and _BEGUN.search(keys) and select.select([descriptor], [], [], REST_S)[0]:
+        piece = os.read(descriptor, 64)
+        keys += piece
+    return keys
 
 
 def pick(

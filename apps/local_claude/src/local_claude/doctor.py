@@ -140,10 +140,13 @@ def _edit(found: Found, model: Model) -> Result:
     body = _body(model, ask, [WRITE], EDIT_TOKENS) | {"tool_choice": {"type": "tool", "name": "Write"}}
     data = _asked(found, body)
     call = _call(data)
-    content = str((call or {}).get("input", {}).get("content", ""))
+    given = (call or {"input": {}}).get("input")
     if data.get("stop_reason") == "max_tokens":
         detail = f"the answer was cut after {EDIT_TOKENS} tokens: the model does not end its turn"
         return Result(name, "warn", detail, "look at the template and its end tokens, or take another model")
+    if not isinstance(given, dict):  # arguments that the server could not parse, and passed on as they came
+        return Result(name, "warn", "the call of a tool came back damaged", found.kind.tools_fix)
+    content = str(given.get("content", ""))
     if f"{LINES}" not in content.split():
         return Result(
             name, "warn", f"a file of {LINES} lines came as {shown(content[-40:])}", found.kind.tools_fix
