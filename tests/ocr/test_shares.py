@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from ocr_pipeline.api.app import LISTINGS
 from ocr_pipeline.smb.share import (
     Share,
     ShareEmptyError,
@@ -24,6 +30,8 @@ from ocr_pipeline.smb.share import (
 from tests.ocr import servers
 from tests.ocr.service import Service, photo
 from tests.ocr.test_durability import settle, shares_file
+
+T = TypeVar("T")
 
 
 def share(samba: servers.Samba, **changed: Any) -> Share:
@@ -110,6 +118,128 @@ def test_credentials_are_one_shares_alone(samba: servers.Samba) -> None:
         with pytest.raises(ShareRefusedError), share(samba, password="wrong") as bad:
             bad.list("F")
         assert good.list("F")
+
+
+class Line:
+    """A network between a client and a Samba, which can fail as networks do: without a word."""
+
+    def __init__(self, port: int) -> None:
+        self.silent_after: int | None = None  # requests of a connection; what comes later is swallowed
+        self.drip_s = 0.0  # between two pieces of an answer
+        self.piece = 65536
+        self._target = port
+        self._ends: list[socket.socket] = []
+        self._entry = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._entry.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whoever still waits for an answer is told the end of its connection."""
+        for end in [self._entry, *self._ends]:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._entry.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+                self._ends += [client, server]
+                for pump in (self._requests, self._answers):
+                    threading.Thread(target=pump, args=(client, server), daemon=True).start()
+
+    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+        count = 0
+        with contextlib.suppress(OSError):
+            while head := client.recv(4, socket.MSG_WAITALL):
+                body = client.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
+                if self.silent_after is None or count < self.silent_after:
+                    server.sendall(head + body)
+                count += 1
+
+    def _answers(self, client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := server.recv(self.piece):
+                time.sleep(self.drip_s)
+                client.sendall(piece)
+
+
+@pytest.fixture
+def line(samba: servers.Samba) -> Iterator[Line]:
+    """A network to a Samba with one photo."""
+    (samba.photos / "F").mkdir()
+    (samba.photos / "F/P1_a.jpg").write_bytes(photo())
+    with Line(samba.port) as made:
+        yield made
+
+
+def aside(work: Callable[[], T]) -> T:
+    """What the work gives or raises; a failure where it does not end."""
+    found: Future[T] = Future()
+
+    def go() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=go, daemon=True).start()
+    return found.result(20)
+
+
+HANDSHAKE = 3  # requests, until the session stands
+
+
+@pytest.mark.parametrize("after", [1, HANDSHAKE, HANDSHAKE + 2])
+def test_a_server_that_falls_silent_is_unreachable(samba: servers.Samba, line: Line, after: int) -> None:
+    with share(samba, port=line.port) as opened:
+        line.silent_after = after
+        with pytest.raises(ShareUnreachableError, match="silent for 3 s"):
+            aside(lambda: opened.list("F"))
+        line.silent_after = None
+        assert opened.list("F"), "on a connection of its own"
+        line.silent_after = 0
+        with pytest.raises(ShareUnreachableError, match="silent for 3 s"):
+            aside(lambda: opened.read("F/P1_a.jpg", 10**6))
+        line.silent_after = None
+        assert opened.read("F/P1_a.jpg", 10**6) == photo()
+
+
+def test_a_slow_answer_is_no_silence_but_has_an_end(samba: servers.Samba, line: Line) -> None:
+    data = os.urandom(4000)
+    (samba.photos / "F/P1_a.jpg").write_bytes(data)
+    with share(samba, port=line.port, timeout_s=5.0) as opened:
+        opened.list("F")
+        line.drip_s, line.piece = 0.1, 64  # the photo alone takes more than 6 s
+        assert aside(lambda: opened.read("F/P1_a.jpg", 10**6)) == data
+        opened._longest_s = 1.0
+        with pytest.raises(ShareUnreachableError, match="not done within 1 s"):
+            aside(lambda: opened.read("F/P1_a.jpg", 10**6))
+
+
+def test_a_share_that_fell_silent_is_listed_again_once_the_network_is_back(
+    samba: servers.Samba, line: Line, tmp_path: Path
+) -> None:
+    folder = tmp_path / "service"
+    folder.mkdir()
+    settings = Path(shares_file(tmp_path, samba))
+    settings.write_text(settings.read_text().replace(str(samba.port), str(line.port)))
+    service = Service(folder, shares_file=str(settings))
+    line.silent_after = HANDSHAKE
+    try:
+        service.start_api()
+        with ThreadPoolExecutor(LISTINGS) as pool:
+            answers = list(pool.map(lambda _: tra(service, "F"), range(LISTINGS)))
+        line.silent_after = None
+        again = tra(service, "F")
+    finally:
+        service.stop()
+    told = {(answer.status_code, answer.json()["error"]["details"][0]["reason"]) for answer in answers}
+    assert told == {(503, "SMB_UNREACHABLE")}
+    assert again.status_code == 202, again.text
 
 
 def tra(service: Service, folder: str, share_name: str = "field") -> Any:

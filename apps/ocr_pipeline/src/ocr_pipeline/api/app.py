@@ -182,7 +182,7 @@ class Service:
             known = ", ".join(sorted(self.shares)) or "none is set up"
             raise invalid("SMB_UNKNOWN_SHARE", f"share = {order.share!r}: not known here ({known})")
         try:
-            with Share(self.shares[order.share]) as share:
+            with Share(self.shares[order.share], self.listings.seconds) as share:
                 entries = share.list(order.folder)
         except ShareError as error:
             if error.temporary:

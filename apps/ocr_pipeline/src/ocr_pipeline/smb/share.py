@@ -7,7 +7,12 @@ died is not found again by the next try.
 
 from __future__ import annotations
 
+import math
 import re
+import socket
+import struct
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -123,10 +128,11 @@ class Entry:
 
 
 class Share:
-    """A share of one server, for one user."""
+    """A share of one server, for one user. `longest_s`: what one listing or reading may take in all."""
 
-    def __init__(self, settings: ShareSettings) -> None:
+    def __init__(self, settings: ShareSettings, longest_s: float = math.inf) -> None:
         self._settings = settings
+        self._longest_s = longest_s
         self._connections: dict[str, Any] = {}
 
     def __enter__(self) -> Share:
@@ -169,8 +175,8 @@ class Share:
 
     def close(self) -> None:
         """End the connections."""
-        connections, self._connections = self._connections, {}
-        for connection in connections.values():
+        while self._connections:
+            _, connection = self._connections.popitem()
             with suppress(Exception):  # it is gone, however it goes
                 connection.disconnect(close=False, timeout=1)
 
@@ -195,7 +201,7 @@ class Share:
 
     def _attempt(self, work: Callable[[], T], path: str) -> T:
         """Work on the share; what goes wrong becomes one of the errors above."""
-        with self._told(path):
+        with self._told(path), _Watch(self._connections, self._settings.timeout_s, self._longest_s) as watch:
             try:
                 smbclient.register_session(
                     self._settings.server,
@@ -208,8 +214,10 @@ class Share:
                     auth_protocol="ntlm",
                 )
                 return work()
-            except BaseException:
+            except BaseException as error:
                 self.close()
+                if watch.why and isinstance(error, Exception) and not isinstance(error, ShareError):
+                    raise TimeoutError(watch.why) from None
                 raise
         raise AssertionError  # _told raises
 
@@ -283,6 +291,50 @@ class Share:
     def _shown(self, path: str) -> str:
         parts = [self._settings.server, self._settings.share, self._settings.folder, path]
         return "//" + "/".join(part.strip("/") for part in parts if part)
+
+
+class _Watch:
+    """Beside work on a share: cuts its connections when the server has been silent for too long, or the work
+    lasts too long. smbprotocol itself waits for an answer without end once a connection stands."""
+
+    def __init__(self, connections: dict[str, Any], silence_s: float, longest_s: float) -> None:
+        self.why = ""
+        self._connections = connections
+        self._silence_s = silence_s
+        self._longest_s = longest_s
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, name="share", daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look_on(self) -> None:
+        began = time.monotonic()
+        while not self._done.wait(min(1.0, self._silence_s / 10)):
+            lasts = time.monotonic() - began
+            for connection in list(self._connections.values()):
+                with suppress(OSError, AttributeError):  # it ends at this moment
+                    link = connection.transport._sock
+                    if lasts > self._longest_s:
+                        self._cut(link, f"not done within {self._longest_s:.0f} s")
+                    elif min(lasts, _silent_s(link)) > self._silence_s:
+                        self._cut(link, f"silent for {self._silence_s:.0f} s")
+
+    def _cut(self, link: socket.socket, why: str) -> None:
+        # No close(): it waits for a lock that a sender may hold. smbprotocol's thread sees it and closes.
+        self.why = why
+        link.shutdown(socket.SHUT_RDWR)
+
+
+def _silent_s(link: socket.socket) -> float:
+    """Since the last byte came, as the kernel knows it: a large answer that comes slowly is no silence."""
+    known = link.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 56)
+    return int(struct.unpack_from("=I", known, 52)[0]) / 1000  # tcpi_last_data_recv
 
 
 _NOT_FOUND = (NoSuchFile, ObjectNameInvalid, ObjectNameNotFound, ObjectPathNotFound)
