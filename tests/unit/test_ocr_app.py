@@ -37,7 +37,7 @@ class Field:
     listed = 0
     back = threading.Event()
 
-    def __init__(self, settings: ShareSettings) -> None: ...
+    def __init__(self, settings: ShareSettings, longest_s: float) -> None: ...
 
     def __enter__(self) -> Field:
         return self
