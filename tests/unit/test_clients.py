@@ -308,6 +308,78 @@ def test_an_editor_s_line_breaks_are_cut_out_with_the_block(tmp_path: Path) -> N
     assert path.read_bytes() == b'{\r\n  "a": 1\r\n}\r\n'
 
 
+def behind_the_last(text: str, more: str) -> str:
+    """A new setting where VS Code puts it: directly behind the last member, so before END."""
+    end = text.rindex("\n  /* END llmbox */")
+    return f"{text[:end].removesuffix(',')},\n  {more}{text[end:]}"
+
+
+@pytest.mark.parametrize("theirs", [None, "{}\n", '{\n  // mine\n  "a": [1]\n}\n'])
+@pytest.mark.parametrize("content", [ITEMS, {"llmbox-one": {"deep": [1]}}])
+def test_a_setting_that_an_editor_put_into_our_block_stays(
+    content: Any, theirs: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "settings.json"
+    if theirs is not None:
+        path.write_text(theirs)
+    entry = {"path": str(path), "kind": "json", "at": ["at"], "content": content, "wanted": True}
+    converge(entry)
+    made = behind_the_last(path.read_text(), '// mine too\n  "editor.fontSize": 17')
+    path.write_text(made if theirs is None or "a" not in theirs else made.replace("17\n", "17,\n"))
+    before = plain_json(path.read_text())
+    assert before["editor.fontSize"] == 17
+    edited = path.read_text()
+
+    assert converge(entry) and not converge(entry)
+    assert plain_json(path.read_text()) == before
+    assert path.read_text().index("END llmbox") < path.read_text().index("// mine too")
+    without_ours = {name: value for name, value in before.items() if name != "at"}
+    for text in (path.read_text(), edited):  # whether a run came between or not
+        path.write_text(text)
+        assert converge({**entry, "wanted": False})
+        assert plain_json(path.read_text()) == without_ours and "// mine too" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "more"),
+    [(ITEMS, {"name": "MINE", "value": "1"}), ({"llmbox-one": {}}, {"mine": {"deep": [1]}})],
+)
+def test_what_was_put_beside_ours_in_a_list_that_we_made_stays(
+    content: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text("{}")
+    entry = {"path": str(path), "kind": "json", "at": ["at"], "content": content, "wanted": True}
+    converge(entry)
+    listed = isinstance(content, list)
+    inside = json.dumps(more) if listed else json.dumps(more)[1:-1]
+    text = path.read_text()
+    closing = text.rindex("]" if listed else "}", 0, text.index("/* END"))
+    path.write_text(f"{text[:closing].rstrip()},\n    {inside}\n  {text[closing:]}")
+    both = [*content, more] if listed else {**content, **more}
+    assert converge(entry) and not converge(entry)
+    assert plain_json(path.read_text()) == {"at": both}
+    converge({**entry, "wanted": False})
+    assert plain_json(path.read_text()) == {"at": [more] if listed else more}
+
+
+def test_what_was_ours_and_is_not_any_more_goes(tmp_path: Path) -> None:
+    """A box of another name: the old one's entry is no setting of the person."""
+    path = tmp_path / "settings.json"
+    entry = {
+        "path": str(path),
+        "kind": "json",
+        "at": ["at"],
+        "content": {"old": 1, "both": 2},
+        "wanted": True,
+    }
+    converge(entry)
+    converge({**entry, "content": {"both": 3, "new": 4}})
+    assert plain_json(path.read_text()) == {"at": {"both": 3, "new": 4}}
+    converge({**entry, "content": {"other": 5}, "wanted": False})
+    assert not path.exists()
+
+
 OURS = "# Managed by llmbox\n"
 
 

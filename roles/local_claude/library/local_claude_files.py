@@ -49,6 +49,7 @@ OWN = "Managed by llmbox"  # in every file of our own: llama_common.clients
 SHELL, JSON = "#", "/*"
 MAX_BYTES = 4 * 1024 * 1024
 _MADE = re.compile(r"made with (?P<folders>\d+) folders")
+_OURS = re.compile(r"; ours: (?P<names>.*?) \*/")
 
 
 class Refused(Exception):
@@ -78,8 +79,18 @@ def find(text: str, comment: str, path: str) -> Block | None:
     return Block(begins[0], ends[0], int(made["folders"]) if made else None)
 
 
-def without(text: str, comment: str, path: str) -> tuple[str, int | None]:
-    """The person's own text, and how many folders were made with the file (None: the file was theirs)."""
+def names_of(content: Any) -> list[str]:
+    """How our members or items are called."""
+    return list(content) if isinstance(content, dict) else [str(item["name"]) for item in content]
+
+
+def without(
+    text: str, comment: str, path: str, at: Sequence[str] = (), content: Any = ()
+) -> tuple[str, int | None]:
+    """The person's own text, and how many folders were made with the file (None: the file was theirs).
+
+    Raises Refused.
+    """
     block = find(text, comment, path)
     if block is None:
         return text, None
@@ -87,14 +98,35 @@ def without(text: str, comment: str, path: str) -> tuple[str, int | None]:
         return text[: block.start] + text[block.end + 1 :], block.folders
     # The break before it; an editor may have made it one of its own.
     start = block.start - (2 if text[: block.start].endswith("\r\n") else 1)
-    return text[:start] + text[block.end :], block.folders
+    theirs = strays(text, block, path, at, content)
+    behind_it = text[block.end :]
+    if theirs and Document("[" + behind_it, path).filled(1):
+        theirs += ","
+    return text[:start] + theirs + behind_it, block.folders
 
 
-def marks(comment: str, folders: int | None) -> tuple[str, str]:
-    """The first and the last line of a block."""
+def strays(text: str, block: Block, path: str, at: Sequence[str], content: Any) -> str:
+    """What is in our block of JSON and not ours: an editor puts a new setting behind the last one there is.
+
+    The block names what is ours, as by now the inventory may say something else. Raises Refused.
+    """
+    first = text.index("\n", block.start)
+    last = text.rindex(f"{JSON} {END}", block.start, block.end)
+    named = _OURS.search(text, block.start, first)
+    ours = named["names"].split(" ") if named else names_of(content)
+    body = text[first:last]
+    brackets = "{}" if Document(body, path).starts('"') else "[]"
+    # As many lines before it as in the file, so that a refusal names the right one.
+    lines = "\n" * text.count("\n", 0, first)
+    document = Document(f"{lines}{brackets[0]}{body}{brackets[1]}", path)
+    return document.others(len(lines), set(ours), at)
+
+
+def marks(comment: str, folders: int | None, ours: Sequence[str] = ()) -> tuple[str, str]:
+    """The first and the last line of a block. In JSON the first names what is ours in it."""
     made = "" if folders is None else f", made with {folders} folders"
-    close = " */" if comment == JSON else ""
-    return f"{comment} {BEGIN}: roles/local_claude{made}{close}", f"{comment} {END}{close}"
+    close = f"; ours: {' '.join(ours)} */" if comment == JSON else ""
+    return f"{comment} {BEGIN}: roles/local_claude{made}{close}", f"{comment} {END}{close and ' */'}"
 
 
 def with_lines(text: str, lines: str, folders: int | None) -> str:
@@ -115,7 +147,7 @@ def with_json(text: str, at: Sequence[str], content: Any, folders: int | None, p
         inner = {key: inner}
     lines = json.dumps(inner, indent=2, ensure_ascii=False).splitlines()[1:-1]
     pad = "  " * depth
-    begin, end = marks(JSON, folders)
+    begin, end = marks(JSON, folders, names_of(content))
     body = "\n".join(pad + line for line in lines) + ("," if document.filled(position) else "")
     return f"{text[:position]}\n  {pad}{begin}\n{body}\n  {pad}{end}{text[position:]}"
 
@@ -131,10 +163,7 @@ class Document:
         position = self._skip(1 if self.text.startswith("\ufeff") else 0)
         if self.text[position : position + 1] != "{":
             raise self._refused(position, "is no object of JSON")
-        try:
-            self._value(position)  # it can be read to its end
-        except (RecursionError, ValueError):
-            raise self._refused(position, "cannot be read as JSON") from None
+        self._readable(position)
         depth = 0
         for number, key in enumerate(at):
             members = self._members(position)
@@ -152,6 +181,43 @@ class Document:
     def filled(self, position: int) -> bool:
         """Whether anything but comments stands behind a bracket."""
         return self.text[self._skip(position)] not in "]}"
+
+    def starts(self, sign: str) -> bool:
+        """Whether the first thing that is neither blank nor comment begins so."""
+        return self.text.startswith(sign, self._skip(0))
+
+    def others(self, position: int, ours: set[str], at: Sequence[str]) -> str:
+        """The members or items of a container that are not ours, as they stand there, with commas between.
+
+        What lies in one of the keys `at` was made for ours, and may hold others by now. Raises Refused.
+        """
+        self._readable(position)
+        found, seen, begin = [], set(), position + 1
+        keyed = self.text[position] == "{"
+        for key, start in self._container(position)[0]:
+            end = self._value(start)
+            name = key if keyed else self._name(start) if self.text[start] == "{" else ""
+            if keyed and key in at and self.text[start] in "{[":
+                if inner := self.others(start, ours, at):
+                    found.append(f"{self.text[begin : start + 1]}{inner}{self._tail(end)}")
+            elif name not in ours or name in seen:
+                found.append(self.text[begin:end])
+            seen.add(name)
+            after = self._skip(end)
+            begin = after + 1 if self.text[after : after + 1] == "," else after
+        return ",".join(found)
+
+    def _tail(self, end: int) -> str:
+        """The closing bracket that ends here, with the blanks before it."""
+        before = self.text[: end - 1]
+        return before[len(before.rstrip()) :] + self.text[end - 1]
+
+    def _readable(self, position: int) -> None:
+        """Raises Refused for what cannot be read to its end."""
+        try:
+            self._value(position)
+        except (RecursionError, ValueError):
+            raise self._refused(position, "cannot be read as JSON") from None
 
     def _check_twice(self, position: int, content: Any) -> None:
         """Refuse what is there already: of two the person's would win, or both would be mixed."""
@@ -248,7 +314,8 @@ def planned(entry: dict[str, Any]) -> Change:
         return Change(path, before, entry["text"] if entry["wanted"] else kept, 1)
     comment = JSON if entry["kind"] == "json" else SHELL
     empty = "{\n}\n" if comment == JSON else ""
-    text, folders = (empty, missing(file)) if before is None else without(before, comment, str(path))
+    ours = (entry["at"], entry["content"]) if comment == JSON else ()
+    text, folders = (empty, missing(file)) if before is None else without(before, comment, str(path), *ours)
     if not entry["wanted"] or (before is None and not make):
         gone = before is None or (folders is not None and text == empty)
         return Change(path, before, None if gone else text, folders or 0)
