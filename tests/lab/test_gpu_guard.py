@@ -260,12 +260,13 @@ def test_a_guard_that_is_killed_or_stopped_is_replaced_and_says_so(box: Box, sig
 def test_a_guard_that_is_told_to_end_is_replaced_and_says_so(box: Box) -> None:
     process = f"{box.manager} show --value -p MainPID gpu-guard"
     before = box.run(process).stdout.strip()
-    box.run(f"sudo kill -TERM {before}")
+    next_one = (
+        f"until now=$({process}) && [ $now != 0 ] && [ $now != {before} ]; do sleep 0.2; done; echo $now"
+    )
+    now = box.run(f"sudo kill -TERM {before} && timeout 60 sh -c {shlex.quote(next_one)}").stdout.strip()
     told = "the guard was told to end, and was started again; nobody watched for"
-    journal = "journalctl _SYSTEMD_USER_UNIT=gpu-guard.service --since=-1min -o cat --no-pager"
-    look = f"until {journal} | grep -q '{told}'; do sleep 0.2; done"
+    look = f"until journalctl _PID={now} -o cat --no-pager | grep -q '{told}'; do sleep 0.2; done"
     box.run(f"sudo timeout 60 sh -c {shlex.quote(look)}")
-    assert box.run(process).stdout.strip() not in (before, "0")
     assert box.chat().status_code == 200
 
 
