@@ -20,6 +20,7 @@ _KEYS = {
 
 _KEY = re.compile(rb"\x1b[\[O].|.", re.DOTALL)  # several may come in one read
 _BEGUN = re.compile(rb"\x1b[\[O]?\Z")
+TURN_S = 0.5
 REST_S = 0.05  # over a slow line an arrow key comes in pieces; behind Escape alone nothing follows
 
 
@@ -38,6 +39,8 @@ def choose(title: str, rows: Sequence[str], first: int = 0) -> int | None:
 
 def read_keys(descriptor: int) -> bytes:
     """What was typed, an arrow key to its end; nothing once there is nobody who types."""
+    while not select.select([descriptor], [], [], TURN_S)[0]:
+        pass  # a Ctrl-C that came just before the wait is heard at its end
     keys = piece = os.read(descriptor, 64)
     while piece and _BEGUN.search(keys) and select.select([descriptor], [], [], REST_S)[0]:
         piece = os.read(descriptor, 64)
