@@ -56,6 +56,7 @@ CHAT_TIMEOUT_S = 120.0
 CLOCK_LIMIT_S = 5.0
 SET_CLOCK = {"Linux": "timedatectl set-ntp true", "Darwin": "sudo sntp -sS time.apple.com"}
 AWAKE_BUS = "pcie_aspm=off"
+REPEATED = ("console", "earlycon", "acpi_osi")  # kernel parameters of which each word counts; as in the role
 NOT_IN_EFFECT = "asked for, not in effect; fix: run site.yml with -e allow_reboot=true"
 GONE = (
     "the NVIDIA card is gone from the PCI bus; fix: switch the machine off at the mains for a minute, look "
@@ -187,8 +188,7 @@ def kernel_check(parameter: str, command_line: Sequence[str], detail: str = NOT_
     """The kernel was started with this parameter, and no later word of its name takes its place."""
     name = parameter.partition("=")[0]
     given = [word for word in command_line if word.partition("=")[0] == name]
-    repeats = name in ("console", "earlycon", "acpi_osi")  # each of these words counts
-    value = parameter if parameter in (given if repeats else given[-1:]) else "".join(given[-1:])
+    value = parameter if parameter in (given if name in REPEATED else given[-1:]) else "".join(given[-1:])
     return equal(f"kernel_{name}", value, parameter, detail)
 
 

@@ -499,3 +499,9 @@ def test_a_server_without_ranges_is_not_read_from(served: str) -> None:
     Ranges.whole = True
     with client() as web, pytest.raises(NoHeader, match="answered 200 to a request for a range"):
         read_url(web, served, len(Ranges.content))
+
+
+def test_a_draft_beside_a_preset_has_its_context_but_neither_its_cache_nor_its_experts_placed() -> None:
+    """As llama-server starts it: what the preset puts into main memory is the large model's."""
+    preset = Settings(context=32768, kv_cache_type="q4_0", n_cpu_moe=24, parallel=2)
+    assert fit.as_draft(preset) == Settings(context=32768, parallel=2)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from roles.gpu_host.module_utils import gpu_host_tools as tools
-from scripts import _probe
+from scripts import _probe, verify_health
 from tests.support import ROOT, PlaybookRun, ansible_playbook
 
 ROLE = ROOT / "roles/gpu_host"
@@ -374,6 +374,7 @@ def test_a_later_word_of_the_same_name_takes_the_place_of_ours(module: Any, grub
     """By hand in GRUB_CMDLINE_LINUX_DEFAULT: GRUB puts that behind, and the kernel takes the last one."""
     given = "menuentry 'x' {\n\tlinux /vmlinuz console=tty0 a=1 console=ttyS0 a=2 b quiet\n}\n"
     assert module.overruled(["a=1", "b", "console=tty0", "c"], given) == [("a=1", "a=2")]
+    assert module.REPEATED == verify_health.REPEATED, "a module that runs on the host can import none of ours"
     module.put(["pcie_aspm=off"], check=False)
     module.BOOTS.write_text(CONFIGURATION)
     assert not module.put(["pcie_aspm=off"], check=False)["changed"]

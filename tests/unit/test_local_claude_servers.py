@@ -255,6 +255,21 @@ def test_an_arrow_key_that_comes_in_pieces(
     assert set(waited) <= {choose.TURN_S, choose.REST_S}
 
 
+def test_a_ctrl_c_just_before_the_wait_is_heard_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that nobody types for would keep it: it is only begun when there is something to read."""
+    turns = iter([False, False])
+
+    def nobody_types(*_: Any) -> tuple[list[int], ...]:
+        if next(turns, None) is None:
+            raise KeyboardInterrupt
+        return [], [], []
+
+    monkeypatch.setattr("select.select", nobody_types)
+    monkeypatch.setattr(os, "read", lambda *_: pytest.fail("it waits for a key"))
+    with pytest.raises(KeyboardInterrupt):
+        choose.read_keys(0)
+
+
 def test_a_choice_at_a_terminal_reads_whole_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     typed, terminal = pty.openpty()
     pressed = iter([b"\x1b[B", b"\r"])
