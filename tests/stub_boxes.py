@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         box: StubBox = self.server.box  # type: ignore[attr-defined]
-        self._json({"status": "ready", "preset": box.preset})
+        self._json({"status": "ready", "preset": box.preset, "build_info": f"b1-{box.name}"})
 
     def do_POST(self) -> None:
         box: StubBox = self.server.box  # type: ignore[attr-defined]

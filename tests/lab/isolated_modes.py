@@ -245,6 +245,8 @@ def main() -> None:
             command = [program, *(["--port", str(server.port)] if server else []), *words]
             if "-p" in words:
                 found[name] = printed([*command, QUESTION], home / "project")
+            elif not kind:
+                found[name] = printed(command, home / "project")
             else:
                 found[name] = typed(command, home / "project", "Hello.")
         running[name] = still_running(there)

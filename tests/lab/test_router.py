@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -124,8 +125,12 @@ def ask(http: httpx.Client, **more: Any) -> httpx.Response:
 
 def test_the_models_are_those_of_the_inventory_and_both_protocols_answer(place: Place) -> None:
     with client(place) as http:
-        models = {model["id"] for model in http.get("/v1/models").json()["data"]}
-        assert models == set(support.expected().config.llama_presets)
+        models = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
+        presets = support.expected().config.llama_presets
+        contexts = {name: preset.context_per_slot for name, preset in presets.items()}
+        assert {name: model["context"] for name, model in models.items()} == contexts
+        assert [name for name, model in models.items() if model["state"] == "active"] == [PRESET]
+        assert re.fullmatch(r"b\d+-\w+", http.get("/props").json()["build_info"])  # both boxes have the same
         assert ask(http).json()["choices"][0]["message"]["content"]
         body = {"model": PRESET, "max_tokens": 8, "messages": [{"role": "user", "content": "Hello"}]}
         reply = http.post("/v1/messages", json=body)

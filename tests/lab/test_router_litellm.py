@@ -24,12 +24,14 @@ from typing import Any
 import httpx
 import pytest
 from llama_common.router import router_files
+from local_claude.servers import Model, identify
+from local_claude.wire import Server
 
 from scripts.build_wheelhouse import App, Target, cache_root, ensure
 from tests import support
 from tests.stub_boxes import StubBox, stub_box
 from tests.unit import scripted_llm
-from tests.unit.test_router_files import options
+from tests.unit.test_router_files import PRESET, options
 
 pytestmark = pytest.mark.long
 
@@ -114,7 +116,12 @@ def router(python: Path, tmp_path: Path) -> Iterator[Router]:
             for name, more in KEYS.items()
         ]
         boxes = [
-            {"name": box.name, "address": "127.0.0.1", "listen": ["203.0.113.1:1"], "presets": {"coder": {}}}
+            {
+                "name": box.name,
+                "address": "127.0.0.1",
+                "listen": ["203.0.113.1:1"],
+                "presets": {"coder": PRESET},
+            }
             for box in (one, two)
         ]
         made = router_files(
@@ -219,6 +226,31 @@ def test_every_answer_is_booked_that_a_server_made(router: Router) -> None:
                 used = json.loads((router.folder / "usage.json").read_text())["rich"][1:]
                 assert [used[0] - before[0], used[1] - before[1]] == [tokens, cloud], (path, stream, trouble)
                 before = used
+
+
+def test_a_conversation_stays_with_the_box_that_has_its_prompt(router: Router) -> None:
+    for path in PATHS:
+        for talk in range(4):
+            before = [len(box.asked) for box in (router.one, router.two)]
+            said: list[dict[str, Any]] = []
+            for turn in range(5):
+                said.append({"role": "user", "content": f"hi {path} {talk} {turn}"})
+                answer = router.ask("", path, messages=said, stream=bool(turn % 2))
+                assert answer.status_code == 200
+                said.append({"role": "assistant", "content": "hello"})
+            asked = [len(box.asked) - had for box, had in zip((router.one, router.two), before, strict=True)]
+            assert sorted(asked) == [0, 5], (path, talk, asked)
+
+
+def test_local_claude_knows_what_the_router_knows(router: Router) -> None:
+    """The inventory's context and the boxes' build, past the router: no model call to find out."""
+    where = Server("http", "127.0.0.1", int(router.url.rpartition(":")[2]), "me")
+    deadline = time.monotonic() + GONE_S
+    while not (found := identify(where)).models[0].ready:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    assert found.kind.name == "gateway" and found.version == "b1-one, b1-two"
+    assert found.models == (Model("coder", PRESET["context"], ready=True),)
 
 
 def test_who_gets_in(router: Router) -> None:

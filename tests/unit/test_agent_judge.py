@@ -15,8 +15,18 @@ from typing import Any
 import pytest
 
 from scripts._agent_judge import RESULTS, Result, judge, read
-from scripts._agent_run import Limits, Meter, Recorded, TestRun, settings
-from tests.scripted_anthropic import SCRIPTS
+from scripts._agent_run import (
+    CONTRACT,
+    CONTRACT_TEXT,
+    Limits,
+    Meter,
+    Recorded,
+    TestRun,
+    final,
+    settings,
+    throw_away,
+)
+from tests.scripted_anthropic import MAIN, SCRIPTS
 
 RECORDED = Path(__file__).with_name("recorded_agent_runs.jsonl")
 # What falls short with each bad model, and what the first fault is called.
@@ -97,6 +107,16 @@ def test_our_own_run_has_the_last_word() -> None:
     found = results(replace(good, final=TestRun("x", 1, failed=1)))
     assert [name for name, one in found.items() if not one.ok] == ["failure_patched"]
     assert "when run again with the first test as it was" in found["failure_patched"].detail
+
+
+def test_our_own_run_has_the_first_test_as_it_was() -> None:
+    """With the real pytest: a contract that was weakened until it passes is the one from before again."""
+    with throw_away() as place:
+        (place.work / "main.py").write_text(MAIN)
+        (place.work / CONTRACT).write_text("def test_nothing() -> None:\n    pass\n")
+        run = final(place, "http://127.0.0.1:9")
+        assert run is not None and (run.exit, run.failed) == (1, 1)
+        assert (place.work / CONTRACT).read_text() == CONTRACT_TEXT
 
 
 def test_a_failure_must_come_before_its_patch() -> None:

@@ -207,7 +207,16 @@ def test_vs_code_gets_what_local_claude_would_set() -> None:
     assert found["ANTHROPIC_BASE_URL"] == "http://100.64.0.10:1234"
     assert found["CLAUDE_CONFIG_DIR"] == "/Users/you/.claude-local"
     assert (found["ANTHROPIC_MODEL"], found["CLAUDE_CODE_MAX_CONTEXT_TOKENS"]) == ("coder", "49152")
+    assert found["ANTHROPIC_AUTH_TOKEN"]
     assert entry["wanted"] and not files(MAC)[entry["path"]]["wanted"]
+
+
+def test_vs_code_takes_the_person_s_key_of_a_box_that_wants_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A placeholder in the settings would stand before the key of the environment."""
+    keys = [{"name": "laptop", "sha256": "1" * 64}]
+    monkeypatch.setitem(HOSTVARS, "ancalagon", {**HOSTVARS["ancalagon"], "llm_gateway_keys": keys})
+    entry = files(MAC, vscode=True)["/Users/you/Library/Application Support/Code/User/settings.json"]
+    assert "ANTHROPIC_AUTH_TOKEN" not in {item["name"] for item in entry["content"]}
 
 
 @pytest.mark.parametrize(
@@ -392,6 +401,15 @@ def test_what_was_made_goes_with_its_folders(kind: str, tmp_path: Path) -> None:
     assert not converge({**entry, "wanted": True})
     assert converge({**entry, "wanted": False})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_somebody_else_uses_meanwhile_stays(tmp_path: Path) -> None:
+    path = tmp_path / "one/two/file"
+    entry = {"path": str(path), "kind": "json", "at": ["at"], "content": ITEMS, "wanted": True}
+    converge(entry)
+    (tmp_path / "one/theirs").touch()
+    assert converge({**entry, "wanted": False})
+    assert [one.name for one in (tmp_path / "one").iterdir()] == ["theirs"]
 
 
 def test_what_the_person_wrote_into_a_file_of_ours_stays(tmp_path: Path) -> None:

@@ -115,6 +115,47 @@ def test_a_server_that_does_not_want_to_end(session: Callable[..., Session]) -> 
     gone(one.keeper, one.server, child)
 
 
+def test_a_second_signal_does_not_break_off_the_stopping(session: Callable[..., Session]) -> None:
+    """The kernel would end the server with its keeper, but not what the server started."""
+    one = session(*STUBBORN)
+    children = Path(f"/proc/{one.server}/task/{one.server}/children")
+    while not children.read_text().split():
+        time.sleep(0.02)
+    child = int(children.read_text().split()[0])
+    for _ in range(2):
+        os.kill(one.keeper, signal.SIGTERM)
+        time.sleep(0.3)
+    gone(one.keeper, one.server, child)
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["by its keeper", "before the keeper knows of them"])
+def test_files_of_the_server_go_with_it(knows: bool, tmp_path: Path) -> None:
+    """LiteLLM's configuration holds a key."""
+    file, other = tmp_path / "config.yaml", tmp_path / "other"
+    for path in (file, other):
+        path.touch()
+    kept = Kept(Order("server", SLEEP, log=None, remove=(file,)))
+    if knows:
+        assert kept._keeper.stdout is not None
+        assert b"started" in os.read(kept._keeper.stdout.fileno(), 4096)
+        kept._keeper.send_signal(signal.SIGTERM)
+        kept._keeper.wait(GONE_S)
+    else:
+        kept.stop()
+    assert [path.exists() for path in (file, other)] == [False, True]
+
+
+def test_modules_of_the_person_are_none_of_the_keeper_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit(9)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    kept = Kept(Order("server", SLEEP, log=None))
+    assert kept._keeper.stdout is not None
+    assert b"started" in os.read(kept._keeper.stdout.fileno(), 4096)
+    kept.stop()
+
+
 def test_nobody_else_s_server_is_touched(session: Callable[..., Session]) -> None:
     with subprocess.Popen(SLEEP) as other:
         one = session(*SLEEP)
@@ -229,6 +270,7 @@ def test_a_server_that_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixt
     kept.stop()
     assert caught.value.code == 78 and "no such model" in capsys.readouterr().err
     assert log.read_text() == "no such model\n", "what says why is kept"
+    assert log.stat().st_mode & 0o777 == 0o600, "prompts may be in it"
 
 
 def test_a_program_that_is_not_there() -> None:

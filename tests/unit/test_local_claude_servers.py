@@ -195,6 +195,7 @@ def test_a_server_without_anthropic_s_api_gets_litellm(world: Path, monkeypatch:
     assert "cache_control" in model["litellm_params"]["additional_drop_params"]
     assert key not in order.remove[0].read_text()
     assert set(launch.CHAT_ONLY) <= set(became.command), "4096 tokens are for a chat"
+    assert "--strict-mcp-config" in became.command, "there is no room for the person's tools either"
 
 
 def test_litellm_is_installed_as_the_router_has_it() -> None:

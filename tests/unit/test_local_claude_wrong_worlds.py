@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_claude import cli, environment, errors, wire
+from local_claude import cli, environment, errors, options, wire
 from local_claude.backends import BACKENDS
 
 from tests.support import ROOT
@@ -76,6 +76,7 @@ WORLDS: dict[str, tuple[dict[str, Answer], tuple[str, ...], int, str, str]] = {
     "leaked template": (answering(scripted_llm.says("<unused24>{}")), (), 76, "leaks", "template"),
     "empty answer": (answering((200, {"content": []})), (), 76, "an empty answer", "jinja"),
     "damaged call": (answering(scripted_llm.called(name="\u202eoops\n")), (), 76, "damaged", "jinja"),
+    "blocks that are none": (answering((200, {"content": ["Hi"]})), (), 72, "no message", "--backend"),
     "no message at all": (answering((200, {"choices": []})), (), 72, "no message", "--backend"),
     "422": (
         answering((422, {"detail": "thinking: Extra inputs are not permitted"})),
@@ -301,6 +302,33 @@ def test_claude_is_not_installed(
     monkeypatch.setattr("local_claude.launch.PLACES", ())
     code, line = refused(capsys, "-p", "hi")
     assert code == 127 and "npm install -g @anthropic-ai/claude-code" in line
+
+
+@pytest.mark.parametrize("where", ["on PATH", "in its usual place"])
+def test_a_claude_that_is_local_claude_itself(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], world: Path
+) -> None:
+    """It would become itself for ever. A link, of a link as pipx makes it; claude behind it is found."""
+    real = world / "venv/local-claude"
+    real.parent.mkdir()
+    real.write_text("#!/bin/sh\n")
+    real.chmod(0o755)
+    (world / "links").mkdir()
+    (world / "links/local-claude").symlink_to(real)
+    link = world / "links/claude"
+    link.symlink_to("local-claude")
+    if where == "on PATH":
+        monkeypatch.setenv("PATH", f"{link.parent}:{os.environ['PATH']}")
+    places = (str(link),) if where == "in its usual place" else ()
+    monkeypatch.setattr("local_claude.launch.PLACES", places)
+    monkeypatch.setattr(sys, "argv", [str(link)])
+    with ScriptedLlm(Good()) as server:
+        became = started("--port", str(server.port), "-p", "hi")
+        assert became.command[0] == str(world / "bin/claude")
+        (world / "bin/claude").unlink()
+        code, line = refused(capsys, "--port", str(server.port), "-p", "hi")
+    assert code == 127 and f"{link} is local-claude itself" in line and "npm install" in line
+    assert refused(capsys, "--", "-v")[0] == 127
 
 
 @pytest.mark.parametrize("way", ["itself", "a link", "inside"])
@@ -565,3 +593,10 @@ def test_every_code_is_documented() -> None:
     page = (ROOT / "docs/local-claude.md").read_text()
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
     assert documented == set(errors.CODES)
+
+
+def test_every_variable_is_in_the_help() -> None:
+    sources = (ROOT / "apps/local_claude/src").rglob("*.py")
+    read = {name for path in sources for name in re.findall(r'"(LOCAL_CLAUDE_[A-Z_]+)"', path.read_text())}
+    read -= {"LOCAL_CLAUDE_PROXY_KEY", "LOCAL_CLAUDE_UPSTREAM_KEY"}  # from one process of ours to another
+    assert read == set(re.findall(r"^  (LOCAL_CLAUDE_[A-Z_]+) ", options.usage(), re.MULTILINE))

@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from llm_router.health import State, Watch
 from llm_router.ledger import Settings
 from llm_router.serve import PATHS, Door
 
+from tests.stub_boxes import stub_box
 
-def sent(folder: Path, scope: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+
+def sent(
+    folder: Path, scope: dict[str, Any], boxes: Sequence[dict[str, str]] = ()
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The request as it got to LiteLLM, empty where it did not, and what was answered without it."""
     inside: list[Any] = []
     answered: list[Any] = []
@@ -28,8 +35,13 @@ def sent(folder: Path, scope: dict[str, Any]) -> tuple[dict[str, Any], list[dict
         answered.append(message)
 
     keys = [{"name": "me", "sha256": hashlib.sha256(b"k1").hexdigest()}]
-    settings = {"version": 1, "keys": keys, "models": ["coder"], "state_dir": str(folder)}
-    door = Door(inner, Settings.model_validate(settings))
+    models = [{"name": "coder", "context": 98304}, {"name": "chat", "context": 4096}]
+    settings = Settings.model_validate(
+        {"version": 1, "keys": keys, "models": models, "boxes": boxes, "state_dir": str(folder)}
+    )
+    watch = Watch(settings.boxes, 5)
+    watch.states = {"gone": State(alive=False, preset="chat"), "one": State(preset="coder")}
+    door = Door(inner, settings, watch)
     asyncio.run(door({"headers": [], "path": "/", **scope}, receive, send))
     return inside[0] if inside else {}, answered
 
@@ -75,14 +87,42 @@ def test_a_websocket_is_closed_at_once(path: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("headers", "status"),
-    [([], 401), ([(b"x-api-key", b"k1")], 200), ([(b"authorization", b"Bearer k2")], 401)],
+    [
+        ([], 401),
+        ([(b"x-api-key", b"k1")], 200),
+        ([(b"authorization", b"Bearer k2")], 401),
+        # Claude Code shows a key that it has from somewhere else beside the one that it was given for here.
+        ([(b"x-api-key", b"sk-ant"), (b"authorization", b"Bearer k1")], 200),
+        ([(b"x-api-key", b"k1"), (b"authorization", b"Bearer ")], 200),
+    ],
 )
-def test_the_list_of_models_is_for_known_keys(
-    headers: list[tuple[bytes, bytes]], status: int, tmp_path: Path
+@pytest.mark.parametrize(("path", "word"), [("/v1/models", "coder"), ("/props", "build_info")])
+def test_what_the_router_tells_is_for_known_keys(
+    path: str, word: str, headers: list[tuple[bytes, bytes]], status: int, tmp_path: Path
 ) -> None:
-    inside, (head, body) = sent(tmp_path, {"type": "http", "path": "/v1/models", "headers": headers})
+    inside, (head, body) = sent(tmp_path, {"type": "http", "path": path, "headers": headers})
     assert (inside, head["status"]) == ({}, status)
-    assert ("coder" in str(body["body"])) == (status == 200)
+    assert (word in str(body["body"])) == (status == 200)
+
+
+def told(folder: Path, path: str, boxes: Sequence[dict[str, str]] = ()) -> Any:
+    scope = {"type": "http", "path": path, "headers": [(b"x-api-key", b"k1")]}
+    return json.loads(sent(folder, scope, boxes)[1][1]["body"])
+
+
+def test_models_come_with_their_context_and_whether_a_box_serves_them(tmp_path: Path) -> None:
+    """What local-claude needs to know of a model before it starts a session on it."""
+    found = [(one["id"], one["context"], one["state"]) for one in told(tmp_path, "/v1/models")["data"]]
+    assert found == [("coder", 98304, "active"), ("chat", 4096, "stopped")]
+
+
+def test_the_builds_of_the_boxes_are_asked_of_their_gateways(tmp_path: Path) -> None:
+    """local-claude keeps the results of its checks by them."""
+    with ExitStack() as stack:
+        urls = [stack.enter_context(stub_box(name)).url for name in ("two", "one", "two")]
+        urls.append("http://127.0.0.1:9")  # nothing listens there
+        boxes = [{"name": f"box{number}", "url": url} for number, url in enumerate(urls)]
+        assert told(tmp_path, "/props", boxes) == {"build_info": "b1-one, b1-two"}
 
 
 def test_health_is_for_everybody(tmp_path: Path) -> None:

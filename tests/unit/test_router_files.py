@@ -12,18 +12,28 @@ from llm_router.ledger import Settings
 
 from tests.support import ROOT
 
+PRESET: dict[str, Any] = {
+    "description": "d",
+    "build": "b",
+    "model": "m",
+    "context": 4096,
+    "kv_cache_type": "f16",
+}
 BOXES: list[dict[str, Any]] = [
     {
         "name": "one",
         "address": "10.0.0.1",
         "listen": None,
-        "presets": {"coder": {}, "vision": {"scope": "system"}},
+        "presets": {
+            "coder": {**PRESET, "context": 65536, "parallel": 2},
+            "vision": {**PRESET, "scope": "system"},
+        },
     },
     {
         "name": "two",
         "address": "10.0.0.2",
         "listen": ["127.0.0.1:1", "10.9.9.9:1299"],
-        "presets": {"coder": {}, "g": {}},
+        "presets": {"coder": {**PRESET, "context": 98304}, "g": PRESET},
     },
 ]
 ROLE = ROOT / "roles/litellm_router"
@@ -52,8 +62,16 @@ def test_every_user_preset_of_every_box_is_there_in_both_protocols() -> None:
     keys = {one["litellm_params"]["api_key"] for one in made["config.yaml"]["model_list"]}
     assert keys == {"none", "g2"}
     settings = Settings.model_validate(made["router.json"])
-    assert settings.models == ["coder", "g"] and settings.cloud == ""
+    assert settings.cloud == ""
+    # The smaller box's: a request may come to either.
+    assert [(one.name, one.context) for one in settings.models] == [("coder", 32768), ("g", 4096)]
     assert [(box.name, box.key) for box in settings.boxes] == [("one", ""), ("two", "g2")]
+
+
+def test_a_preset_that_is_none_is_one_line() -> None:
+    boxes = [{**BOXES[0], "presets": {"coder": {**PRESET, "context": "a lot"}}}]
+    with pytest.raises(RouterProblem, match=r"one: llama_presets\.coder\.context = .*valid integer"):
+        router_files(boxes, options())
 
 
 def test_no_cloud_unless_it_is_named_with_its_key() -> None:

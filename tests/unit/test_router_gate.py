@@ -130,7 +130,8 @@ def test_what_is_held_is_bounded() -> None:
     chunks = words(*["x" * 100] * 50, "<unused1>")
     out, verdict = run(chunks, words("again"), bounds=Bounds(size=1000, seconds=100))
     assert out == chunks and not verdict.judged and not verdict.faults
-    assert run(words("a", ""), words("b"), bounds=Bounds(size=10**6, seconds=-1))[0] == words("a", "")
+    late = run(words("a", "<unused1>"), words("b"), bounds=Bounds(size=10**6, seconds=-1))
+    assert late[0] == words("a", "<unused1>") and not late[1].judged and not late[1].faults
 
 
 def test_an_error_event_counts_as_a_fault() -> None:

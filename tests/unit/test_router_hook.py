@@ -17,6 +17,7 @@ from fastapi import HTTPException
 
 GOOD = {"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 9}}
 BAD = {"choices": [{"message": {"content": "x <unused1>"}, "finish_reason": "stop"}]}
+MODELS = [{"name": "coder", "context": 98304}]
 TOOLS = [{"type": "function", "function": {"name": "Write"}}]
 
 
@@ -59,7 +60,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         {"name": "tight", "sha256": hashlib.sha256(b"k3").hexdigest(), "requests_per_minute": 1},
     ]
     file = tmp_path / "router.json"
-    settings = {"version": 1, "keys": keys, "state_dir": str(tmp_path), "cloud": "cloud", "models": ["coder"]}
+    settings = {"version": 1, "keys": keys, "state_dir": str(tmp_path), "cloud": "cloud", "models": MODELS}
     file.write_text(json.dumps(settings))
     monkeypatch.setenv("LLM_ROUTER_SETTINGS", str(file))
     monkeypatch.delitem(sys.modules, "llm_router.hook", raising=False)
@@ -179,6 +180,15 @@ def test_the_cloud_is_asked_last_and_only_for_a_key_that_may(world: Any) -> None
     assert whole(world, begin(world, "me", tools=TOOLS), BAD) is BAD
     assert [asked["model"] for asked in world.router.asked] == ["coder"]
     assert lines(world)[-1]["passed_on"] == "template tokens leaked: <unused1>"
+
+
+def test_an_answer_of_the_cloud_is_not_asked_of_it_again(world: Any) -> None:
+    """It would be paid for twice."""
+    world.router.answers = [BAD]
+    data = begin(world, "cloudy", tools=TOOLS)
+    asyncio.run(world.hook.async_pre_call_deployment_hook({**data, "model_info": {"cloud": True}}, None))
+    assert whole(world, data, BAD) is BAD
+    assert [asked["model"] for asked in world.router.asked] == ["coder"]
 
 
 def test_a_stream_is_judged_in_its_own_protocol(world: Any) -> None:
@@ -405,6 +415,56 @@ def test_the_box_with_the_fewest_requests_in_flight_is_asked(world: Any) -> None
     assert asyncio.run(world.hook.async_filter_deployments("coder", [one, two], None, other)) == [two]
     whole(world, data, GOOD)
     assert asyncio.run(world.hook.async_filter_deployments("coder", [one, two], None, other)) == [one, two]
+
+
+def turn(text: str, number: int, marks: bool) -> list[dict[str, Any]]:
+    """What a client sends at a turn: all that was said, the marks of the cache at the last of it."""
+    said: list[dict[str, Any]] = [{"role": "user", "content": text}]
+    said += [{"role": ("assistant", "user")[one % 2], "content": f"{one}"} for one in range(2 * number)]
+    if marks:
+        block = {"type": "text", "text": said[-1]["content"], "cache_control": {"type": "ephemeral"}}
+        said[-1] = {"role": "user", "content": [block]}
+    return said
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_conversation_stays_with_the_box_that_has_its_prompt(marks: bool, world: Any) -> None:
+    """The other one would read all of it anew; where the box is busy with another request that is faster."""
+    one, two = ({"model_info": {"box": name}} for name in ("one", "two"))
+
+    def asked(text: str, number: int, key: str = "me") -> tuple[dict[str, Any], list[Any]]:
+        data = begin(world, key, messages=turn(text, number, marks))
+        return data, asyncio.run(world.hook.async_filter_deployments("coder", [one, two], None, data))
+
+    for text, box in (("first", one), ("second", two)):
+        data, found = asked(text, 0)
+        assert found == [one, two]
+        asyncio.run(world.hook.async_pre_call_deployment_hook({**data, **box}, None))
+        whole(world, data, GOOD)
+    for number in (1, 2):
+        for text, box in (("first", one), ("second", two)):
+            data, found = asked(text, number)
+            assert found == [box]
+            whole(world, data, GOOD)
+    assert asked("first", 3, "cloudy")[1] == [one, two], "another key's prompt is another conversation"
+    busy = {**request(), "litellm_call_id": "id-2"}
+    who = types.SimpleNamespace(key_alias="me")
+    asyncio.run(world.hook.async_pre_call_hook(who, None, busy, "completion"))
+    asyncio.run(world.hook.async_pre_call_deployment_hook({**busy, **one}, None))
+    assert asked("first", 3)[1] == [two]
+
+
+def test_what_is_kept_of_requests_and_conversations_is_bounded(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world.module, "OPEN_REQUESTS", 3)
+    monkeypatch.setattr(world.module, "CONVERSATIONS", 3)
+    who = types.SimpleNamespace(key_alias="me")
+    for number in range(9):
+        data = {**request(messages=turn(str(number), 0, False)), "litellm_call_id": str(number)}
+        asyncio.run(world.hook.async_pre_call_hook(who, None, data, "completion"))
+        asyncio.run(world.hook.async_pre_call_deployment_hook({**data, "model_info": {"box": "one"}}, None))
+    assert list(world.hook._open) == ["6", "7", "8"] and len(world.hook._last) == 3
 
 
 @pytest.mark.parametrize(

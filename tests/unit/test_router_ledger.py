@@ -109,7 +109,8 @@ def test_the_door_knows_the_paths_of_clients_only(tmp_path: Path) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"inner"})
 
-    door = Door(inner, settings(tmp_path, models=["coder"]))
+    made = settings(tmp_path, models=[{"name": "coder", "context": 4096}])
+    door = Door(inner, made, Watch(made.boxes, 5))
     for path in (
         "/ui",
         "/key/generate",

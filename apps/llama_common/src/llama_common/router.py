@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from llama_common.fields import Address
+from llama_common.presets import Preset
 from llama_common.problems import HIDDEN, Problem
 
 MESSAGES: Final = "@messages"
@@ -70,21 +73,32 @@ def router_files(boxes: Sequence[Mapping[str, Any]], options: Mapping[str, Any])
     keys, cloud = dict(options["box_keys"]), str(options["cloud_model"])
     models: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
-    names: list[str] = []
+    contexts: dict[str, int] = {}
     for box in boxes:
         url = base_url(str(box["address"]), list(box["listen"] or DEFAULT_LISTEN))
         key = str(keys.get(box["name"]) or "")
         listed.append({"name": box["name"], "url": url, "key": key})
         for preset in _user_presets(box):
-            names.append(preset)
+            context = _context(str(box["name"]), preset, box["presets"][preset])
+            contexts[preset] = min(context, contexts.get(preset, context))
             models += _of_preset(str(box["name"]), preset, url, key or UNUSED_KEY)
     if cloud:
         models += _of_cloud(cloud, str(options["cloud_api_base"]), str(options["cloud_key"]))
-    return {"config.yaml": _litellm(models, options), "router.json": _settings(listed, names, options)}
+    return {"config.yaml": _litellm(models, options), "router.json": _settings(listed, contexts, options)}
 
 
 def _user_presets(box: Mapping[str, Any]) -> list[str]:
     return [str(name) for name, data in box["presets"].items() if data.get("scope", "user") == "user"]
+
+
+def _context(box: str, name: str, data: Mapping[str, Any]) -> int:
+    try:
+        return Preset.model_validate(data).context_per_slot
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        path = ("llama_presets", name, *(str(part) for part in first["loc"]))
+        fix = "correct it; playbooks/validate.yml says more"
+        raise RouterProblem(Problem(path, HIDDEN, first["msg"], fix).line(box)) from None
 
 
 def _of_preset(box: str, preset: str, url: str, key: str) -> list[dict[str, Any]]:
@@ -131,7 +145,7 @@ def _litellm(models: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) ->
 
 
 def _settings(
-    boxes: Sequence[Mapping[str, Any]], models: Sequence[str], options: Mapping[str, Any]
+    boxes: Sequence[Mapping[str, Any]], contexts: Mapping[str, int], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     same = (
         *("listen", "keys", "tool_retries", "hold_size", "hold_seconds", "health_interval", "stop_seconds"),
@@ -139,5 +153,6 @@ def _settings(
     )
     chosen = {name: options[name] for name in same}
     cloud = CLOUD if options["cloud_model"] else ""
-    known = list(dict.fromkeys(models))
-    return {"version": 1, "boxes": list(boxes), "models": known, "cloud": cloud, **chosen}
+    # A request may come to any box that has the preset: what all of them have room for.
+    models = [{"name": name, "context": context} for name, context in contexts.items()]
+    return {"version": 1, "boxes": list(boxes), "models": models, "cloud": cloud, **chosen}

@@ -60,18 +60,40 @@ class Watch:
         serving = [one for one in living if self._state(one).preset == model]
         return serving or living or list(deployments)
 
+    def serves(self, model: str) -> bool:
+        """Whether a box that lives serves it right now."""
+        return any(state.alive and state.preset == model for state in self.states.values())
+
     def _state(self, deployment: Mapping[str, Any]) -> State:
         info = deployment.get("model_info") or {}
         return self.states.get(str(info.get("box")), State())
 
 
+async def builds(boxes: Sequence[Box]) -> list[str]:
+    """The builds of llama.cpp that serve right now, each once. Asking starts nothing."""
+    async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
+        found = await asyncio.gather(*(_build(client, box) for box in boxes))
+    return sorted({build for build in found if build})
+
+
+async def _build(client: httpx.AsyncClient, box: Box) -> str:
+    with contextlib.suppress(httpx.HTTPError, ValueError, AttributeError):
+        reply = await client.get(f"{box.url}/props", headers=_key(box))
+        if reply.status_code == 200:
+            return str(reply.json().get("build_info") or "")
+    return ""
+
+
+def _key(box: Box) -> dict[str, str]:
+    return {"Authorization": f"Bearer {box.key}"} if box.key else {}
+
+
 async def look_at(client: httpx.AsyncClient, box: Box) -> State:
     """What one gateway says."""
-    headers = {"Authorization": f"Bearer {box.key}"} if box.key else {}
     try:
         if (await client.get(f"{box.url}/health")).status_code != 200:
             return State(alive=False)
-        reply = await client.get(f"{box.url}/ready", headers=headers)
+        reply = await client.get(f"{box.url}/ready", headers=_key(box))
     except httpx.HTTPError:
         return State(alive=False)
     with contextlib.suppress(ValueError, AttributeError):

@@ -52,6 +52,7 @@ FIELDS = frozenset(
     }
 )
 OPEN_REQUESTS = 10_000
+CONVERSATIONS = 10_000  # of which the box is known that read them last
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Open:
     body: dict[str, Any]
     began: float
     left: set[int] = field(default_factory=set)  # the attempts for which it left the network
+    conversation: str = ""
     box: str = ""
     tried: list[str] = field(default_factory=list)
     verdict: Verdict = field(default_factory=Verdict)
@@ -86,6 +88,8 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         self._requests = Log(state / "requests.jsonl", settings.log_max_size, settings.log_keep)
         self._egress = Log(state / "egress.jsonl", settings.log_max_size, settings.log_keep)
         self._open: OrderedDict[str, Open] = OrderedDict()
+        self._models = frozenset(model.name for model in settings.models)
+        self._last: OrderedDict[str, str] = OrderedDict()
         self._keys: dict[str, Key] = {key.name: key for key in settings.keys}
 
     # --- before ---
@@ -113,7 +117,9 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
             data["model"] = f"{model}{MESSAGES}"
         if self.settings.cloud and self.ledger.may_leave(key):
             data["fallbacks"] = [self._cloud(messages)]
-        self._open[call_id(data)] = Open(key, model, messages, body, time.monotonic())
+        self._open[call_id(data)] = Open(
+            key, model, messages, body, time.monotonic(), conversation=conversation_of(key.name, model, body)
+        )
         while len(self._open) > OPEN_REQUESTS:
             self._open.popitem(last=False)
         return data
@@ -123,9 +129,7 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         if not model:
             raise Refused(400, "the request names no model; /v1/models lists them")
         # LiteLLM takes more for a model: a deployment's own name, several at once.
-        if model not in self.settings.models and not (
-            model == self.settings.cloud and self.ledger.may_leave(key)
-        ):
+        if model not in self._models and not (model == self.settings.cloud and self.ledger.may_leave(key)):
             raise Refused(404, f"{model[:100]}: no such model; /v1/models lists them")
         inside = sorted(
             name for name in set(sent) - KEPT if name in INSIDE or str(name).startswith("litellm")
@@ -144,7 +148,7 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         try:
             asked = json.loads(await request.body())
             model = str(asked.get("model") or "") if isinstance(asked, dict) else ""
-            if model not in self.settings.models:
+            if model not in self._models:
                 raise Refused(404, f"{model[:100]}: no such model to count for; /v1/models lists them")
             self.ledger.admit(key)
         except ValueError:
@@ -162,14 +166,16 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         request_kwargs: Mapping[str, Any] | None = None,
         parent_otel_span: Any = None,
     ) -> list[Any]:
-        """Boxes that live, of these those that serve the preset already, of these the least busy ones."""
+        """Boxes that live, of these those that serve the preset, the least busy, who has the prompt."""
         opened = self._open.get(call_id(request_kwargs or {}))
         tried = opened.tried if opened else []
-        fresh = [one for one in healthy_deployments if (one.get("model_info") or {}).get("box") not in tried]
+        fresh = [one for one in healthy_deployments if box_of(one) not in tried]
         chosen = self.watch.choose(fresh or healthy_deployments, model.removesuffix(MESSAGES))
         flying = Counter(one.box for one in self._open.values())
-        load = [flying[str((one.get("model_info") or {}).get("box"))] for one in chosen]
-        return [one for one, count in zip(chosen, load, strict=True) if count == min(load)]
+        load = [flying[box_of(one)] for one in chosen]
+        idle = [one for one, count in zip(chosen, load, strict=True) if count == min(load)]
+        last = self._last.get(opened.conversation) if opened else None
+        return [one for one in idle if box_of(one) == last] or idle
 
     async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any]:
         """Write down what leaves the network, before it leaves. Raises OSError: then it does not."""
@@ -183,6 +189,10 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         elif opened is not None:
             opened.box = str(info.get("box") or opened.box)
             opened.tried.append(opened.box)
+            self._last[opened.conversation] = opened.box
+            self._last.move_to_end(opened.conversation)
+            while len(self._last) > CONVERSATIONS:
+                self._last.popitem(last=False)
         return kwargs
 
     async def async_post_call_failure_deployment_hook(
@@ -348,6 +358,34 @@ def answer_of(error: Refused) -> HTTPException:
     """A refusal as LiteLLM answers it."""
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
     return HTTPException(error.status, str(error), headers)
+
+
+def box_of(deployment: Mapping[str, Any]) -> str:
+    """The box that an entry of LiteLLM's list stands for."""
+    return str((deployment.get("model_info") or {}).get("box"))
+
+
+def conversation_of(key: str, model: str, body: Mapping[str, Any]) -> str:
+    """What the turns of a conversation have in common: the words up to the first that the user said.
+
+    Words only, as marks beside them (cache_control) move on from turn to turn.
+    """
+    said: list[str] = []
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else []:
+        if not isinstance(message, Mapping):
+            break
+        said += _words(message.get("content"))
+        if message.get("role") == "user":
+            break
+    return hashlib.sha256(json.dumps([key, model, said]).encode()).hexdigest()
+
+
+def _words(content: Any) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    blocks = content if isinstance(content, list) else []
+    return [str(block["text"]) for block in blocks if isinstance(block, Mapping) and block.get("text")]
 
 
 def call_id(data: Mapping[str, Any]) -> str:

@@ -46,6 +46,15 @@ class Box(BaseModel):
     key: str = Field("", repr=False)
 
 
+class Model(BaseModel):
+    """A preset, and the tokens of context that a request has on each box that serves it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    context: int = Field(gt=0)
+
+
 class Settings(BaseModel):
     """router.json, as the role litellm_router renders it. `cloud` is a model of the list, or empty: none."""
 
@@ -54,7 +63,7 @@ class Settings(BaseModel):
     version: Literal[1]
     keys: list[Key] = []
     boxes: list[Box] = []
-    models: list[str] = []
+    models: list[Model] = []
     cloud: str = ""
     tool_retries: int = Field(1, ge=0, le=5)
     hold_size: int = Field(4 * 1024 * 1024, ge=65_536)

@@ -2,8 +2,8 @@
 
     llm-router --config config.yaml --settings router.json
 
-LiteLLM answers hundreds of paths (administration, pages, logins). Only those of hook.PATHS get to it, and
-/health and /v1/models are answered here. Exit codes: 0 stopped, 1 could not start, 2 bad usage.
+LiteLLM answers hundreds of paths (administration, pages, logins). Only those of PATHS get to it, and
+/health, /v1/models and /props are answered here. Exit codes: 0 stopped, 1 could not start, 2 bad usage.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMappi
 from pathlib import Path
 from typing import Any
 
+from llm_router.health import Watch, builds
 from llm_router.ledger import Ledger, Refused, Settings
 
 Scope = MutableMapping[str, Any]
@@ -26,6 +27,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SETTINGS = "LLM_ROUTER_SETTINGS"
 COUNT = "/v1/messages/count_tokens"
+MODELS, PROPERTIES = frozenset({"/v1/models", "/models"}), "/props"
 PATHS = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/messages", COUNT})
 # LiteLLM fetches price lists, news and templates at its start otherwise.
 QUIET = {
@@ -40,42 +42,64 @@ QUIET = {
 
 
 class Door:
-    """Passes on the paths of clients, answers /health and /v1/models, and knows no other."""
+    """Passes on the paths of clients, answers a few as a gateway does, and knows no other."""
 
-    def __init__(self, inner: Application, settings: Settings) -> None:
+    def __init__(self, inner: Application, settings: Settings, watch: Watch) -> None:
         self._inner = inner
+        self._settings = settings
+        self._watch = watch
         self._ledger = Ledger(settings)
-        models = [{"id": name, "object": "model", "owned_by": "llmbox"} for name in settings.models]
-        self._models = json.dumps({"object": "list", "data": models}).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the program's own start and end."""
         if scope["type"] == "lifespan":
+            self._watch.begin()
             await self._inner(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] in PATHS:
             await self._inner({**scope, "headers": _for_litellm(scope["headers"])}, receive, send)
         elif scope["type"] == "http" and scope["path"] == "/health":
             await _answer(send, 200, b'{"status": "ok"}')
-        elif scope["type"] == "http" and scope["path"] in ("/v1/models", "/models"):
-            await self._list(scope, send)
+        elif scope["type"] == "http" and scope["path"] in (*MODELS, PROPERTIES):
+            await self._tell(scope, send)
         elif scope["type"] == "http":
             await _answer(send, 404, b'{"error": {"message": "no such path on this router"}}')
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _list(self, scope: Scope, send: Send) -> None:
+    async def _tell(self, scope: Scope, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             self._ledger.key(shown_key(headers))
         except Refused as error:
             await _answer(send, error.status, json.dumps({"error": {"message": str(error)}}).encode())
         else:
-            await _answer(send, 200, self._models)
+            told = self._list() if scope["path"] in MODELS else await self._properties()
+            await _answer(send, 200, json.dumps(told).encode())
+
+    def _list(self) -> dict[str, Any]:
+        models = [
+            {
+                "id": model.name,
+                "object": "model",
+                "owned_by": "llmbox",
+                "context": model.context,
+                "state": "active" if self._watch.serves(model.name) else "stopped",
+            }
+            for model in self._settings.models
+        ]
+        return {"object": "list", "data": models}
+
+    async def _properties(self) -> dict[str, Any]:
+        return {"build_info": ", ".join(await builds(self._settings.boxes))}
 
 
 def shown_key(headers: Mapping[str, str]) -> str:
-    """The key that a client shows, in either protocol's header."""
-    return (headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")).strip()
+    """The key that a client shows, in either protocol's header.
+
+    Claude Code sends LLMBOX_KEY in `Authorization`, and beside it whatever else it has as x-api-key.
+    """
+    bearer = headers.get("authorization", "").removeprefix("Bearer ").strip()
+    return bearer or headers.get("x-api-key", "").strip()
 
 
 def _for_litellm(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -116,8 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import uvicorn
     from litellm.proxy.proxy_server import app  # type: ignore[import-not-found]
 
+    from llm_router.hook import router_hook  # the same that LiteLLM finds by its name
+
     uvicorn.run(
-        Door(app, settings),
+        Door(app, settings, router_hook.watch),
         host=host.strip("[]"),
         port=int(port),
         log_level="warning",

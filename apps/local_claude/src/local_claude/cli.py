@@ -6,9 +6,7 @@ import os
 import sys
 
 from local_claude import options
-from local_claude.errors import EXIT_SETTINGS, LocalClaudeError, one_line
-
-INTERRUPTED = 130
+from local_claude.errors import EXIT_INTERRUPTED, EXIT_SETTINGS, LocalClaudeError, one_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,10 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"local-claude: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except OSError as error:  # a full disk behind standard output, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print(f"local-claude: {one_line(str(error))}; fix: mend that, and type it again", file=sys.stderr)

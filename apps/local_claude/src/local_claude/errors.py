@@ -18,6 +18,7 @@ EXIT_CACHE = 77
 EXIT_NOT_STARTED = 78
 EXIT_SETTINGS = 79
 EXIT_NO_CLAUDE = 127
+EXIT_INTERRUPTED = 130
 
 CODES = {
     EXIT_USAGE: "the command cannot be meant as typed",
@@ -31,6 +32,7 @@ CODES = {
     EXIT_NOT_STARTED: "a server that should be started here did not start",
     EXIT_SETTINGS: "a file of settings is in the way or cannot be written",
     EXIT_NO_CLAUDE: "claude is not installed",
+    EXIT_INTERRUPTED: "Ctrl-C before claude runs, or nobody reads what is printed",
 }
 SHOWN_CHARACTERS = 120
 

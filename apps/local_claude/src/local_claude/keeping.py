@@ -73,6 +73,8 @@ class Kept:
             self._keeper.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._keeper.kill()
+        for path in self.order.remove:  # the keeper does, unless it ended before it knew of them
+            path.unlink(missing_ok=True)
 
     def wait_ready(
         self, ready: Callable[[], bool], timeout_s: float, tell: Callable[[str], None], fix: str

@@ -71,14 +71,24 @@ def _export(name: str, value: str) -> str:
 
 def find_claude(path: str | None = None) -> Path:
     """The program. Raises LocalClaudeError when it is not installed."""
-    found = shutil.which("claude", path=path)
+    searched = (os.environ.get("PATH", os.defpath) if path is None else path).split(os.pathsep)
+    on_path = (shutil.which("claude", path=folder) for folder in searched if folder)
     places = (Path(place).expanduser() for place in PLACES)
-    program = Path(found) if found else next((place for place in places if os.access(place, os.X_OK)), None)
-    if program is None:
-        raise LocalClaudeError(
-            EXIT_NO_CLAUDE, "claude is not on PATH", "type: npm install -g @anthropic-ai/claude-code"
-        )
-    return program
+    usual = (str(place) for place in places if os.access(place, os.X_OK))
+    why = "claude is not on PATH"
+    for found in filter(None, (*on_path, *usual)):
+        if not _is_this_program(found):
+            return Path(found)
+        why = f"{found} is local-claude itself, and claude is nowhere else on PATH"
+    raise LocalClaudeError(EXIT_NO_CLAUDE, why, "type: npm install -g @anthropic-ai/claude-code")
+
+
+def _is_this_program(found: str) -> bool:
+    """Whether it is a link to the program that runs: it would become itself for ever."""
+    try:
+        return Path(found).samefile(sys.argv[0])
+    except OSError:
+        return False
 
 
 def compose(
