@@ -302,20 +302,22 @@ def bars(parts: dict[str, dict[str, Any]]) -> list[str]:
     """What was wanted beside what was measured."""
     rows: list[tuple[str, str, str]] = []
     if found := parts.get("accuracy"):
-        whole, levels = found["all"], found["by_difficulty"]
-        gentle = share([levels[name] for name in ("easy", "medium") if name in levels])
-        hard = share([levels["hard"]]) if "hard" in levels else 0.0
-        rows.append(
-            ("easy and medium, at least 97 % of printed fields", f"{gentle:.1%}", at_least(gentle, 0.97))
-        )
-        rows.append(("hard, at least 85 % of printed fields", f"{hard:.1%}", at_least(hard, 0.85)))
+        whole = found["all"]
+        for levels, bar in verify_ocr.BARS.items():
+            printed, right = verify_ocr.together(found, levels)
+            wanted = f"{' and '.join(levels)}, at least {100 * bar:g} % of printed fields"
+            rows.append((wanted, f"{right / max(1, printed):.1%}", at_least(right / max(1, printed), bar)))
+        most = verify_ocr.MOST_SILENT
         silent = whole["silent"] / max(1, whole["printed"])
         told = f"{whole['silent']} of {whole['printed']}, {silent:.2%}"
-        rows.append(("wrong and not marked, at most 0.5 % of printed fields", told, verdict(silent, 0.005)))
+        wanted = f"wrong and not marked, at most {100 * most:g} % of printed fields"
+        rows.append((wanted, told, verdict(silent, most)))
         rows.append(("absent fields filled: 0", str(whole["invented"]), verdict(whole["invented"], 0)))
         reviewed = whole["correct_reviewed"] / max(1, whole["correct_plates"])
         told = f"{whole['correct_reviewed']} of {whole['correct_plates']}, {reviewed:.1%}"
-        rows.append(("correct plates sent to review, at most 15 %", told, verdict(reviewed, 0.15)))
+        most = verify_ocr.MOST_REVIEWED
+        wanted = f"correct plates sent to review, at most {100 * most:g} %"
+        rows.append((wanted, told, verdict(reviewed, most)))
         whole_plates = f"{whole['whole_reviewed']} of {whole['whole_plates']}"
         rows.append(("of these, plates on which nothing is covered or cut off", whole_plates, ""))
     if (found := parts.get("accuracy")) and (other := parts.get("third")):
@@ -344,11 +346,6 @@ def bars(parts: dict[str, dict[str, Any]]) -> list[str]:
             )
         )
     return ["| bar | measured | |", "|---|---:|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-def share(levels: Sequence[dict[str, Any]]) -> float:
-    """Right of printed over several difficulties."""
-    return float(sum(level["right"] for level in levels) / max(1, sum(level["printed"] for level in levels)))
 
 
 def at_least(value: float, bar: float) -> str:

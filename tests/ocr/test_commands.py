@@ -45,6 +45,12 @@ def test_read_prints_the_object_and_explains_it_in_a_picture(labels: dict[str, A
         assert count.get(colour, 0) > 100, f"nothing is drawn in {colour}"
 
 
+def test_a_picture_that_cannot_be_written_costs_nobody_the_reading() -> None:
+    done = pipeline("read", PLATES / FEW[0], "--explain", "/proc/how.png")
+    assert set(json.loads(done.stdout)) >= set(FIELDS)
+    assert (done.rc, done.stderr.count("\n")) == (2, 1) and "/proc/how.png" in done.stderr
+
+
 def test_text_prints_what_is_there() -> None:
     assert "TELE 750" in pipeline("text", PLATES / FEW[0]).check().stdout
 
@@ -55,6 +61,7 @@ def test_text_prints_what_is_there() -> None:
         (("read", "/nowhere.jpg"), 2, "/nowhere.jpg: No such file or directory"),
         (("read", __file__), 2, "send JPEG, PNG or WebP"),
         (("read", PLATES / FEW[0], "--explain", "how.txt"), 2, "must end in .png"),
+        (("read", PLATES / FEW[0], "--explain", "/nowhere/how.png"), 2, "there is no folder /nowhere"),
         (("read", PLATES / FEW[0], "--settings", "/nowhere.yml"), 2, "/nowhere.yml: No such file"),
     ],
 )

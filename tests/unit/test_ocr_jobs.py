@@ -4,6 +4,7 @@ test's."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ocr_pipeline.database import DatabaseError, open_engine
 from ocr_pipeline.errors import BackendError, DeadlineError, GpuHangError, ImageRefusedError
 from ocr_pipeline.gpu import GpuBusyError
 from ocr_pipeline.jobs import tables
+from ocr_pipeline.jobs.dispatch import HueyDispatch
 from ocr_pipeline.jobs.reader import Read
 from ocr_pipeline.jobs.store import (
     Claimed,
@@ -355,6 +357,11 @@ def test_sqlite_waits_for_other_writers_and_keeps_what_it_said(store: JobStore) 
         assert connection.execute(text("PRAGMA foreign_keys")).scalar() == 1
 
 
+def test_a_queue_whose_folder_is_not_there_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^queue /nowhere/q\.sqlite3: unable to open.*its folder"):
+        HueyDispatch("sqlite:////nowhere/q.sqlite3")
+
+
 # --- the worker ---
 
 
@@ -567,6 +574,31 @@ def test_a_share_that_is_away_is_tried_again_and_one_that_refuses_is_not(
     worker(store, FakeReader(), shares={"field": share}).work_once()
     found = store.results(job.job_id)[0]
     assert (found.state.value, found.error_code, found.error_status) == expected
+
+
+def test_a_share_is_tried_again_after_5_10_and_20_seconds_and_asked_for_no_more_than_a_photo_may_have(
+    store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.limits = replace(store.limits, attempts=4)
+    tried: list[tuple[float, int]] = []
+
+    class Away:
+        def __init__(self, settings: ShareSettings) -> None: ...
+
+        def read(self, path: str, limit: int) -> bytes:
+            tried.append((clock.now, limit))
+            raise ShareUnreachableError("gone")
+
+    monkeypatch.setattr("ocr_pipeline.jobs.worker.Share", Away)
+    store.submit(Kind.TRA, "me", [NewItem("P1", "F/P1/a.jpg", "h")], share="field")
+    share = ShareSettings("server", "share", "user", "word")
+    settings = WorkerSettings(max_image_bytes=1000)
+    made = worker(store, FakeReader(), shares={"field": share}, settings=settings)
+    began = clock.now
+    for _ in range(60):
+        made.work_once()
+        clock.now += 1
+    assert tried == [(began + after, 1000) for after in (0, 5, 15, 35)]
 
 
 def test_a_photo_that_takes_too_long_ends_the_process_and_its_attempt_is_written_down(

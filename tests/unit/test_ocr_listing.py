@@ -18,7 +18,7 @@ def entry(name: str, folder: Tree | None) -> Any:
     return SimpleNamespace(
         name=name,
         smb_info=SimpleNamespace(end_of_file=1, last_write_time=written),
-        is_symlink=lambda: False,
+        is_symlink=lambda: name.startswith("link"),
         is_dir=lambda: folder is not None,
     )
 
@@ -54,6 +54,13 @@ def test_what_is_listed_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_photo_that_cannot_be_read_by_its_name_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(ShareNameError, match="rename it"):
         listed(monkeypatch, {"P1": {"a.jpg": None, name: None}})
+
+
+def test_links_that_the_server_shows_as_links_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may lead anywhere on that server."""
+    assert listed(monkeypatch, {"P1": {"a.jpg": None, "link.jpg": None}, "link": {"z.jpg": None}}) == [
+        "F/P1/a.jpg"
+    ]
 
 
 def test_deeper_folders_are_not_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +392,7 @@ def test_an_object_in_a_code_fence_is_read() -> None:
         ([], 200),
         ({"choices": []}, 200),
         (b"x" * 300_000, 200),
+        ({**chat("{}"), "more": "x" * 300_000}, 200),  # whole, and more than anybody wants to hold
         (chat("{}"), 404),
     ],
 )
@@ -399,6 +401,20 @@ def test_a_server_that_breaks_its_protocol_is_one_line(body: Any, status: int) -
         reasoner(replies(body, status)).extract([Line("x")], PoleIdContext.NAMEPLATE, Deadline(60))
     assert caught.value.http_status == 503
     assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_drips_has_its_time_and_no_more() -> None:
+    """Every byte comes in time for the client's own limit, the answer as a whole never would."""
+
+    class Drips(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            for piece in json.dumps(chat("{}")).encode().split(b" "):
+                time.sleep(0.1)
+                yield piece + b" "
+
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Drips()))
+    with pytest.raises(DeadlineError, match="still answers"):
+        reasoner(transport).extract([Line("x")], PoleIdContext.NAMEPLATE, Deadline(0.3))
 
 
 def late(health: Callable[[], httpx.Response]) -> httpx.MockTransport:

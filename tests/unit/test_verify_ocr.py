@@ -84,6 +84,16 @@ def test_a_folder_without_known_difficulties_has_a_bar_all_the_same(difficulty: 
     assert len(verify_ocr.missed_bars(verify_ocr.report(good), 0.98)) == 1
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"), [(5, []), (7, ["easy and medium: 96.5% of printed fields, bar 97%"])]
+)
+def test_easy_and_medium_are_held_to_one_bar(wrong: int, told: list[str]) -> None:
+    """As the benchmark holds them: a few medium photos that are below it do not miss it alone."""
+    photos = [outcome(plate, difficulty="easy") for plate in range(100)]
+    photos += [outcome(plate, right=plate >= 100 + wrong, difficulty="medium") for plate in range(100, 200)]
+    assert verify_ocr.missed_bars(verify_ocr.report(photos)) == told
+
+
 def test_a_folder_in_which_nothing_is_printed_meets_no_bar() -> None:
     photo = verify_ocr.Labelled("a.jpg", "a", "all", {})
     told = verify_ocr.missed_bars(verify_ocr.report([verify_ocr.judge(photo, {}, 0.1)]))

@@ -79,12 +79,15 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_DONE
     if args.explain and args.explain.suffix.lower() != ".png":
         raise SettingsError(f"--explain {args.explain}: its name must end in .png")
+    if args.explain and not args.explain.parent.is_dir():
+        raise SettingsError(f"--explain {args.explain}: there is no folder {args.explain.parent}")
     found = pipeline.inspect(data, pole_id_context=PoleIdContext(args.context) if args.context else None)
+    # Before the picture, which a full disk may refuse: the reading is what took the time.
+    print(json.dumps(found.reading.flat(), ensure_ascii=False, indent=2), flush=True)
     if args.explain:
         from ocr_pipeline import explain
 
         explain.picture(found).save(args.explain)
-    print(json.dumps(found.reading.flat(), ensure_ascii=False, indent=2))
     return EXIT_DONE
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -105,7 +106,11 @@ def _huey(url: str) -> Huey:
     kind, _, rest = url.partition("://")
     common = {"name": QUEUE, "results": False, "serializer": JsonMessages(), "utc": True}
     if kind == "sqlite" and rest.startswith("/") and len(rest) > 1:
-        return SqliteHuey(filename=rest[1:], fsync=True, **common)
+        try:
+            return SqliteHuey(filename=rest[1:], fsync=True, **common)
+        except sqlite3.Error as error:
+            fix = "its folder must be there, and this user's to write in"
+            raise ValueError(f"queue {rest[1:]}: {error}; {fix}") from None
     if kind in ("redis", "rediss", "unix"):
         return RedisHuey(url=url, read_timeout=1, **common)
     raise ValueError(
