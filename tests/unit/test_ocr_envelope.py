@@ -109,6 +109,14 @@ def test_a_key_in_two_spellings_is_refused() -> None:
     assert "is there twice" in refused({"contents": [{"parts": [{"inlineData": inline}]}]}).message
 
 
+@pytest.mark.parametrize("unset", ["inlineData", "inline_data", "fileData", "thought"])
+def test_null_is_not_there(unset: str) -> None:
+    """Serializers write what is not set as null, and Google's API takes it so."""
+    data = {"mimeType": "image/jpeg", "data": base64.b64encode(b"\xff\xd8\xff").decode()}
+    parts = [{"text": "read this", unset: None}, {"text": None, "inlineData": data}]
+    assert len(envelope.asked({"contents": [{"role": None, "parts": parts}], "tools": None}).pictures) == 1
+
+
 def test_several_photos_are_told_of_the_jobs() -> None:
     part = request("AAAA")["contents"][0]["parts"][0]
     refusal = refused({"contents": [{"parts": [part, part]}]})

@@ -148,6 +148,17 @@ def test_a_banks_power_is_multiplied_and_its_serial_numbers_may_differ(store: Re
     assert cell(made, "P1", "numero_serie").verdict is Verdict.AGREES
 
 
+def test_voltages_and_phases_of_a_bank_are_one(store: RecordStore) -> None:
+    """One photo that says what the register says proves nothing of the others."""
+    store.import_rows([row("P1", potencia_kva=75.0, tensao_primaria=13800.0, fases=3)])
+    keep(store, "P1", "a", potencia_kva=37.5, tensao_primaria=13800.0, fases=3)
+    keep(store, "P1", "b", potencia_kva=37.5, tensao_primaria=34500.0, fases=1)
+    made = built(store)
+    for name in ("tensao_primaria", "fases"):
+        assert cell(made, "P1", name).verdict is Verdict.CONFLICTING
+    assert made.poles[0].verdict == "differs"
+
+
 def test_one_photo_twice_is_no_bank(store: RecordStore) -> None:
     store.import_rows([row("P1", potencia_kva=75.0)])
     for job in ("j1", "j2"):

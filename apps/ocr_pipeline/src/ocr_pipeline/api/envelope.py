@@ -70,11 +70,14 @@ def snake(key: str) -> str:
 
 
 def fields(value: object, where: str) -> dict[str, Any]:
-    """An object's fields under their snake_case names. Raises Refusal: not an object, or a field twice."""
+    """An object's fields under their snake_case names; null is not there. Raises Refusal: not an object, or a
+    field twice."""
     if not isinstance(value, Mapping):
         raise invalid("BAD_ENVELOPE", f"{where}: must be an object, not {_kind(value)}")
     found: dict[str, Any] = {}
     for key, item in value.items():
+        if item is None:  # as protobuf's JSON has it, and as serializers write what is not set
+            continue
         name = snake(key)
         if name in found:
             raise invalid(

@@ -22,6 +22,8 @@ from ocr_pipeline.records.bank import bank_size, power_agrees
 from ocr_pipeline.records.store import PhotoRow, RecordStore
 
 POWER = "potencia_kva"
+# What each transformer of a bank has of its own; everything else is the same on all of them.
+EACH_ITS_OWN = frozenset({"fabricante", "numero_serie", "patrimonio", "matricula", "data_fabricacao"})
 PIECE = 65536  # characters of a page that are handed out together
 Picture = Callable[[int], bytes | None]
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -150,8 +152,7 @@ def _cell(name: str, values: Iterable[Any], record: dict[str, Any] | None, trans
         verdict = Verdict.EMPTY if recorded is None else Verdict.NOT_READ
         return Cell(name, None, recorded, verdict)
     if len(distinct) > 1:
-        # The transformers of a bank have serial numbers of their own; their power is one.
-        if not bank or name == POWER:
+        if not bank or name not in EACH_ITS_OWN:
             return Cell(name, distinct, recorded, Verdict.CONFLICTING)
         agrees = any(_folded(value) == _folded(recorded) for value in distinct)
         known = Verdict.AGREES if agrees else Verdict.DIFFERS
