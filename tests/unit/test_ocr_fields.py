@@ -376,6 +376,16 @@ def test_a_manufacturer_in_no_template_is_read_for_a_person(heading: str, name: 
     assert ("unknown_manufacturer:fabricante" in reasons) is (name is not None)
 
 
+@pytest.mark.parametrize(
+    ("heading", "name"), [("TRANS", None), ("MADOR", None), ("FORMADOR TRIFA", None), ("ROMAGNI", "ROMAGNI")]
+)
+def test_what_a_spot_leaves_of_a_title_is_no_manufacturer(heading: str, name: str | None) -> None:
+    """Large above all labels, as a name would stand."""
+    large = Line(heading, Box(100, 0, 400, 50))
+    values, _ = parsed(large, *column("", "POTÊNCIA: 75 kVA", "SÉRIE: 123456", "DATA: 2010"))
+    assert values["fabricante"] == name
+
+
 def test_a_word_is_as_sure_as_most_of_its_letters() -> None:
     sure = (1.0,) * 8 + (0.5,)
     word, digits = Line("TRIFASICO", None, 0.9, 0.5, sure), Line("123456789", None, 0.9, 0.5, sure)

@@ -77,6 +77,7 @@ FIRM = re.compile(
     r"|(?:Y|&|E) ?CIA|S\.?R\.?L|LLC|PVT|AG|N\.?V|S\.?P\.?A)\.?(?![A-Z])"
 )
 DENIALS = ("NAO", "NOT", "NON", "NO", "SEM", "SIN", "WITHOUT")
+LONG_WORD = 8  # letters: as long as TRIFASICO and more
 WORD = 3  # letters: SIM, TRIFASICO
 PLATE_LABELS = 3  # below a heading
 LARGE = 1.35  # of the usual height of a line
@@ -302,7 +303,7 @@ def _heading(sheet: _Sheet, extraction: Extraction) -> str | None:
         if line.box is None or line.box.middle[1] > min(tops):
             continue
         name, words = brand(line.text), _words(line.text)
-        if not name or len(name.split()) > MOST_NAMES:
+        if not name or len(name.split()) > MOST_NAMES or _rest_of_title(name):
             continue
         company = any(word in labels.known()["_company"] for word in words)
         large = line.box.height > LARGE * usual or (len(name) > WORD and _above_title(line.box, sheet))
@@ -337,6 +338,12 @@ def _in_title(text: str) -> bool:
 def _titled(text: str) -> bool:
     """Whether a text has a word of a title in it."""
     return any(_one_of(word, "_title") for word in _words(text))
+
+
+def _rest_of_title(name: str) -> bool:
+    """Whether a name is what is left of a title's long words: `TRANS` where a spot covers TRANSFORMADOR."""
+    long = [word for word in labels.known()["_title"] if len(word) >= LONG_WORD]
+    return all(len(part) > WORD and any(part in word for word in long) for part in name.split())
 
 
 def _above_title(box: Box, sheet: _Sheet) -> bool:
