@@ -45,6 +45,28 @@ def test_a_value_that_is_glued_to_its_label_is_grounded(name: str, value: Any, t
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "beside", "marked"),
+    [
+        ("matricula", "77280-8", (True, False), True),
+        ("matricula", "77280-8", (False, True), True),
+        ("matricula", "77280-8", (False, False), False),
+        ("matricula", "MATR. 77280-8", (True, False), False),  # before the label
+        ("matricula", "MATR. 77280-8", (False, True), True),
+        ("matricula", "77280-8 CEMIG", (False, True), False),
+        ("tensao_primaria", "13800", (True, True), False),
+    ],
+)
+def test_a_code_that_may_go_on_below_a_patch_is_for_a_person(
+    name: str, text: str, beside: tuple[bool, bool], marked: bool
+) -> None:
+    value = 13800.0 if name == "tensao_primaria" else "77280-8"
+    found = Extraction({name: Candidate(value, text.strip("MATR. CEIG"), 0)})
+    values, reasons = grounding.settle(found, [Line(text, beside=beside)])
+    assert values[name] == value
+    assert reasons == ([f"low_confidence:{name}"] if marked else [])
+
+
+@pytest.mark.parametrize(
     ("texts", "shared"),
     [
         (["Nº DE SÉRIE: 123456"], ["numero_serie", "patrimonio"]),

@@ -13,7 +13,7 @@ from ocr_pipeline.servers import ServerReasoner
 from ocr_pipeline.settings import ReasoningSettings
 from ocr_pipeline.stages import Deadline, Line, PoleIdContext
 
-from tests.unit.test_ocr_fields import column, parsed
+from tests.unit.test_ocr_fields import at, column, parsed
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,25 @@ from tests.unit.test_ocr_fields import column, parsed
         ("TRAFO DE DISTRIBUIÇÃO", "fabricante", None),
         ("TIPO: TRAFO TRIFÁSICO", "fabricante", None),
         ("TRAFO EQUIPAMENTOS ELÉTRICOS", "fabricante", "TRAFO"),
+        ("RECUPERADO POR ITB", "fabricante", None),
+        ("REFORMA: TRAEL LTDA 2019", "fabricante", None),
+        ("COMUTADOR ABB TIPO X", "fabricante", None),
+        ("ÓLEO ISOLANTE WEG", "fabricante", None),
+        ("PROPRIEDADE TOSHIBA", "fabricante", None),
+        ("CLIENTE: WEG", "fabricante", None),
+        ("WEG EQUIPAMENTOS ELÉTRICOS", "fabricante", "WEG"),
+        ("AUTOPROTEGIDO: N/A", "autoprotegido", None),
+        ("AUTOPROTEGIDO: N.A.", "autoprotegido", None),
+        ("AUTOPROTEGIDO: NÃO INFORMADO", "autoprotegido", None),
+        ("AUTOPROTEGIDO: NO APLICA", "autoprotegido", None),
+        ("AUTOPROTEGIDO: S/ INFORMAÇÃO", "autoprotegido", None),
+        ("AUTOPROTEGIDO: NÃO POSSUI", "autoprotegido", False),
+        ("ELO FUSÍVEL: 5H/8K", "elo_fusivel", None),
+        ("ELO FUSÍVEL: 5H OU 6K", "elo_fusivel", None),
+        ("ELO FUSÍVEL: 5H", "elo_fusivel", "5H"),
+        ("TENSÃO DE ENSAIO: 34500 V", "tensao_primaria", None),
+        ("POTÊNCIA DE CURTO CIRCUITO: 500 kVA", "potencia_kva", None),
+        ("MATRÍCULA: 000000", "matricula", None),
         ("DATA REFORMA: 03/2019", "data_fabricacao", None),
         ("DATA DO ENSAIO: 03/2019", "data_fabricacao", None),
         ("DATA DE VENC. GARANTIA: 03/2019", "data_fabricacao", None),
@@ -45,6 +64,26 @@ def test_a_value_is_read_for_what_it_is(text: str, name: str, value: Any) -> Non
     values, _ = parsed(*column(text, "FASES: 3", "Nº DE SÉRIE: 998877"))
     assert values.get(name) == value
     assert values["numero_serie"] == "998877"
+
+
+@pytest.mark.parametrize("label", ["COMUTADOR", "RECUPERADO POR", "PARA-RAIOS", "PROPRIEDADE DE"])
+def test_who_made_a_part_or_repaired_it_is_not_the_manufacturer(label: str) -> None:
+    """In a table, the label in one cell and the name in the next."""
+    rows = [("POTÊNCIA", "75 kVA"), ("Nº DE SÉRIE", "998877"), (label, "ABB"), ("FASES", "3")]
+    lines = [
+        at(text, left, 60 * row)
+        for row, cells in enumerate(rows)
+        for left, text in zip((0, 260), cells, strict=True)
+    ]
+    values, _ = parsed(*lines)
+    assert (values["fabricante"], values["numero_serie"], values["fases"]) == (None, "998877", 3)
+    assert parsed(at("ABB", 0, -60), *lines)[0]["fabricante"] == "ABB"
+
+
+def test_a_former_number_is_none_of_the_plate_s() -> None:
+    assert (
+        parsed(*column("Nº SÉRIE ANTERIOR: 11111", "POTÊNCIA: 75 kVA", "FASES: 3"))[0]["numero_serie"] is None
+    )
 
 
 def test_a_box_that_nobody_marked_says_nothing() -> None:

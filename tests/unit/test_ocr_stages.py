@@ -19,7 +19,7 @@ from ocr_pipeline.geometry import Box
 from ocr_pipeline.images import Photo, Pixels
 from ocr_pipeline.parser import Parser
 from ocr_pipeline.pipeline import Pipeline, alone, choose, context_of, cut_off, shrunk
-from ocr_pipeline.rapid import Recognised, agreed, sides_touched
+from ocr_pipeline.rapid import Recognised, agreed, patches, sides_touched
 from ocr_pipeline.servers import ServerReasoner, ServerVision, parsed
 from ocr_pipeline.settings import ReasoningSettings, VisionSettings
 from ocr_pipeline.stages import Deadline, Line, Plate, PlateClass, PoleIdContext, Seen
@@ -173,6 +173,32 @@ def test_text_at_the_side_of_the_crop_is_noticed_whichever_way_it_runs() -> None
     upright = np.array([[[50, 1], [70, 1], [70, 90], [50, 90]]], np.float32)
     assert sides_touched(level, 200, 200) == (True, False, False, False)
     assert sides_touched(upright, 200, 200) == (False, True, False, False)
+
+
+@pytest.mark.parametrize("ground", [30, 200])
+@pytest.mark.parametrize(
+    ("patch", "seen"),
+    [
+        (None, (False, False)),
+        ((40, 60), (True, False)),  # reaches the line's beginning
+        ((140, 160), (False, True)),
+        ((20, 45), (False, False)),  # ends a way before it
+        ((0, 200), (True, True)),
+    ],
+)
+def test_a_patch_that_may_cover_more_of_a_line_is_noticed(
+    ground: int, patch: tuple[int, int] | None, seen: tuple[bool, bool]
+) -> None:
+    """Glare on a dark plate, dirt on a light one; letters of the other brightness from 60 to 140."""
+    ink = 230 - ground
+    picture = np.full((60, 200, 3), ground, np.uint8)
+    picture[10:50] += np.arange(200, dtype=np.uint8)[None, :, None] // 10  # light that changes over the plate
+    if patch:
+        picture[10:50, patch[0] : patch[1]] = ink
+    picture[20:40, 60:140] = ground
+    for left in range(62, 138, 10):
+        picture[22:38, left : left + 4] = ink
+    assert patches(picture, Box(60, 20, 140, 40)) == seen
 
 
 def test_another_plate_in_the_crop_is_painted_over() -> None:

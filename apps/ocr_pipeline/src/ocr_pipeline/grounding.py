@@ -181,6 +181,19 @@ def _cut_from(candidate: Candidate, lines: Sequence[Line]) -> str:
     return candidate.raw if shown else ""
 
 
+def _may_go_on(candidate: Candidate, lines: Sequence[Line]) -> bool:
+    """Whether a patch lies where a value begins or ends: `77280-8` may be the rest of `2977280-8`.
+
+    Voltages and powers show it by their form; a code has none.
+    """
+    if candidate.line is None:
+        return False
+    line, raw = lines[candidate.line], squeezed(candidate.raw)
+    before, behind = line.beside
+    text = squeezed(line.text)
+    return (before and text.startswith(raw)) or (behind and text.endswith(raw))
+
+
 def settle(extraction: Extraction, lines: Sequence[Line]) -> tuple[dict[str, Any], list[str]]:
     """The values that stand, all 11 keys, and the reasons for review."""
     reasons = list(extraction.reasons)
@@ -204,7 +217,7 @@ def settle(extraction: Extraction, lines: Sequence[Line]) -> tuple[dict[str, Any
             reasons.append(f"{Reason.OUT_OF_DOMAIN}:{name}")
         known = name in RATED and not impossible
         least = DOUBTFUL_CODE if name in CODES else DOUBTFUL_KNOWN if known else DOUBTFUL
-        if candidate.confidence < least:
+        if candidate.confidence < least or (name in CODES and _may_go_on(candidate, lines)):
             reasons.append(f"{Reason.LOW_CONFIDENCE}:{name}")
     reasons += [f"{Reason.SHARED_SOURCE}:{name}" for name in shared(values, lines)]
     reasons += [f"{Reason.INCONSISTENT}:{name}" for name in normal.inconsistent(values)]

@@ -204,15 +204,16 @@ def _day(year: int, month: int, day: int) -> str | None:
 
 
 def fuse(text: str) -> str | None:
-    """`5H`, `0.5H`, `10K`: rating and type of a fuse link."""
+    """`5H`, `0.5H`, `10K`: rating and type of a fuse link; None for several, `5H/8K`."""
     # Dots up to the value are none of it; `.5H` may be what is left of `0.5H`.
     folded = re.sub(r"^[\s.]+(?=[0-46-9]|[0-9]{2})", "", fold(text).replace(",", "."))
-    found = re.search(r"(?<![0-9A-Z.])([0-9OISZB]{1,3}(?:\.[0-9])?)\s*-?\s*(H|K|T|EF)\b", folded)
-    if not found:
+    links = r"(?<![0-9A-Z.])([0-9OISZB]{1,3}(?:\.[0-9])?)\s*-?\s*(H|K|T|EF)\b"
+    found = {(as_digits(rating), kind) for rating, kind in re.findall(links, folded)}
+    if len(found) != 1:
         return None
-    rating = as_digits(found.group(1))
+    rating, kind = found.pop()
     value = rating.lstrip("0") if not rating.startswith("0.") else rating
-    return f"{value}{found.group(2)}" if value and value[0] != "." else None
+    return f"{value}{kind}" if value and value[0] != "." else None
 
 
 def phase_word(text: str) -> int | None:
@@ -239,11 +240,15 @@ def phases(text: str) -> int | None:
     return int(as_digits(found.group(1))) if found else None
 
 
+HAS = ("POSSUI", "TEM", "TIENE", "POSEE")  # `NÃO POSSUI`
 YES, NO = ("SIM", "S", "SI", "YES", "Y", "SLM", "5IM"), ("NAO", "N", "NO", "NA0", "NAQ")
 
 
 def self_protected(text: str) -> bool | None:
-    """true from SIM, S, X; false from NÃO, N; of both the marked one, and None where no box tells which."""
+    """true from SIM, S, X; false from NÃO, N; of both the marked one, and None where no box tells which.
+
+    `N/A`, `NÃO INFORMADO`, `NO APLICA` say neither.
+    """
     folded = re.sub(r"[^A-Z0-9]", " ", fold(text)).split()
     if {*YES} & {*folded} and {*NO} & {*folded}:
         plain = text.strip(" .:;,_|")
@@ -254,7 +259,7 @@ def self_protected(text: str) -> bool | None:
         folded = folded[at + 1 : at + 2] if begins else folded[max(0, at - 1) : at]
     elif "X" in folded[:-1]:
         folded = folded[folded.index("X") + 1 :]
-    if not folded:
+    if not folded or any(word not in HAS for word in folded[1:]):
         return None
     if folded[0] in (*YES, "X"):
         return True
@@ -276,8 +281,8 @@ def code(text: str) -> str | None:
         before, behind = r"([A-Z]{1,3}[ \-]|[0-9A-Z]{1,3} ?- ?)?", "( ?- ?[0-9A-Z]{1,2})?"
         joined = re.search(rf"(?<![0-9A-Z]){before}{re.escape(best)}{behind}(?![0-9A-Z])", cleaned)
         if joined and joined.group(0) != best:
-            return re.sub(r"\s*-\s*", "-", joined.group(0)).replace(" ", "")
-    return best or None
+            best = re.sub(r"\s*-\s*", "-", joined.group(0)).replace(" ", "")
+    return best if best.strip("0.-/") else None  # `000000` is a form that nobody filled in
 
 
 def problem(name: str, value: Any, today: datetime.date | None = None) -> bool:

@@ -183,6 +183,7 @@ class Parser:
             (at, *found)
             for at, line in enumerate(sheet.lines)
             if (found := self.templates.named_in(line.text)) and _a_maker_s(*found, line.text)
+            if not _of_another(at, sheet)
         ]
         if not names:
             return _heading(sheet, extraction) or _signed(sheet, extraction)
@@ -225,6 +226,20 @@ def _a_maker_s(name: str, words: str, text: str) -> bool:
         return False
     return not _one_of(name, "_title") or all(
         _one_of(word, "_company") for word in _words(text) if word != name
+    )
+
+
+def _of_another(at: int, sheet: _Sheet) -> bool:
+    """Whether a line says who made a part, owns or repaired it: `COMUTADOR ABB`, or a cell beside it."""
+    others = [label for label in sheet.labels if not label.fields and label.start <= 1]
+    return any(
+        label.line == at
+        or (
+            not re.search(r"\w", label.rest)
+            and (place := _place(label, at, sheet, _cell_end(label, sheet)))
+            and place[0] == "right"
+        )
+        for label in others
     )
 
 

@@ -44,6 +44,10 @@ SURE = 0.97  # a reading that another one's digits do not put in doubt
 DISPUTED = 0.75  # certainty at most where they do
 SMOOTH = 0.05  # standard deviation of the blur, of a line's height
 TOUCHING = 0.25  # of a line's height: nearer to the crop's side it may be cut off
+STRIP = 0.5  # of a line's height: how far beside it is looked for a patch
+PATCH = (
+    0.45  # of a line's contrast: no plate's ground beside one of 700 readable values was so far from its own
+)
 LEAST_TILT = 1.0  # degrees: less changes no row
 LEAST = 0.45  # a line less sure than this is no text
 ALPHABET = frozenset(
@@ -121,15 +125,18 @@ class RapidVision:
             others = parts.recognise([look(picture, quads[at]) for at in again], deadline)
             for at, other in zip(again, others, strict=True):
                 readings[at].append(other)
-        lines = [self._line(quad, *agreed(found)) for quad, found in zip(quads, readings, strict=True)]
+        lines = [
+            self._line(picture, quad, *agreed(found)) for quad, found in zip(quads, readings, strict=True)
+        ]
         kept = [line for line in lines if line.text.strip() and line.confidence >= LEAST]
         seconds = time.perf_counter() - started
         return Seen(tuple(in_reading_order(kept)), turned % 360, seconds, picture, touched)
 
     @staticmethod
-    def _line(quad: Floats, found: Recognised, second: str) -> Line:
+    def _line(picture: Pixels, quad: Floats, found: Recognised, second: str) -> Line:
         box = Box(*(float(side) for side in (*quad.min(axis=0), *quad.max(axis=0))))
-        return Line(found.text, box, found.mean, found.weakest, found.weights, second=second)
+        beside = patches(picture, box)
+        return Line(found.text, box, found.mean, found.weakest, found.weights, second=second, beside=beside)
 
 
 class TextFinder:
@@ -299,6 +306,30 @@ def sides_touched(quads: Floats, width: int, height: int) -> tuple[bool, bool, b
         bool((high[:, 0] > width - near).any()),
         bool((high[:, 1] > height - near).any()),
     )
+
+
+def patches(picture: Pixels, box: Box) -> tuple[bool, bool]:
+    """Whether glare, dirt or paint lies right before a line, and right behind it: far brighter or darker than
+    the line's own ground.
+    """
+    own = _grey(picture, box.left, box.right, box.top, box.bottom)
+    if not own.size:
+        return False, False
+    low, ground, high = (float(value) for value in np.percentile(own, (2, 50, 98)))
+    far = PATCH * max(20.0, high - low)
+    margin, reach = 0.15 * box.height, STRIP * box.height
+
+    def patch(left: float, right: float) -> bool:
+        strip = _grey(picture, left, right, box.top + margin, box.bottom - margin)
+        return bool(strip.size) and abs(float(np.median(strip)) - ground) > far
+
+    return patch(box.left - reach, box.left), patch(box.right, box.right + reach)
+
+
+def _grey(picture: Pixels, left: float, right: float, top: float, bottom: float) -> Floats:
+    sides = [max(0, int(side)) for side in (top, bottom, left, right)]
+    part = picture[sides[0] : sides[1], sides[2] : sides[3]]
+    return np.asarray(part.mean(axis=2, dtype=np.float32))
 
 
 def tilt_of(quads: Floats) -> float:

@@ -64,7 +64,8 @@ class Line:
     `confidence` is the mean over its characters, `weakest` the least sure one's. `weights` has one figure
     for each
     character of `text`, or is empty. `second` is what another reading of the same line gave, where it
-    differs.
+    differs. `beside`: whether a patch lies right before its beginning, and right behind its end, that may
+    cover more of it.
     """
 
     text: str
@@ -74,6 +75,7 @@ class Line:
     weights: tuple[float, ...] = ()
     kind: LineClass = LineClass.NAMEPLATE
     second: str = ""
+    beside: tuple[bool, bool] = (False, False)
 
 
 @dataclass(frozen=True)
