@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare both predictors of memory with the buffers that llama-server logs when it starts.
 
-    scripts/bench_memory.py --binaries DIR [--models DIR] [--output DIR]
+    scripts/bench_memory.py --binaries DIR --models DIR [--output DIR]
 
 DIR holds llama-server, llama-fit-params and ggml-rpc-server of one CPU build (cmake -DGGML_RPC=ON). Measured
 are tiny models with random weights of every architecture that the header predictor knows, every *.gguf of
@@ -201,7 +201,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command. Returns its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--binaries", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--models", type=Path, metavar="DIR")
+    parser.add_argument("--models", type=Path, required=True, metavar="DIR", help="of real *.gguf files")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), metavar="DIR")
     arguments = parser.parse_args(argv)
     figures: list[Figure] = []
@@ -213,9 +213,16 @@ def main(argv: Sequence[str]) -> int:
                 file=sys.stderr,
             )
             return 2
+    real = sorted(arguments.models.glob("*.gguf"))
+    if not real:
+        print(
+            f"bench_memory: --models {arguments.models}: no *.gguf there; fix: `make lab` brings two, in"
+            " sources/models of its cache",
+            file=sys.stderr,
+        )
+        return 2
     try:
         with tempfile.TemporaryDirectory() as folder:
-            real = sorted(arguments.models.glob("*.gguf")) if arguments.models else []
             cases = [*single(sorted(_tiny_models.ARCHITECTURES), Path(folder), real), *splits(Path(folder))]
             for index, case in enumerate(cases, start=1):
                 print(f"{index}/{len(cases)} {case.name}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.config import from_environment
 from scripts import bench_memory
 from tests import support
 
@@ -71,9 +72,12 @@ def binaries(on_host: Callable[..., support.Run], tmp_path_factory: pytest.TempP
 def test_every_figure_is_within_the_bar(
     binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = bench_memory.main(["--binaries", str(binaries), "--output", str(tmp_path)])
+    models = from_environment().cache / "sources/models"
+    words = ["--binaries", binaries, "--models", models, "--output", tmp_path]
+    code = bench_memory.main([str(word) for word in words])
     page = (tmp_path / "memory.md").read_text()
     outside = [line for line in page.splitlines() if line.endswith("| outside |")]
     assert (code, outside) == (0, []), capsys.readouterr().err
+    assert all(f"| {model.stem} |" in page for model in models.glob("*.gguf"))
     splits = {line.split(" | ")[0] for line in page.splitlines() if "n_cpu_moe" in line}
     assert len(splits) >= 12
