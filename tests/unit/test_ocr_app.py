@@ -199,6 +199,39 @@ def test_bodies_count_with_the_memory_that_they_take() -> None:
     asyncio.run(work())
 
 
+def test_a_body_that_is_of_no_use_is_not_counted_for_ever() -> None:
+    """Else some of them shut the service until a restart."""
+
+    async def slow() -> dict[str, Any]:
+        await asyncio.sleep(5)
+        return {}
+
+    async def left() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        for then, reason in (
+            (b"no JSON", "BAD_JSON"),
+            (b"x" * 3000, "BODY_TOO_LARGE"),
+            (slow, "BODY_TIMEOUT"),
+            (left, "CLIENT_LEFT"),
+        ):
+            held, parts = Bodies(60_000, 0.05), [b"[" * 1000]
+
+            async def receive(then: Any = then, parts: list[bytes] = parts) -> dict[str, Any]:
+                if parts:
+                    return {"type": "http.request", "body": parts.pop(), "more_body": True}
+                if callable(then):
+                    return await then()  # type: ignore[no-any-return]
+                return {"type": "http.request", "body": then, "more_body": False}
+
+            with pytest.raises(Refusal) as caught:
+                await held.json(Request({"type": "http", "headers": []}, receive), 2000)
+            assert (caught.value.reason, held.buffered) == (reason, 0)
+
+    asyncio.run(work())
+
+
 def test_with_the_defaults_the_api_stays_below_what_systemd_gives_it() -> None:
     """A job of the largest size fits, two at once do not; 200 MB are left for the program itself."""
     settings = Settings()

@@ -456,6 +456,30 @@ def test_a_template_names_its_mistake() -> None:
         templates._parse("x.yml", "name: XY\nlabels: {colour: [cor da placa]}")
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"fases": 1, "tensao_secundaria": "380/220"}, ["fases"]),
+        ({"fases": 1, "tensao_secundaria": "220/127"}, ["fases"]),
+        ({"fases": 1, "tensao_secundaria": "240/120"}, []),
+        ({"fases": 1, "potencia_kva": 225.0}, ["fases"]),
+        ({"fases": 1, "potencia_kva": 100.0}, []),
+        ({"tensao_primaria": 380.0, "tensao_secundaria": "380/220"}, ["tensao_primaria"]),
+        ({"tensao_primaria": 6600.0, "tensao_secundaria": "380/220"}, []),
+    ],
+)
+def test_values_that_contradict_each_other_are_for_a_person(values: dict[str, Any], told: list[str]) -> None:
+    assert normal.inconsistent(values) == told
+
+
+def test_what_a_template_s_plates_never_carry_is_for_a_person() -> None:
+    known = templates.Templates([templates.Template(name="WEG", absent=["matricula"])])
+    lines = column("WEG", "MATRÍCULA: 123456", "POTÊNCIA: 75 kVA", "SÉRIE: 654321")
+    found = Parser(known).extract(lines, PoleIdContext.NAMEPLATE, Deadline(60))
+    assert found.reasons == ["filters_disagree:matricula"]
+    assert found.candidates["matricula"].value == "123456"
+
+
 def test_a_pattern_of_a_template_that_does_not_match_is_told() -> None:
     known = templates.Templates([templates.Template(name="WEG", patterns={"numero_serie": "[0-9]{10}"})])
     lines = column("WEG", "SÉRIE: 12345")

@@ -107,6 +107,15 @@ def test_the_longest_path_that_the_database_keeps_is_a_photo() -> None:
     assert len(found.name) == column.length
 
 
+CAMERAS = ("IMG_0001", "dsc-00012", "PXL_20260101_1", "20260101_101010", "IMG0001")
+
+
+def test_in_a_pole_s_folder_a_photo_may_be_called_anything() -> None:
+    """As a pole may be called by a number of eight digits."""
+    for path, pole in (*((f"F/P1/{name}.jpg", "P1") for name in CAMERAS), ("F/20410417_a.jpg", "20410417")):
+        assert orders.photos_of([Entry(path, 5, 1.0)], "F", SETTINGS)[0].pole_id == pole
+
+
 def test_a_photo_that_was_replaced_on_the_share_is_another() -> None:
     hashes = {
         orders.photos_of([entry], "F", SETTINGS)[0].image_hash
@@ -120,6 +129,7 @@ def test_a_photo_that_was_replaced_on_the_share_is_another() -> None:
     [
         ([Entry(f"F/P{n}/a.jpg", 1, 1.0) for n in range(4)], "TOO_MANY_IMAGES"),
         ([Entry("F/=1+1/a.jpg", 1, 1.0)], "BAD_POLE"),
+        *(([Entry(f"F/{name}.jpg", 1, 1.0)], "BAD_POLE") for name in CAMERAS),
         ([Entry(f"F/P/{'a' * 505}.jpg", 1, 1.0)], "BAD_JOB"),
     ],
 )

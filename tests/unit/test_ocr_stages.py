@@ -355,6 +355,11 @@ def test_a_models_values_take_the_fields_own_form() -> None:
     ]
 
 
+def test_what_the_plate_leaves_open_is_for_a_person_whatever_a_model_says() -> None:
+    _, reasons = extracted('{"numero_serie": "123456"}', "SÉRIE: 123456", "SÉRIE: 654321", "POTÊNCIA: 75 kVA")
+    assert "ambiguous:numero_serie" in reasons
+
+
 def test_where_the_model_and_the_parser_differ_a_person_looks() -> None:
     _, reasons = extracted('{"potencia_kva": 45}', "POTÊNCIA: 75 kVA", "MASSA 45 kg")
     assert reasons == ["filters_disagree:potencia_kva"]

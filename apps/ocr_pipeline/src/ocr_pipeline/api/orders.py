@@ -17,6 +17,11 @@ from ocr_pipeline.smb.share import Entry, ShareError, checked_path
 
 POLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._/-]{0,63}")
 FEEDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._/-]{0,127}")
+# `IMG_0001.jpg`, `20260101_101010.jpg`: one pole would have the photos of all.
+CAMERA = re.compile(
+    r"(?:IMG|DSC[NF]?|PXL|GOPR|SAM|DJI|MVIMG|PICT|PHOTO|FOTO|IMAGEM?|SCREENSHOT)[_-]?[0-9]|(?:19|20)[0-9]{6}_[0-9]{6}",
+    re.IGNORECASE,
+)
 IDEMPOTENCY = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
@@ -99,6 +104,9 @@ def photos_of(entries: list[Entry], folder: str, settings: Settings) -> list[New
         below = entry.path.removeprefix(f"{folder}/")
         head, slash, _ = below.partition("/")
         pole = head if slash else head.rpartition(".")[0].partition("_")[0]
+        if not slash and CAMERA.match(head):
+            fix = "put the photos into a folder for each pole, or call them POLE_….jpg"
+            raise invalid("BAD_POLE", f"{entry.path!r:.120}: that is a camera's name for it; {fix}")
         if not POLE_ID.fullmatch(pole):
             raise invalid("BAD_POLE", f"{entry.path!r:.120}: {pole!r:.64} is no pole's name; rename it")
         # The bytes are read later: until then a photo is told by where it is, how large, and of when.
