@@ -51,6 +51,10 @@ def test_a_picture_that_cannot_be_written_costs_nobody_the_reading() -> None:
     assert (done.rc, done.stderr.count("\n")) == (2, 1) and "/proc/how.png" in done.stderr
 
 
+def test_the_picture_shows_letters_with_accents_without_them() -> None:
+    assert explain.drawn("POTÊNCIA (Nº 7): não") == "POTENCIA (No 7): nao"
+
+
 def test_text_prints_what_is_there() -> None:
     assert "TELE 750" in pipeline("text", PLATES / FEW[0]).check().stdout
 

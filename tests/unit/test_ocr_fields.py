@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -470,6 +471,12 @@ def test_a_template_names_its_mistake() -> None:
 )
 def test_values_that_contradict_each_other_are_for_a_person(values: dict[str, Any], told: list[str]) -> None:
     assert normal.inconsistent(values) == told
+
+
+def test_a_customer_s_template_takes_the_place_of_a_shipped_one(tmp_path: Path) -> None:
+    shipped = next(name for name in templates.load().by_name if not name.startswith("_"))
+    (tmp_path / "own.yml").write_text(f"name: {shipped}\nabsent: [matricula]\n")
+    assert templates.load(str(tmp_path)).of(shipped).absent == ["matricula"]
 
 
 def test_what_a_template_s_plates_never_carry_is_for_a_person() -> None:

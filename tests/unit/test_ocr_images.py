@@ -61,6 +61,22 @@ def test_a_photo_is_turned_as_its_exif_says(orientation: int, shape: tuple[int, 
     assert images.load(encoded(exif=exif.tobytes())).pixels.shape == shape
 
 
+@pytest.mark.parametrize(
+    ("orientation", "corner"),  # of the turned photo, in which the white quarter of the file's top left is
+    [(1, (0, 0)), (2, (0, 1)), (3, (1, 1)), (4, (1, 0)), (5, (0, 0)), (6, (0, 1)), (7, (1, 1)), (8, (1, 0))],
+)
+def test_each_of_the_eight_orientations_has_its_own_way(orientation: int, corner: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.new("RGB", (64, 64))
+    photo.paste((255, 255, 255), (0, 0, 32, 32))
+    buffer = io.BytesIO()
+    photo.save(buffer, "PNG", exif=exif.tobytes())
+    pixels = images.load(buffer.getvalue()).pixels
+    bright = [(y, x) for y in (0, 1) for x in (0, 1) if pixels[16 + 32 * y, 16 + 32 * x, 0] > 200]
+    assert bright == [corner]
+
+
 def test_exif_that_is_nonsense_does_not_matter() -> None:
     assert images.load(encoded(exif=b"Exif\0\0II*\0\xff\xff\xff\xff")).width == 64
 

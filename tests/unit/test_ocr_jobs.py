@@ -3,6 +3,9 @@ test's."""
 
 from __future__ import annotations
 
+import threading
+import time
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -640,6 +643,31 @@ def test_a_worker_is_replaced_when_it_has_grown(store: JobStore) -> None:
     made = worker(store, FakeReader(), settings=WorkerSettings(recycle_rss_mib=1, sweep_s=60))
     assert made.run() == 0
     assert made.images == 1
+
+
+def test_a_running_worker_retires_what_is_old_and_wakes_for_what_a_dead_one_held(
+    store: JobStore, clock: Clock
+) -> None:
+    old = store.submit(Kind.ALT, "me", photos(1))
+    store.complete(claim(store), "w1", "{}")
+    clock.now += 8 * 86400
+    held = store.submit(Kind.ALT, "me", photos(1))
+    claim(store, "a worker that died")
+    clock.now += 3600  # its lease is over
+    woken: list[int] = []
+    made = worker(store, FakeReader(), settings=WorkerSettings(sweep_s=60))
+    made._dispatch = types.SimpleNamespace(wake=woken.append)
+    sweeping = threading.Thread(target=made._sweep_on)
+    sweeping.start()
+    try:
+        until = time.monotonic() + 10
+        while store.view(old.job_id) is not None or not woken:
+            assert time.monotonic() < until, woken
+            time.sleep(0.01)
+    finally:
+        made.stop()
+        sweeping.join(10)
+    assert state(store, held.job_id) is not JobState.DONE and woken == [1]
 
 
 def test_lost_bytes_are_no_endless_loop(store: JobStore) -> None:

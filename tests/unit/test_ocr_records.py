@@ -148,6 +148,13 @@ def test_a_banks_power_is_multiplied_and_its_serial_numbers_may_differ(store: Re
     assert cell(made, "P1", "numero_serie").verdict is Verdict.AGREES
 
 
+def test_powers_of_a_bank_that_differ_are_no_bank_s_power(store: RecordStore) -> None:
+    store.import_rows([row("P1", potencia_kva=75.0)])
+    keep(store, "P1", "a", potencia_kva=37.5)
+    keep(store, "P1", "b", potencia_kva=45.0)
+    assert cell(built(store), "P1", "potencia_kva").verdict is Verdict.CONFLICTING
+
+
 def test_voltages_and_phases_of_a_bank_are_one(store: RecordStore) -> None:
     """One photo that says what the register says proves nothing of the others."""
     store.import_rows([row("P1", potencia_kva=75.0, tensao_primaria=13800.0, fases=3)])

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from ocr_pipeline import build, gpu, grounding, settings, templates
+from ocr_pipeline import build, filters, gpu, grounding, settings, templates
 from ocr_pipeline.audit import PlateAuditor
 from ocr_pipeline.detect import GREY, densest, letterbox, plates_of
 from ocr_pipeline.errors import BackendError, DeadlineError, GpuHangError, ImageRefusedError, SettingsError
@@ -20,6 +20,7 @@ from ocr_pipeline.images import Photo, Pixels
 from ocr_pipeline.parser import Parser
 from ocr_pipeline.pipeline import Pipeline, alone, choose, context_of, cut_off, shrunk
 from ocr_pipeline.rapid import Recognised, agreed, patches, sides_touched
+from ocr_pipeline.reading import FIELDS
 from ocr_pipeline.servers import ServerReasoner, ServerVision, parsed
 from ocr_pipeline.settings import ReasoningSettings, VisionSettings
 from ocr_pipeline.stages import Deadline, Line, Plate, PlateClass, PoleIdContext, Seen
@@ -211,6 +212,16 @@ def test_another_plate_in_the_crop_is_painted_over() -> None:
     assert (pixels == 255).all()
 
 
+def test_a_nameplate_is_no_utility_s_plate() -> None:
+    """It has a power as well, and would count for a bank."""
+    few, many = (
+        ("112,5 kVA", "PATRIMÔNIO 123456"),
+        ("POTÊNCIA: 75 kVA", "TENSÃO PRIMÁRIA", "FASES", "Nº SÉRIE"),
+    )
+    assert filters.utility_plate([Line(text) for text in few])
+    assert not filters.utility_plate([Line(text) for text in many])
+
+
 @pytest.mark.parametrize(("text", "counts"), [("112,5 kVA", True), ("MEDIDOR kWh", False), ("", False)])
 def test_a_utilitys_plate_counts_for_a_bank_where_it_can_be_read(text: str, counts: bool) -> None:
     plates = (
@@ -313,6 +324,7 @@ def test_vision_sends_a_picture_and_takes_lines() -> None:
     assert [line.text for line in seen.lines] == ["WEG", "POT 75 kVA"]
     assert asked[0]["messages"][1]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
     assert asked[0]["max_tokens"] == VisionSettings().max_tokens
+    assert asked[0]["temperature"] == 0, "a sampled transcription has other digits each time"
 
 
 def test_a_line_that_the_vision_server_could_not_end_is_no_line() -> None:
@@ -335,7 +347,20 @@ def test_the_reasoning_model_gets_text_as_data_and_a_schema() -> None:
     assert found.candidates["potencia_kva"].value == 75
     assert asked[0]["messages"][1]["content"] == '["say \\"x\\""]'
     assert set(asked[0]["format"]["properties"]) >= {"potencia_kva", "matricula"}
-    assert asked[0]["options"]["num_predict"] == ReasoningSettings().max_tokens
+    assert asked[0]["options"] == {"num_predict": ReasoningSettings().max_tokens, "temperature": 0}
+
+
+def test_an_openai_compatible_server_is_held_to_the_schema_too() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json=chat("{}"))
+
+    reasoner(httpx.MockTransport(answer)).extract([Line("x")], PoleIdContext.NAMEPLATE, Deadline(9))
+    held = asked[0]["response_format"]["json_schema"]
+    assert set(held["schema"]["properties"]) == set(FIELDS) and held["strict"]
+    assert asked[0]["temperature"] == 0
 
 
 def test_a_models_values_take_the_fields_own_form() -> None:

@@ -4,6 +4,8 @@ review.
 
 from __future__ import annotations
 
+import unicodedata
+
 from PIL import Image, ImageDraw, ImageFont
 
 from ocr_pipeline.pipeline import Inspection
@@ -59,8 +61,13 @@ def picture(inspection: Inspection) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     left = max(small.width, crop.width) + 20
     for at, (text, colour) in enumerate(rows):
-        draw.text((left, 10 + at * ROW), text, fill=colour, font=font)
+        draw.text((left, 10 + at * ROW), drawn(text), fill=colour, font=font)
     return sheet
+
+
+def drawn(text: str) -> str:
+    """Without accents, which the font has not: `POTENCIA`, `No`."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
 
 
 def told(inspection: Inspection) -> list[tuple[str, tuple[int, int, int]]]:

@@ -45,9 +45,7 @@ DISPUTED = 0.75  # certainty at most where they do
 SMOOTH = 0.05  # standard deviation of the blur, of a line's height
 TOUCHING = 0.25  # of a line's height: nearer to the crop's side it may be cut off
 STRIP = 0.5  # of a line's height: how far beside it is looked for a patch
-PATCH = (
-    0.45  # of a line's contrast: no plate's ground beside one of 700 readable values was so far from its own
-)
+PATCH = 0.45  # of a line's contrast: nothing beside 268 codes that were read right was so far from the ground
 LEAST_TILT = 1.0  # degrees: less changes no row
 LEAST = 0.45  # a line less sure than this is no text
 ALPHABET = frozenset(
