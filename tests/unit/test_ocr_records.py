@@ -406,6 +406,10 @@ def test_a_register_in_either_dialect() -> None:
         ("pole_id,feeder,potencia_kva\nP1,F1,-5\n", "potencia_kva"),
         ("pole_id,feeder,data_fabricacao\nP1,F1,March\n", "data_fabricacao"),
         ("pole_id,feeder\nP1,F1\nP1,F1\n", "line 3: pole 'P1' is in line 2 too"),
+        ('pole_id,feeder\nP1,F1\n"P1 ",F1\n', "line 3: pole 'P1' is in line 2 too"),
+        ("pole_id,feeder,fases,fases\nP1,F1,1,3\n", "line 1: column fases is there 2 times"),
+        ('pole_id,feeder,fabricante\nP1,F1,"WEG\nP2,F1,WEG\n', "no CSV in UTF-8"),
+        ('pole_id,feeder,"fabricante\nP1,F1,WEG\n', "no CSV in UTF-8"),
         ("pole_id,feeder\n,F1\n", "pole_id"),
         ("", "column pole_id is missing"),
     ],
@@ -414,6 +418,71 @@ def test_a_wrong_register_names_line_and_column(text: str, words: str) -> None:
     with pytest.raises(RecordsError) as caught:
         register(text)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "value"),
+    [
+        (
+            "tensao_primaria",
+            "13.800",
+            13800.0,
+        ),  # what a spreadsheet writes where a comma is the decimal point
+        ("tensao_primaria", "13.800,0", 13800.0),
+        ("tensao_primaria", "7967,43", 7967.43),
+        ("potencia_kva", "1.000", 1000.0),
+        ("potencia_kva", "112,5", 112.5),
+        ("potencia_kva", "112.5", 112.5),  # no three digits behind the dot: it groups nothing
+        ("potencia_kva", "90", 90.0),  # a bank of two
+        ("potencia_kva", "337,5", 337.5),  # a bank of three
+        ("tensao_secundaria", "127/220", "220/127"),
+        ("tensao_secundaria", "220 / 127 V", "220/127"),
+        ("elo_fusivel", "5 h", "5H"),
+        ("data_fabricacao", "9/3/2015", "2015-03-09"),
+        ("data_fabricacao", "03/2015", "2015-03"),
+        ("data_fabricacao", "2015", "2015"),
+        ("numero_serie", "ab-123", "ab-123"),
+    ],
+)
+def test_a_cell_of_the_register_is_what_a_reading_has(column: str, cell: str, value: Any) -> None:
+    (found,) = register(f"pole_id;feeder;{column}\nP1;F1;{cell}\n")
+    assert getattr(found, column) == value
+
+
+@pytest.mark.parametrize("delimiter", [",", ";"])
+@pytest.mark.parametrize(
+    ("column", "cell"),
+    [
+        ("tensao_primaria", "13.8"),  # kV
+        ("tensao_primaria", "99999"),
+        ("tensao_primaria", "1e4"),
+        ("potencia_kva", "113"),
+        ("potencia_kva", "nan"),
+        ("potencia_kva", "0"),
+        ("tensao_secundaria", "13800"),
+        ("tensao_secundaria", "220/127/110"),
+        ("tensao_secundaria", "220/128"),
+        ("elo_fusivel", "5H/8K"),
+        ("elo_fusivel", "SH"),  # a reading takes a misread digit for one, a register has none
+        ("data_fabricacao", "2015-13"),
+        ("data_fabricacao", "31/02/2015"),
+        ("data_fabricacao", "03/04/05"),
+        ("data_fabricacao", "1066"),
+        ("data_fabricacao", "2999-01"),
+        ("numero_serie", "12"),
+        ("fases", "²"),
+    ],
+)
+def test_what_no_field_can_be_is_refused_by_line_and_column(column: str, cell: str, delimiter: str) -> None:
+    head, row = delimiter.join(("pole_id", "feeder", column)), delimiter.join(("P1", "F1", cell))
+    with pytest.raises(RecordsError) as caught:
+        register(f"{head}\n{row}\n")
+    assert str(caught.value).startswith(f"r.csv: line 2: {column} = {cell!r}: ")
+
+
+def test_a_thousands_dot_in_a_file_of_commas_is_no_voltage() -> None:
+    with pytest.raises(RecordsError, match=r"tensao_primaria = '13.800': not a rated primary voltage in V"):
+        register("pole_id,feeder,tensao_primaria\nP1,F1,13.800\n")
 
 
 def test_an_import_is_all_or_nothing_and_replaces(store: RecordStore) -> None:

@@ -6,9 +6,11 @@ import csv
 import json
 import logging
 import math
+import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -16,11 +18,13 @@ from pydantic import ConfigDict, ValidationError, field_validator
 from sqlalchemy import Engine, delete, func, insert, select, union
 from sqlalchemy.exc import IntegrityError
 
+from ocr_pipeline import normal
 from ocr_pipeline.database import migrate, reading
 from ocr_pipeline.jobs.reader import PLATE, Read
 from ocr_pipeline.jobs.store import Claimed
 from ocr_pipeline.reading import FIELDS, Fields
 from ocr_pipeline.records.tables import Reading, Record, Tag
+from ocr_pipeline.words import fold
 
 log = logging.getLogger(__name__)
 BATCH = 500
@@ -212,52 +216,66 @@ def _photo(row: Any) -> PhotoRow:
 def read_register(file: TextIO, name: str) -> Iterator[RegisterRow]:
     """The rows of a register in CSV: `pole_id`, `feeder`, any of the 11 fields. Raises RecordsError."""
     try:
-        head = file.read(4096)
+        head = file.read(4096).partition("\n")[0]
     except UnicodeDecodeError as error:
         raise RecordsError(f"{name}: no CSV in UTF-8 ({error})") from None
     file.seek(0)
-    delimiter = ";" if head.partition("\n")[0].count(";") > head.partition("\n")[0].count(",") else ","
+    delimiter = ";" if head.count(";") > head.count(",") else ","
     table = csv.DictReader(file, delimiter=delimiter, strict=True)
-    known = {"pole_id", "feeder", *FIELDS}
-    columns = set(table.fieldnames or ())
-    for column in ("pole_id", "feeder"):
-        if column not in columns:
-            raise RecordsError(
-                f"{name}: line 1: column {column} is missing; the columns are {', '.join(sorted(known))}"
-            )
-    if unknown := sorted(columns - known):
-        raise RecordsError(f"{name}: line 1: column {unknown[0]!r} is not known; rename or remove it")
     seen: dict[str, int] = {}
     try:
+        _check_columns(table.fieldnames or (), f"{name}: line 1")
         for row in table:
+            where = f"{name}: line {table.line_num}"
             if None in row:
-                raise RecordsError(f"{name}: line {table.line_num}: more values than columns")
-            yield _register_row(row, f"{name}: line {table.line_num}", delimiter)
-            pole = row["pole_id"]
-            if pole in seen:
-                raise RecordsError(
-                    f"{name}: line {table.line_num}: pole {pole!r} is in line {seen[pole]} too"
-                )
-            seen[pole] = table.line_num
+                raise RecordsError(f"{where}: more values than columns")
+            made = _register_row(row, where, delimiter)
+            if made.pole_id in seen:
+                raise RecordsError(f"{where}: pole {made.pole_id!r} is in line {seen[made.pole_id]} too")
+            seen[made.pole_id] = table.line_num
+            yield made
     except (csv.Error, UnicodeDecodeError) as error:
         raise RecordsError(f"{name}: line {table.line_num}: no CSV in UTF-8 ({error})") from None
 
 
+def _check_columns(columns: Sequence[str], where: str) -> None:
+    known = {"pole_id", "feeder", *FIELDS}
+    for column in ("pole_id", "feeder"):
+        if column not in columns:
+            raise RecordsError(
+                f"{where}: column {column} is missing; the columns are {', '.join(sorted(known))}"
+            )
+    for column, count in sorted(Counter(columns).items()):
+        if column not in known:
+            raise RecordsError(f"{where}: column {column!r} is not known; rename or remove it")
+        if count > 1:
+            raise RecordsError(f"{where}: column {column} is there {count} times; remove all but one")
+
+
 _WORDS = {"true": True, "sim": True, "1": True, "false": False, "nao": False, "não": False, "0": False}
+_BANK = (1, 2, 3)  # a register has the power of a bank as a whole
+_CODE = "3 to 24 characters"
+_EXPECTED = {
+    "potencia_kva": "a rated power in kVA (112.5), of one transformer or of up to three alike",
+    "tensao_primaria": "a rated primary voltage in V (13800)",
+    "tensao_secundaria": "a rated secondary voltage in V (220/127)",
+    "data_fabricacao": "a date that has been: YYYY, YYYY-MM, YYYY-MM-DD, MM/YYYY or DD/MM/YYYY",
+    "elo_fusivel": "a fuse link (5H)",
+    "numero_serie": _CODE,
+    "patrimonio": _CODE,
+    "matricula": _CODE,
+}
 
 
 def _register_row(row: Mapping[str, str | None], where: str, delimiter: str) -> RegisterRow:
     values: dict[str, Any] = {}
-    for column, cell in row.items():
-        value: Any = (cell or "").strip()
-        if value == "":
+    for column, raw in row.items():
+        cell = (raw or "").strip()
+        if cell == "":
             continue
-        if column == "autoprotegido":
-            value = _WORDS.get(value.lower(), value)
-        elif column == "fases":
-            value = int(value) if value.isdigit() else value
-        elif column in ("potencia_kva", "tensao_primaria") and delimiter == ";":
-            value = value.replace(",", ".")  # where a comma is the decimal point, columns are split by ;
+        value = _value(column, cell, delimiter)
+        if value is None or _impossible(column, value):
+            raise RecordsError(f"{where}: {column} = {cell!r:.60}: not {_EXPECTED[column]}")
         values[column] = value
     try:
         return RegisterRow.model_validate(values)
@@ -265,3 +283,46 @@ def _register_row(row: Mapping[str, str | None], where: str, delimiter: str) -> 
         first = error.errors(include_url=False)[0]
         column = ".".join(str(part) for part in first["loc"])
         raise RecordsError(f"{where}: {column} = {first['input']!r:.60}: {first['msg']}") from None
+
+
+def _value(column: str, cell: str, delimiter: str) -> Any:
+    """A cell as a reading has its field; None where it cannot be one."""
+    match column:
+        case "autoprotegido":
+            return _WORDS.get(cell.lower(), cell)
+        case "fases":
+            return int(cell) if re.fullmatch("[0-9]", cell) else cell
+        case "potencia_kva" | "tensao_primaria":
+            return _number(cell, delimiter)
+        case "tensao_secundaria":
+            return _all_of(cell, normal.secondary(cell))
+        case "data_fabricacao":
+            return _all_of(cell, normal.date(cell))
+        case "elo_fusivel":
+            return _all_of(cell, normal.fuse(cell))
+        case _:
+            return cell
+
+
+def _number(cell: str, delimiter: str) -> float | None:
+    """Between columns that ; splits a comma is the decimal point, and a dot before three digits groups."""
+    if delimiter == ";":
+        if re.fullmatch(r"[1-9][0-9]{0,2}(\.[0-9]{3})+(,[0-9]+)?", cell):
+            cell = cell.replace(".", "")
+        cell = cell.replace(",", ".")
+    return float(cell) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", cell) else None
+
+
+def _all_of(cell: str, value: str | None) -> str | None:
+    """What was found in a cell, if that is all of it: a line has words beside its value, a cell has none."""
+
+    def signs(text: str) -> list[str]:
+        return sorted(sign for sign in fold(text) if sign.isalnum() and sign not in "0VY")
+
+    return value if value is not None and signs(value) == signs(cell) else None
+
+
+def _impossible(column: str, value: Any) -> bool:
+    if column == "potencia_kva":
+        return all(normal.problem(column, value / transformers) for transformers in _BANK)
+    return normal.problem(column, value)
