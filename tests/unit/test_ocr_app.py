@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from ocr_pipeline.api.keys import KeyStore
 from ocr_pipeline.api.settings import Settings
 from ocr_pipeline.database import open_engine
 from ocr_pipeline.jobs.store import JobStore
+from ocr_pipeline.records.report import build
+from ocr_pipeline.records.store import RecordStore
 from ocr_pipeline.smb.share import Entry, ShareSettings
 from starlette.requests import Request
 
@@ -135,6 +138,23 @@ def test_a_share_is_not_asked_for_a_job_that_is_known_or_has_no_room(service: ap
         assert (await client.post(JOBS, json=ORDER)).status_code == 202
         full = await client.post(JOBS, json=ORDER)
         assert (full.status_code, reason(full), Field.listed) == (429, "QUEUE_FULL", 2)
+
+    asked(service, work)
+
+
+def test_a_report_of_a_job_that_has_not_begun_says_so(service: app.Service) -> None:
+    records = RecordStore(open_engine(service.settings.url("records")))
+    records.prepare()
+    service.report = partial(build, records)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        job = (await client.post(JOBS, json=ORDER)).json()["id"]
+        told = (await client.get(f"{JOBS}/{job}/report?format=json")).json()
+        assert (told["state"], told["summary"]) == ("queued", {"not read": 1})
+        assert told["unread"]["photos not yet read"] == 1
+        await client.delete(f"{JOBS}/{job}")
+        told = (await client.get(f"{JOBS}/{job}/report?format=json")).json()
+        assert (told["state"], told["unread"]["photos cancelled"]) == ("cancelled", 1)
 
     asked(service, work)
 

@@ -91,6 +91,26 @@ def state(store: JobStore, job_id: str) -> JobState:
 # --- submit ---
 
 
+def test_how_a_jobs_photos_stand_by_pole(store: JobStore) -> None:
+    job = store.submit(Kind.ALT, "a", [*photos(3), *photos(1, "P2")], feeder="F1").job_id
+    store.complete(claim(store), "w1", "{}")
+    store.fail(claim(store), "w1", "DAMAGED_IMAGE", "x", status=400)
+    claim(store)
+    store.submit(Kind.READ, "a", photos(1, ""), feeder="F1")  # no job's
+    assert store.standings(job_id=job) == {
+        "P1": {State.DONE: 1, State.FAILED: 1, State.LEASED: 1},
+        "P2": {State.QUEUED: 1},
+    }
+    store.cancel(job)
+    again = store.submit(Kind.ALT, "a", photos(2), feeder="F1").job_id
+    assert store.standings(feeder="F1") == {
+        "P1": {State.DONE: 1, State.QUEUED: 1, State.CANCELLED: 1},
+        "P2": {State.CANCELLED: 1},
+    }, "the photo that was read once is read, the one that failed waits again"
+    assert store.standings(job_id=again) == {"P1": {State.QUEUED: 2}}
+    assert store.standings(feeder="F2") == {}
+
+
 def test_a_job_goes_in_and_comes_out(store: JobStore) -> None:
     job = store.submit(Kind.ALT, "me", photos(2), feeder="F1")
     assert (job.images, job.duplicates, job.known) == (2, 0, False)

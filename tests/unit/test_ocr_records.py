@@ -8,6 +8,7 @@ import json
 import threading
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,12 @@ from ocr_pipeline.api import server
 from ocr_pipeline.api.settings import Settings
 from ocr_pipeline.database import open_engine
 from ocr_pipeline.jobs.reader import PLATE, Read
-from ocr_pipeline.jobs.store import Claimed
-from ocr_pipeline.jobs.tables import Kind
+from ocr_pipeline.jobs.store import Claimed, JobStore, NewItem
+from ocr_pipeline.jobs.tables import Kind, State
 from ocr_pipeline.reading import FIELDS, Reading
 from ocr_pipeline.records import cli, report
 from ocr_pipeline.records.bank import bank_size, power_agrees
-from ocr_pipeline.records.report import Verdict, safe_cell
+from ocr_pipeline.records.report import Sent, Verdict, safe_cell
 from ocr_pipeline.records.store import RecordsError, RecordStore, RegisterRow, read_register
 from ocr_pipeline.records.tables import Tag
 from sqlalchemy import func, select
@@ -298,6 +299,78 @@ def test_a_pole_agrees_only_where_everything_recorded_was_compared(
     assert f'<b class="{verdict}">' in rendered(made, "html").decode()
 
 
+def test_a_report_says_what_of_the_job_was_not_read(store: RecordStore) -> None:
+    """A pole whose photos were not read is not one without a photo, and nobody knows whether it agrees."""
+    same: dict[str, Any] = {"potencia_kva": 45.0}
+    store.import_rows([row(f"P{number}", **same) for number in (1, 2, 3, 4, 6)])
+    keep(store, "P1", "a", **same)
+    keep(store, "P6", "b", **same)
+    states = {
+        "P1": {State.DONE: 1, State.FAILED: 2},
+        "P2": {State.CANCELLED: 1},
+        "P3": {State.QUEUED: 1, State.LEASED: 1},
+        "P5": {State.FAILED: 1},
+        "P6": {State.DONE: 1},
+    }
+    sent = Sent("partial", {pole: Counter(found) for pole, found in states.items()})
+    made = report.build(store, "F1", "j1", sent)
+    assert made is not None
+    assert {pole.pole_id: pole.verdict for pole in made.poles} == {
+        "P1": "incomplete",
+        "P2": "not read",
+        "P3": "not read",
+        "P4": "no photo",
+        "P5": "not read",
+        "P6": "agrees",
+    }
+    plain = json.loads(rendered(made, "json"))
+    assert plain["state"] == "partial"
+    assert plain["unread"] == {"photos failed": 3, "photos cancelled": 1, "photos not yet read": 2}
+    assert plain["poles"][2]["unread"] == {
+        "photos failed": 0,
+        "photos cancelled": 0,
+        "photos not yet read": 2,
+    }
+    rows = list(csv.DictReader(io.StringIO(rendered(made, "csv").decode("utf-8-sig"))))
+    told = {found["pole"]: [found["job state"], *(found[name] for name in report.UNREAD)] for found in rows}
+    assert (told["P1"], told["P6"]) == (["partial", "2", "0", "0"], ["partial", "0", "0", "0"])
+    page = rendered(made, "html").decode()
+    assert "job j1: partial" in page
+    assert "2 of 8 photos were read: 3 failed, 1 cancelled, 2 not yet read." in page
+    assert "1 of 3 photos were read: 2 failed." in page
+    assert "0 of 2 photos were read: 2 not yet read." in page
+    assert '<b class="not-read">not read</b>' in page
+
+
+def test_a_report_that_asked_no_job_tables_says_so(store: RecordStore) -> None:
+    keep(store, "P1", "a")
+    made = built(store)
+    plain = json.loads(rendered(made, "json"))
+    assert (plain["state"], plain["unread"], plain["poles"][0]["unread"]) == (None, None, None)
+    assert "the job tables were not asked" in rendered(made, "html").decode()
+    rows = list(csv.DictReader(io.StringIO(rendered(made, "csv").decode("utf-8-sig"))))
+    assert not any(rows[0][name] for name in report.UNREAD)
+
+
+def test_a_poles_record_is_found_under_whatever_feeder_the_register_has_it(store: RecordStore) -> None:
+    store.import_rows([row("P1", potencia_kva=45.0), row("P2"), row("P3")])
+    keep(store, "P1", "a", feeder="ALT", potencia_kva=45.0)
+    keep(store, "P9", "b", feeder="ALT", potencia_kva=45.0)
+    sent = Sent("partial", {"P1": Counter({State.DONE: 1}), "P2": Counter({State.FAILED: 1})})
+    made = report.build(store, "ALT", "j1", sent)
+    assert made is not None
+    assert {pole.pole_id: pole.verdict for pole in made.poles} == {
+        "P1": "agrees",
+        "P2": "not read",
+        "P9": "no record",
+    }, "P3 is a pole of another feeder, and no photo of it was sent"
+    assert "The register has it under feeder F1." in rendered(made, "html").decode()
+    plain = json.loads(rendered(made, "json"))["poles"]
+    assert [pole["record_feeder"] for pole in plain] == ["F1", "F1", None]
+    rows = csv.DictReader(io.StringIO(rendered(made, "csv").decode("utf-8-sig")))
+    assert {found["pole"]: found["record feeder"] for found in rows} == {"P1": "F1", "P2": "F1", "P9": ""}
+
+
 def test_photos_that_disagree_are_no_agreement(store: RecordStore) -> None:
     store.import_rows([row("P1", fases=3)])
     keep(store, "P1", "a", tags=(), fases=3)
@@ -508,6 +581,22 @@ def test_a_register_that_is_not_utf8_is_one_line(tmp_path: Path, capsys: pytest.
     file.write_bytes("pole_id;feeder;fabricante\nP1;F1;São José\n".encode("latin-1"))
     assert cli.main(["--database", f"sqlite:///{tmp_path}/r.sqlite3", "import", str(file)]) == 1
     assert "register.csv: no CSV in UTF-8" in capsys.readouterr().err
+
+
+def test_the_command_asks_the_job_tables_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(state_dir=str(tmp_path))
+    file = tmp_path / "service.json"
+    file.write_text(json.dumps({"state_dir": str(tmp_path)}))
+    jobs = JobStore(open_engine(settings.url("database")), settings.limits())
+    jobs.prepare()
+    taken = jobs.submit(Kind.ALT, "me", [NewItem("P1", "a.jpg", "a", b"a")], feeder="F1")
+    jobs.cancel(taken.job_id)
+    for more, state in (["--job", taken.job_id], "cancelled"), ([], None):
+        assert cli.main(["--settings", str(file), "report", "F1", "--format", "json", *more]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["state"], told["summary"]) == (state, {"not read": 1})
+        assert told["unread"]["photos cancelled"] == 1
+    assert cli.main(["--settings", str(file), "report", "F1", "--job", "j9"]) == 1
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

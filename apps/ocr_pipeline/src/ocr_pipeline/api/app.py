@@ -38,7 +38,7 @@ from ocr_pipeline.jobs.store import (
     Submitted,
 )
 from ocr_pipeline.jobs.tables import Kind, State
-from ocr_pipeline.records.report import Report
+from ocr_pipeline.records.report import Report, Sent
 from ocr_pipeline.smb.share import Share, ShareError, ShareSettings
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ HEADERS = (
     (b"content-security-policy", b"default-src 'none'; img-src data:; style-src 'unsafe-inline'"),
 )
 
-Reporter = Callable[[str, str | None], Report | None]
+Reporter = Callable[[str, str, Sent], Report | None]
 
 
 class Service:
@@ -458,11 +458,12 @@ def _job_routes(app: FastAPI) -> None:
         job_id: JobId,
         format: Annotated[str, Query(pattern="^(html|csv|json)$")] = "html",  # noqa: A002 - the query's name
     ) -> Response:
-        """The job's feeder against the records: HTML, CSV or JSON."""
+        """The job's feeder against the records: HTML, CSV or JSON. It says what of the job was not read."""
         view = await _job(service, owner, job_id)
-        made = await asyncio.to_thread(service.report, view.feeder, job_id) if service.report else None
+        sent = Sent(view.state.value, await asyncio.to_thread(service.store.standings, job_id=job_id))
+        made = await asyncio.to_thread(service.report, view.feeder, job_id, sent) if service.report else None
         if made is None:
-            raise Refusal(404, "NO_REPORT", "no photo of this job is in the records yet")
+            raise Refusal(404, "NO_REPORT", "no photo of this job is known any more")
         pieces, kind = await asyncio.to_thread(made.stream, format)
         return StreamingResponse(pieces, media_type=kind)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -38,7 +39,7 @@ def make(settings: Settings) -> FastAPI:
         HueyDispatch(settings.url("queue")),
         KeyStore(Path(settings.keys_file) if settings.keys_file else None),
         settings.shares(),
-        lambda feeder, job: build(records, feeder, job),
+        partial(build, records),
     )
     return app.create(service)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -343,6 +344,26 @@ class JobStore:
         with reading(self._engine) as connection:
             rows = connection.execute(page).all()
         return [_outcome(row) for row in rows]
+
+    def standings(self, *, job_id: str | None = None, feeder: str | None = None) -> dict[str, Counter[State]]:
+        """How the photos of a job, or of all jobs of a feeder, stand, by pole. One that any of them has read
+        is read."""
+        which = Item.job_id == job_id if feeder is None else Job.feeder == feeder
+        query = (
+            select(Item.pole_id, Item.image_hash, Item.state)
+            .join(Job, Job.id == Item.job_id)
+            .where(which, Job.kind.in_([Kind.ALT.value, Kind.TRA.value]))
+            .distinct()
+        )
+        best: dict[tuple[str, str], State] = {}
+        with reading(self._engine) as connection:
+            for pole, image, state in connection.execute(query):
+                others = best.get((pole, image), State.CANCELLED)
+                best[pole, image] = min(State(state), others, key=_BEST.index)
+        found: dict[str, Counter[State]] = {}
+        for (pole, _), state in best.items():
+            found.setdefault(pole, Counter())[state] += 1
+        return found
 
     def news(self, item_ids: Iterable[int]) -> dict[int, Outcome]:
         """Of these photos, those that are over, or that went back to the queue because of the box."""
@@ -695,6 +716,7 @@ class JobStore:
         return float(mean) * photos / max(1, working or 0)
 
 
+_BEST = (State.DONE, State.LEASED, State.QUEUED, State.FAILED, State.CANCELLED)
 _OUTCOME = select(
     Item.id,
     Item.pole_id,

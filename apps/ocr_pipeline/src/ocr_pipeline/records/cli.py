@@ -10,9 +10,10 @@ from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
 
-from ocr_pipeline.api.settings import SETTINGS_FILE, load
+from ocr_pipeline.api.settings import SETTINGS_FILE, Settings, load
 from ocr_pipeline.database import DatabaseError, open_engine
 from ocr_pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, SettingsError
+from ocr_pipeline.jobs.store import JobStore
 from ocr_pipeline.records import report
 from ocr_pipeline.records.store import RecordsError, RecordStore, read_register
 
@@ -26,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--settings", type=Path, default=SETTINGS_FILE, help="default: %(default)s")
     parser.add_argument(
-        "--database", metavar="URL", help="the records' address, instead of the settings' one"
+        "--database",
+        metavar="URL",
+        help="the records' address, instead of the settings' one; the job tables are then not asked",
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("migrate", help="make the tables, or bring them up to date")
@@ -42,9 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     maker.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     options = parser.parse_args(argv)
     try:
-        store = RecordStore(open_engine(options.database or load(options.settings).url("records")))
+        settings = None if options.database else load(options.settings)
+        store = RecordStore(open_engine(settings.url("records") if settings else options.database))
         store.prepare()
-        return _run(options, store)
+        return _run(options, store, settings)
     except (SettingsError, DatabaseError) as error:
         print(f"ocr-records: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def _run(options: argparse.Namespace, store: RecordStore) -> int:
+def _run(options: argparse.Namespace, store: RecordStore, settings: Settings | None) -> int:
     if options.verb == "import":
         if options.file == "-":
             raw, name = io.BytesIO(sys.stdin.buffer.read()), "standard input"
@@ -71,7 +75,8 @@ def _run(options: argparse.Namespace, store: RecordStore) -> int:
             count = store.import_rows(list(read_register(file, name)))
         print(f"{count} poles")
     elif options.verb == "report":
-        made = report.build(store, options.feeder, options.job)
+        sent = _sent(options, settings) if settings else None
+        made = report.build(store, options.feeder, options.job, sent)
         if made is None:
             print(f"ocr-records: feeder {options.feeder!r}: no photo and no record of it", file=sys.stderr)
             return EXIT_FAILED
@@ -79,6 +84,16 @@ def _run(options: argparse.Namespace, store: RecordStore) -> int:
         with options.output.open("wb") if options.output else nullcontext(sys.stdout.buffer) as file:
             file.writelines(pieces)
     return EXIT_DONE
+
+
+def _sent(options: argparse.Namespace, settings: Settings) -> report.Sent | None:
+    """What the job tables say; None of a job that they no longer have."""
+    jobs = JobStore(open_engine(settings.url("database")), settings.limits())
+    jobs.prepare()
+    if not options.job:
+        return report.Sent("", jobs.standings(feeder=options.feeder))
+    view = jobs.view(options.job)
+    return report.Sent(view.state.value, jobs.standings(job_id=view.id)) if view else None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import io
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from ocr_pipeline.jobs.tables import State
 from ocr_pipeline.reading import FIELDS
 from ocr_pipeline.records.bank import bank_size, power_agrees
 from ocr_pipeline.records.store import PhotoRow, RecordStore
@@ -26,6 +27,7 @@ POWER = "potencia_kva"
 EACH_ITS_OWN = frozenset({"fabricante", "numero_serie", "patrimonio", "matricula", "data_fabricacao"})
 PIECE = 65536  # characters of a page that are handed out together
 Picture = Callable[[int], bytes | None]
+UNREAD = ("photos failed", "photos cancelled", "photos not yet read")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -60,13 +62,49 @@ class Crop:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """What the job tables say: the state of the job, "" where it is of all jobs; photos by pole and state."""
+
+    state: str
+    poles: Mapping[str, Counter[State]]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Photos that were sent and not read. `sent` is 0 where there was none."""
+
+    sent: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    waiting: int = 0
+
+    @classmethod
+    def of(cls, states: Counter[State]) -> Unread:
+        """Those of photos by state."""
+        waiting = states[State.QUEUED] + states[State.LEASED]
+        return cls(states.total(), states[State.FAILED], states[State.CANCELLED], waiting)
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return self.failed + self.cancelled + self.waiting
+
+    def __str__(self) -> str:
+        """For a person; empty where all were read."""
+        told = [f"{self.failed} failed", f"{self.cancelled} cancelled", f"{self.waiting} not yet read"]
+        why = ", ".join(part for part in told if not part.startswith("0 "))
+        return f"{self.sent - self.count} of {self.sent} photos were read: {why}" if why else ""
+
+
+@dataclass(frozen=True)
 class Pole:
-    """A pole of the report."""
+    """A pole of the report. `record_feeder`: under which the register has it, "" where it does not."""
 
     pole_id: str
     photos: int
+    unread: Unread
     transformers: int
-    recorded: bool
+    record_feeder: str
     cells: tuple[Cell, ...]
     reasons: tuple[str, ...]
     crops: tuple[Crop, ...]
@@ -75,8 +113,8 @@ class Pole:
     def verdict(self) -> str:
         """In one word: what an auditor has to do here."""
         if not self.photos:
-            return "no photo"
-        if not self.recorded:
+            return "not read" if self.unread.sent else "no photo"
+        if not self.record_feeder:
             return "no record"
         verdicts = {cell.verdict for cell in self.cells}
         if verdicts & {Verdict.DIFFERS, Verdict.CONFLICTING}:
@@ -84,16 +122,18 @@ class Pole:
         if self.reasons:
             return "review"
         power = next(cell.verdict for cell in self.cells if cell.field == POWER)
-        compared = power is Verdict.AGREES and Verdict.NOT_READ not in verdicts
+        compared = power is Verdict.AGREES and Verdict.NOT_READ not in verdicts and not self.unread.count
         return "agrees" if compared else "incomplete"
 
 
 @dataclass(frozen=True)
 class Report:
-    """A feeder."""
+    """A feeder. `state` is the job's; `unread` None where the job tables were not asked."""
 
     feeder: str
     job_id: str | None
+    state: str
+    unread: Unread | None
     made_at: datetime
     poles: tuple[Pole, ...]
     picture: Picture
@@ -113,24 +153,36 @@ class Report:
         return _html(self), "text/html; charset=utf-8"
 
 
-def build(store: RecordStore, feeder: str, job_id: str | None = None) -> Report | None:
+def build(
+    store: RecordStore, feeder: str, job_id: str | None = None, sent: Sent | None = None
+) -> Report | None:
     """The report of a feeder, of one job's photos or of all. None where nothing of it is known."""
     photos = store.photos(feeder, job_id)
-    register = store.register(feeder)
-    if not photos and (job_id is not None or not register):
+    states = sent.poles if sent else {}
+    register = store.register(feeder, {photo.pole_id for photo in photos} | states.keys())
+    if not photos and not states and (job_id is not None or not register):
         return None
     counts = store.bank_counts(feeder)
-    by_pole: dict[str, list[PhotoRow]] = {pole: [] for pole in register}
+    by_pole: dict[str, list[PhotoRow]] = {pole: [] for pole in (*register, *states)}
     for photo in photos:
         by_pole.setdefault(photo.pole_id, []).append(photo)
     poles = tuple(
-        _pole(pole_id, found, register.get(pole_id), counts.get(pole_id, 0))
+        _pole(
+            pole_id,
+            found,
+            Unread.of(states.get(pole_id, Counter())),
+            register.get(pole_id),
+            counts.get(pole_id, 0),
+        )
         for pole_id, found in sorted(by_pole.items())
     )
-    return Report(feeder, job_id, datetime.now(UTC), poles, store.crop)
+    unread = Unread.of(sum(states.values(), Counter())) if sent else None
+    return Report(feeder, job_id, sent.state if sent else "", unread, datetime.now(UTC), poles, store.crop)
 
 
-def _pole(pole_id: str, photos: list[PhotoRow], record: dict[str, Any] | None, plates: int) -> Pole:
+def _pole(
+    pole_id: str, photos: list[PhotoRow], unread: Unread, record: dict[str, Any] | None, plates: int
+) -> Pole:
     transformers = bank_size(plates)
     distinct = list({photo.image_sha256: photo for photo in photos}.values())
     reasons = sorted({reason for photo in distinct for reason in photo.reasons})
@@ -140,7 +192,8 @@ def _pole(pole_id: str, photos: list[PhotoRow], record: dict[str, Any] | None, p
         _cell(name, [photo.fields[name] for photo in distinct], record, transformers) for name in FIELDS
     )
     crops = tuple(Crop(photo.name, photo.crop_id) for photo in distinct if photo.crop_id is not None)
-    return Pole(pole_id, len(distinct), transformers, record is not None, cells, tuple(reasons), crops)
+    feeder = record["feeder"] if record else ""
+    return Pole(pole_id, len(distinct), unread, transformers, feeder, cells, tuple(reasons), crops)
 
 
 def _cell(name: str, values: Iterable[Any], record: dict[str, Any] | None, transformers: int) -> Cell:
@@ -219,6 +272,9 @@ def _csv(report: Report) -> str:
             "field verdict",
             "note",
             "reasons",
+            "record feeder",
+            "job state",
+            *UNREAD,
         ]
     )
     for pole in report.poles:
@@ -235,15 +291,24 @@ def _csv(report: Report) -> str:
                 cell.verdict.value,
                 cell.note,
                 " ".join(pole.reasons),
+                pole.record_feeder,
+                report.state,
+                *(_unread(pole.unread) if report.unread else {}).values(),
             ]
             writer.writerow([safe_cell(str(value)) for value in row])
     return out.getvalue()
+
+
+def _unread(unread: Unread) -> dict[str, int]:
+    return dict(zip(UNREAD, (unread.failed, unread.cancelled, unread.waiting), strict=True))
 
 
 def _plain(report: Report) -> dict[str, Any]:
     return {
         "feeder": report.feeder,
         "job": report.job_id,
+        "state": report.state or None,
+        "unread": _unread(report.unread) if report.unread else None,
         "made_at": report.made_at.isoformat(timespec="seconds"),
         "summary": report.summary,
         "poles": [
@@ -251,6 +316,8 @@ def _plain(report: Report) -> dict[str, Any]:
                 "pole": pole.pole_id,
                 "verdict": pole.verdict,
                 "photos": pole.photos,
+                "unread": _unread(pole.unread) if report.unread else None,
+                "record_feeder": pole.record_feeder or None,
                 "transformers": pole.transformers,
                 "reasons": list(pole.reasons),
                 "fields": {

@@ -179,13 +179,16 @@ class RecordStore:
         with reading(self._engine) as connection:
             return connection.scalar(select(Reading.crop).where(Reading.id == crop_id))
 
-    def register(self, feeder: str) -> dict[str, dict[str, Any]]:
-        """The register's poles of a feeder."""
+    def register(self, feeder: str, poles: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+        """The register's poles of a feeder, and of `poles` those that it has under whatever feeder."""
+        ids = sorted(poles)
+        wanted = [Record.pole_id.in_(ids[start : start + BATCH]) for start in range(0, len(ids), BATCH)]
+        found: dict[str, dict[str, Any]] = {}
         with reading(self._engine) as connection:
-            rows = connection.execute(
-                select(Record.__table__).where(Record.feeder == feeder).order_by(Record.pole_id)
-            ).mappings()
-            return {row["pole_id"]: {name: row[name] for name in FIELDS} for row in rows}
+            for which in (Record.feeder == feeder, *wanted):
+                for row in connection.execute(select(Record.__table__).where(which)).mappings():
+                    found[row["pole_id"]] = {name: row[name] for name in ("feeder", *FIELDS)}
+        return found
 
     def import_rows(self, rows: Iterable[RegisterRow]) -> int:
         """Replace the register's rows of these poles. All of them, or none."""
