@@ -23,6 +23,8 @@ from ocr_pipeline.stages import Deadline, Plate, PlateClass
 SHIPPED = "plates.onnx"
 NMS_IOU = 0.45
 MAX_PLATES = 20
+DYNAMIC_SIDE = 640  # of an export that takes any
+CHOSEN = 6  # columns of an end-to-end export: two corners, score, class
 GREY = 114  # what YOLO exports are trained with around a photo
 TEXT_SIDE = 960  # of the photo in which text boxes are looked for
 LEAST_LINES = 5  # of a cluster that may be a nameplate
@@ -32,42 +34,70 @@ class OnnxDetector:
     """A YOLO-style export: input `[1, 3, H, W]` in RGB from 0 to 1, output `[1, 4 + nc, N]`, boxes as centre
     and size
     in input pixels. The classes are found by name: in the file's own metadata (`names`), else in `classes`.
+
+    What is no such export is refused here, by one grey picture: read as one, it gives plates that are none.
     """
 
     def __init__(
         self, weights: str = "", classes: Sequence[str] = (), score: float = 0.28, threads: int = 2
     ) -> None:
         path = Path(weights) if weights else Path(str(resources.files("ocr_pipeline") / "data" / SHIPPED))
+        self._told = f"detector.weights = {str(path)!r}"
         if not path.is_file():
-            raise SettingsError(f"detector.weights = {str(path)!r}: no such file")
+            raise SettingsError(f"{self._told}: no such file")
         try:
             self._session = session(path, threads)
         except Exception as error:  # onnxruntime's errors have no common class but Exception
-            first = str(error).splitlines()[0][:120]
-            raise SettingsError(
-                f"detector.weights = {str(path)!r}: onnxruntime cannot load it: {first}"
-            ) from None
+            raise SettingsError(f"{self._told}: onnxruntime cannot load it: {_first(error)}") from None
         given = self._session.get_inputs()[0]
         self._input = given.name
         if len(given.shape) != 4:
+            raise SettingsError(f"{self._told}: its input is {given.shape}, not [1, 3, H, W]")
+        if given.type != "tensor(float)":
             raise SettingsError(
-                f"detector.weights = {str(path)!r}: its input is {given.shape}, not [1, 3, H, W]"
+                f"{self._told}: its input is {given.type}, not float32; export it without half"
             )
-        self.side = given.shape[2] if isinstance(given.shape[2], int) else 640
+        sides = {side for side in given.shape[2:] if isinstance(side, int)} or {DYNAMIC_SIDE}
+        if len(sides) > 1:
+            size = " x ".join(str(side) for side in given.shape[2:])
+            raise SettingsError(f"{self._told}: its input is {size} pixels; export it square")
+        self.side = sides.pop()
         self._score = score
         self.names = _names(self._session.get_modelmeta().custom_metadata_map, classes)
         wanted = {str(kind) for kind in PlateClass}
         if not wanted & set(self.names.values()):
             raise SettingsError(
-                f"detector.weights = {str(path)!r}: no class is called {' or '.join(sorted(wanted))}; "
+                f"{self._told}: no class is called {' or '.join(sorted(wanted))}; "
                 "name them in the order of its outputs under detector.classes"
             )
+        self._check_output()
+
+    def _check_output(self) -> None:
+        """Raises SettingsError where what comes out is not what `plates_of` reads."""
+        try:
+            output = self._run(np.full((self.side, self.side, 3), GREY, np.uint8))
+        except Exception as error:
+            raise SettingsError(f"{self._told}: it cannot read one picture: {_first(error)}") from None
+        shape, named = list(output.shape), 4 + len(self.names)
+        if len(shape) == 3 and shape[2] == CHOSEN and (named != CHOSEN or _whole(output[0, :, -1])):
+            raise SettingsError(
+                f"{self._told}: its output is {shape}, boxes that are chosen already (end-to-end); "
+                "export it without nms (nms=False, of YOLOv10 and later end2end=False too)"
+            )
+        if len(shape) != 3 or shape[0] != 1 or min(shape[1:]) != named:
+            raise SettingsError(
+                f"{self._told}: its output is {shape}, but {len(self.names)} classes are named, which makes "
+                f"[1, {named}, N]; name all of its classes, in order, under detector.classes"
+            )
+
+    def _run(self, square: Pixels) -> NDArray[np.float32]:
+        batch = square.astype(np.float32).transpose(2, 0, 1)[None] / 255.0
+        return np.asarray(self._session.run(None, {self._input: batch})[0])
 
     def detect(self, pixels: Pixels, deadline: Deadline) -> list[Plate]:
         """Plates of the two classes, the surest first."""
         picture, factor, left, top = letterbox(pixels, self.side)
-        batch = picture.astype(np.float32).transpose(2, 0, 1)[None] / 255.0
-        output = np.asarray(self._session.run(None, {self._input: batch})[0])
+        output = self._run(picture)
         deadline.check("detector")
         return plates_of(output, self.names, self._score, factor, left, top, pixels.shape[1], pixels.shape[0])
 
@@ -160,6 +190,15 @@ def plates_of(
         if box.area > 0 and all(box.iou(plate.box) < NMS_IOU for plate in found):
             found.append(Plate(PlateClass(name), box, min(1.0, score)))
     return found
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def _whole(values: NDArray[np.float32]) -> bool:
+    """Whether all are whole numbers, as classes are and scores are not."""
+    return bool((values == np.round(values)).all())
 
 
 def _names(metadata: dict[str, str], classes: Sequence[str]) -> dict[int, str]:
