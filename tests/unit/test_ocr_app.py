@@ -142,6 +142,17 @@ def test_a_share_is_not_asked_for_a_job_that_is_known_or_has_no_room(service: ap
     asked(service, work)
 
 
+def test_without_a_worker_ready_names_the_unit_to_look_at(service: app.Service) -> None:
+    service.store.dismiss_worker("w1")
+
+    async def work(client: httpx.AsyncClient) -> None:
+        answer = await client.get("/ready")
+        assert (answer.status_code, reason(answer)) == (503, "NOT_READY")
+        assert answer.json()["error"]["message"] == "no worker; systemctl status ocr-worker@1"
+
+    asked(service, work)
+
+
 def test_a_report_of_a_job_that_has_not_begun_says_so(service: app.Service) -> None:
     records = RecordStore(open_engine(service.settings.url("records")))
     records.prepare()

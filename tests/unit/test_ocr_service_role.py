@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ocr_pipeline import check
 from ocr_pipeline import settings as pipeline
 from ocr_pipeline.api.keys import Key, new
 from ocr_pipeline.api.settings import Settings, ShareEntry
+from ocr_pipeline.detect import SHIPPED
 from pydantic import BaseModel, ValidationError
 
 from tests.support import BIN, ROOT, Run, run
@@ -252,6 +254,34 @@ def test_the_program_takes_the_roles_defaults() -> None:
         ),
         ({"service_json": {"queue": "amqp://u:hunter22@h"}}, "service.json: queue amqp://…: write it like"),
         ({"service_json": {"port": 0}}, "service.json: port: Input should be"),
+        (
+            {"pipeline_json": {"detector": {"weights": "/nowhere/x.onnx"}}},
+            "pipeline.json: detector.weights = '/nowhere/x.onnx': No such file or directory",
+        ),
+        (
+            {"pipeline_json": {"detector": {"weights": "x.onnx"}}},
+            "pipeline.json: detector.weights = 'x.onnx': must be an absolute path",
+        ),
+        (
+            {"pipeline_json": {"detector": {"weights": "/home/me/x.onnx"}}},
+            "pipeline.json: detector.weights = '/home/me/x.onnx': a worker sees nothing of /home",
+        ),
+        (
+            {"pipeline_json": {"templates": "/nowhere"}},
+            "pipeline.json: templates = '/nowhere': No such file or directory",
+        ),
+        (
+            {"pipeline_json": {"templates": "/var/tmp/templates"}},
+            "pipeline.json: templates = '/var/tmp/templates': a worker sees nothing of /var/tmp",
+        ),
+        (
+            {"pipeline_json": {"gpu_lock": "/run/lock/x"}},
+            "pipeline.json: gpu_lock = '/run/lock/x': must be a file in /var/lib/ocr,",
+        ),
+        (
+            {"service_json": {"state_dir": "/var/lib/other"}},
+            "pipeline.json: gpu_lock = '/var/lib/ocr/gpu.lock': must be a file in /var/lib/other,",
+        ),
     ],
 )
 def test_the_program_says_in_one_line_what_it_does_not_take(changed: dict[str, Any], line: str) -> None:
@@ -261,12 +291,36 @@ def test_the_program_says_in_one_line_what_it_does_not_take(changed: dict[str, A
     assert "\n" not in found
 
 
+def test_the_check_loads_weights_and_templates_as_a_worker_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "HIDDEN", ())
+    shipped = Path(str(resources.files("ocr_pipeline") / "data" / SHIPPED))
+    weights, template = tmp_path / "x.onnx", tmp_path / "weg.yml"
+    weights.write_bytes(shipped.read_bytes())
+    template.write_text("name: WEG")
+    chosen = {"detector": {"weights": str(weights)}, "templates": str(tmp_path)}
+    assert check.problems(whole(pipeline_json=chosen)) == []
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(shipped.read_bytes()[:1000])
+    (line,) = check.problems(whole(pipeline_json={"detector": {"weights": str(cut)}}))
+    assert line.startswith(f"pipeline.json: detector.weights = '{cut}': onnxruntime cannot load it")
+    other = tmp_path / "other"
+    other.mkdir()
+    other.joinpath("weg.yml").write_text("nome: WEG")
+    (line,) = check.problems(whole(pipeline_json={"templates": str(other)}))
+    assert line.startswith(f"pipeline.json: {other}/weg.yml: name: Field required")
+    (line,) = check.problems(whole(pipeline_json={"templates": str(template)}))
+    assert line == f"pipeline.json: templates = '{template}': Not a directory"
+
+
 def test_the_check_reads_standard_input_and_makes_nothing(tmp_path: Path) -> None:
     def asked(text: str) -> Run:
         return run(BIN / "python", "-I", "-m", "ocr_pipeline.check", stdin=text)
 
     state = tmp_path / "state"
-    assert asked(json.dumps(whole(service_json={"state_dir": str(state)}))).rc == 0
+    lock = {"gpu_lock": f"{state}/gpu.lock"}
+    assert asked(json.dumps(whole(service_json={"state_dir": str(state)}, pipeline_json=lock))).rc == 0
     assert not state.exists()
     bad = asked(json.dumps(whole(pipeline_json={"visoin": {}}, service_json={"port": 0})))
     assert (bad.rc, len(bad.stdout.splitlines())) == (1, 2)
@@ -284,6 +338,10 @@ def test_the_check_reads_standard_input_and_makes_nothing(tmp_path: Path) -> Non
             {"ocr_service_database": "mysql://u:hunter22@h/d"},
             "service.json: mysql://u:***@h/d is not supported",
         ),
+        (
+            {"ocr_service_pipeline": {"templates": "/nowhere"}},
+            "pipeline.json: templates = '/nowhere': No such file or directory",
+        ),
     ],
 )
 def test_the_roles_own_tasks_stop_with_that_line(
@@ -294,7 +352,10 @@ def test_the_roles_own_tasks_stop_with_that_line(
     ]
     files = [str(ROLE / "defaults/main.yml"), str(ROLE / "vars/main.yml")]
     share = {"field": SHARE}
-    more = {"ocr_service_path": str(BIN.parent), "ocr_service_shares": share, **variables}
+    more: dict[str, Any] = {"ocr_service_path": str(BIN.parent), "ocr_service_shares": share, **variables}
+    # Root alone becomes another, and that other may not see this environment.
+    name, value = ("ocr_service_user", "root") if os.geteuid() == 0 else ("_ocr_service_as", [])
+    more[name] = value
     play = {"hosts": "localhost", "gather_facts": False, "vars_files": files, "tasks": tasks}
     (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
     (tmp_path / "more.yml").write_text(yaml.safe_dump(more))
@@ -305,6 +366,14 @@ def test_the_roles_own_tasks_stop_with_that_line(
     assert done.rc == (2 if line else 0), done.tail()
     assert line in done.stdout
     assert "hunter22" not in done.stdout + done.stderr
+
+
+def test_the_role_asks_with_the_rights_of_the_account_that_reads() -> None:
+    asked = next(task for task in read("tasks/main.yml") if task["name"].startswith("Ask the prog"))
+    assert asked["ansible.builtin.command"]["argv"].startswith("{{ _ocr_service_as + [ocr_service_path")
+    user = "{{ ocr_service_user }}"
+    become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"]
+    assert read("vars/main.yml")["_ocr_service_as"] == become
 
 
 def test_the_role_asks_before_it_writes_anything() -> None:

@@ -43,8 +43,10 @@ class OnnxDetector:
     ) -> None:
         path = Path(weights) if weights else Path(str(resources.files("ocr_pipeline") / "data" / SHIPPED))
         self._told = f"detector.weights = {str(path)!r}"
-        if not path.is_file():
-            raise SettingsError(f"{self._told}: no such file")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise SettingsError(f"{self._told}: {error.strerror}") from None
         try:
             self._session = session(path, threads)
         except Exception as error:  # onnxruntime's errors have no common class but Exception

@@ -122,16 +122,19 @@ def load(folder: str = "") -> Templates:
     names: dict[str, list[str]] = yaml.safe_load(source.read_text(encoding="utf-8"))
     found += [Template(name=name, aliases=aliases) for name, aliases in names.items() if name not in own]
     if folder:
-        place = Path(folder)
-        if not place.is_dir():
-            raise SettingsError(f"templates = {folder!r}: no such folder")
-        for path in sorted(place.glob("*.yml")):
-            if path.stat().st_size > MAX_FILE:
-                raise SettingsError(f"{path}: more than {MAX_FILE} bytes; a template is a few lines")
+        try:
+            paths = sorted(path for path in Path(folder).iterdir() if path.suffix == ".yml")
+        except OSError as error:  # `glob` would find nothing
+            raise SettingsError(f"templates = {folder!r}: {error.strerror}") from None
+        for path in paths:
             try:
+                if path.stat().st_size > MAX_FILE:
+                    raise SettingsError(f"{path}: more than {MAX_FILE} bytes; a template is a few lines")
                 found.append(_parse(str(path), path.read_text(encoding="utf-8")))
             except UnicodeDecodeError:
                 raise SettingsError(f"{path}: not UTF-8") from None
+            except OSError as error:
+                raise SettingsError(f"{path}: {error.strerror}") from None
     return Templates(found)
 
 

@@ -538,7 +538,7 @@ def _state_routes(app: FastAPI) -> None:
         workers = await asyncio.to_thread(service.store.workers)
         if any(is_ready for _, is_ready, _, _ in workers):
             return JSONResponse({"status": "ready", "workers": len(workers)})
-        problem = workers[0][2] if workers else "no worker; systemctl status ocr-worker"
+        problem = workers[0][2] if workers else "no worker; systemctl status ocr-worker@1"
         raise Refusal(503, "NOT_READY", problem, retry_after_s=BUSY_RETRY_S)
 
     @app.get("/metrics", tags=["State"], response_model=None, responses=ERRORS)
