@@ -162,10 +162,10 @@ def test_a_report_of_a_job_that_has_not_begun_says_so(service: app.Service) -> N
         job = (await client.post(JOBS, json=ORDER)).json()["id"]
         told = (await client.get(f"{JOBS}/{job}/report?format=json")).json()
         assert (told["state"], told["summary"]) == ("queued", {"not read": 1})
-        assert told["unread"]["photos not yet read"] == 1
+        assert told["unread"]["waiting"] == 1
         await client.delete(f"{JOBS}/{job}")
         told = (await client.get(f"{JOBS}/{job}/report?format=json")).json()
-        assert (told["state"], told["unread"]["photos cancelled"]) == ("cancelled", 1)
+        assert (told["state"], told["unread"]["cancelled"]) == ("cancelled", 1)
 
     asked(service, work)
 

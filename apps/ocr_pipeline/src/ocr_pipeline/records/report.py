@@ -27,7 +27,6 @@ POWER = "potencia_kva"
 EACH_ITS_OWN = frozenset({"fabricante", "numero_serie", "patrimonio", "matricula", "data_fabricacao"})
 PIECE = 65536  # characters of a page that are handed out together
 Picture = Callable[[int], bytes | None]
-UNREAD = ("photos failed", "photos cancelled", "photos not yet read")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -274,7 +273,7 @@ def _csv(report: Report) -> str:
             "reasons",
             "record feeder",
             "job state",
-            *UNREAD,
+            *(f"photos {name}" for name in vars(Unread())),
         ]
     )
     for pole in report.poles:
@@ -293,14 +292,10 @@ def _csv(report: Report) -> str:
                 " ".join(pole.reasons),
                 pole.record_feeder,
                 report.state,
-                *(_unread(pole.unread) if report.unread else {}).values(),
+                *(vars(pole.unread).values() if report.unread else ()),
             ]
             writer.writerow([safe_cell(str(value)) for value in row])
     return out.getvalue()
-
-
-def _unread(unread: Unread) -> dict[str, int]:
-    return dict(zip(UNREAD, (unread.failed, unread.cancelled, unread.waiting), strict=True))
 
 
 def _plain(report: Report) -> dict[str, Any]:
@@ -308,7 +303,7 @@ def _plain(report: Report) -> dict[str, Any]:
         "feeder": report.feeder,
         "job": report.job_id,
         "state": report.state or None,
-        "unread": _unread(report.unread) if report.unread else None,
+        "unread": vars(report.unread) if report.unread else None,
         "made_at": report.made_at.isoformat(timespec="seconds"),
         "summary": report.summary,
         "poles": [
@@ -316,7 +311,7 @@ def _plain(report: Report) -> dict[str, Any]:
                 "pole": pole.pole_id,
                 "verdict": pole.verdict,
                 "photos": pole.photos,
-                "unread": _unread(pole.unread) if report.unread else None,
+                "unread": vars(pole.unread) if report.unread else None,
                 "record_feeder": pole.record_feeder or None,
                 "transformers": pole.transformers,
                 "reasons": list(pole.reasons),
