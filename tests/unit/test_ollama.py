@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,7 +25,7 @@ from ocr_pipeline.stages import Deadline, Line, PoleIdContext
 from roles.ollama.library import ollama_models as module
 from tests import stand_in_ollama as stand_in
 from tests.ocr.servers import free_port
-from tests.support import ROOT
+from tests.support import ROOT, PlaybookRun, ansible_playbook
 
 ROLE = ROOT / "roles/ollama"
 WANTED = {"start_timeout": 10, "stall_timeout": 5}
@@ -157,3 +159,79 @@ def test_an_archive_and_its_models(variables: RoleVariables) -> None:
     archive = {"url": "https://example.org/ollama-linux-amd64.tar.zst", "sha256": "0" * 64}
     models = [{"name": "qwen2.5:14b"}, {"name": "hf.co/a/b:Q4", "digest": "f" * 64}]
     assert variables.check({"ollama_archive": archive, "ollama_models": models}) == []
+
+
+# --- an Ollama that is not asked for ---
+
+MARK = "# Managed by llmbox: roles/ollama."
+
+
+class Box:
+    """Where the role looks for an Ollama when the inventory asks for none; its systemctl is a stand-in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.unit, self.link, self.root = folder / "ollama.service", folder / "bin/ollama", folder / "opt"
+        self._folder, self._said = folder, folder / "systemctl.log"
+        (self.root / "current/bin").mkdir(parents=True)
+        self.link.parent.mkdir()
+        systemctl = folder / "path/systemctl"
+        systemctl.parent.mkdir()
+        systemctl.write_text(
+            f'#!/bin/sh\necho "$*" >> {self._said}\n'
+            "case $1 in\n  show) echo LoadState=loaded; echo ActiveState=active ;;\n"
+            "  is-enabled) echo enabled ;;\nesac\n"
+        )
+        systemctl.chmod(0o755)
+
+    def play(self) -> PlaybookRun:
+        """The role with its defaults."""
+        task = {"name": "The role", "ansible.builtin.include_role": {"name": "ollama"}}
+        play = [{"hosts": "all", "gather_facts": False, "connection": "local", "tasks": [task]}]
+        (self._folder / "play.yml").write_text(yaml.safe_dump(play))
+        (self._folder / "inventory.yml").write_text(yaml.safe_dump({"all": {"hosts": {"box": {}}}}))
+        places = {"_ollama_unit": self.unit, "_ollama_link": self.link, "ollama_root": self.root}
+        given = {"ansible_become": False, **{name: str(path) for name, path in places.items()}}
+        return ansible_playbook(
+            *(self._folder / "play.yml", "-e", json.dumps(given)),
+            inventory=self._folder / "inventory.yml",
+            env={"PATH": f"{self._folder}/path:{os.environ['PATH']}"},
+            timeout=120,
+        ).check()
+
+    def asked_to(self) -> set[str]:
+        """What systemd was asked to do."""
+        lines = self._said.read_text().splitlines() if self._said.exists() else []
+        return {line for line in lines if line.split()[0] in ("stop", "disable")}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[Unit]\nDescription=Ollama Service\n", f"[Unit]\n{MARK}\n", ""],
+    ids=["the vendor's", "the mark elsewhere", "empty"],
+)
+def test_an_ollama_that_is_not_ours_stays_and_is_told(tmp_path: Path, text: str) -> None:
+    box = Box(tmp_path)
+    box.unit.write_text(text)
+    box.link.write_text("its program")
+    done = box.play()
+    assert done.changed == 0 and box.asked_to() == set()
+    assert f"{box.unit} stays with its program" in " ".join(done.stdout.split())
+    assert box.unit.read_text() == text and box.link.read_text() == "its program" and box.root.exists()
+
+
+def test_ours_goes_and_leaves_a_program_of_another(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    template = (ROLE / "templates/ollama.service.j2").read_text()
+    assert template.startswith("{{ _ollama_mark }}") and read("vars/main.yml")["_ollama_mark"] == MARK
+    box.unit.write_text(f"{MARK} Put local changes elsewhere.\n[Unit]\n")
+    box.link.write_text("another's program")
+    assert box.play().changed > 0
+    assert box.asked_to() == {"stop ollama.service", "disable ollama.service"}
+    assert not box.unit.exists() and not box.root.exists() and box.link.read_text() == "another's program"
+    assert box.play().changed == 0
+
+    box.unit.write_text(f"{MARK}\n")
+    box.link.unlink()
+    box.link.symlink_to(box.root / "current/bin/ollama")
+    box.play()
+    assert not box.link.is_symlink()
