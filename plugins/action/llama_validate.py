@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/llama_common/
 from llama_common import firewall, fit
 from llama_common.clients import client_problems
 from llama_common.cuda import cuda_problems
+from llama_common.guard import ENABLED, guard_problems
 from llama_common.plain import plain, scalar
 from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem, redact
@@ -141,6 +142,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 yield from self._of_router(values, files, host, hostvars)
             if config:
                 problems += [] if wrong else cuda_problems(config, values)
+                if not wrong and self._guarded(host, raw, values, hostvars):
+                    problems += guard_problems(config)
                 refused, unchecked = fit.check(config)
                 problems += refused
                 self._unchecked += [f"{host}: {one.preset}: {one.reason}" for one in unchecked]
@@ -153,6 +156,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             problems.append(Problem((host,), "…", str(error), fix))
         for problem in problems:
             yield self._line(problem, files, host, hostvars)
+
+    def _guarded(self, host: str, raw: Mapping[str, Any], values: Mapping[str, Any], hostvars: Any) -> bool:
+        """Whether a host is an LLM box that gets the GPU guard. Raises UnreadableError."""
+        if host not in self._members("llm_servers", hostvars):
+            return False
+        return bool(self._with_defaults(raw, values, [ENABLED])[ENABLED])
 
     def _llm_servers(self, hostvars: Any) -> dict[str, list[str]]:
         """The presets of each LLM box, as they stand in the inventory."""

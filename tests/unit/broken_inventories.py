@@ -2203,6 +2203,16 @@ CASES = (
         playbook_only=True,
     ),
     Case(
+        "system-preset-beside-the-guard",
+        both(_system("vision", "127.0.0.1:8090"), role("gpu_guard_enabled", True)),
+        "llama_presets.vision.scope",
+        "gpu-guard, a service of the LLM user, could not stop it",
+        "make it scope user",
+        shown='"system"',
+        gate=True,
+        playbook_only=True,
+    ),
+    Case(
         "template-syntax",
         preset("context", "{{ 1 + }}"),
         f"{CODER}.context",
