@@ -358,7 +358,33 @@ def test_more_lines_than_one_look_reads_are_read_by_the_next() -> None:
     log.look()
     journal.lines += [(f"at{n}", "usb", n) for n in range(2, 2 * kernel_log.LINES)]
     journal.lines += [("at5000", LINES[79], 5000)]
-    assert [numbers(log.look()) for _ in range(4)] == [[], [], [79], []]
+    looks = [log.look() for _ in range(4)]
+    assert [numbers(news) for news in looks] == [[], [], [79], []]
+    assert [news.more for news in looks] == [True, True, False, False]
+
+
+def looks_of(look: Callable[[], News], count: int) -> list[News]:
+    """What a thread with a minute between two looks finds at once; there are no more of them than this."""
+    thread = watch.Look(look, 60.0)
+    thread.start()
+    try:
+        until(lambda: thread.found.qsize() >= count)
+        time.sleep(0.2)
+        return [news for _, news in thread.news()]
+    finally:
+        thread.ending.set()
+
+
+def test_an_error_behind_a_flood_of_lines_is_found_at_once() -> None:
+    """Else a flood that outruns a page in each interval hides it for as long as it lasts, and longer."""
+    journal = Journal(("at1", "usb", 1), *((f"at{n}", "usb", n) for n in range(2, 5 * kernel_log.LINES)))
+    journal.lines.append(("at9000", LINES[79], 9000))
+    looks = looks_of(KernelLog(journal, "at1").look, 6)
+    assert [numbers(news) for news in looks] == [*5 * [[]], [79]]
+
+
+def test_a_flood_without_an_end_does_not_take_a_core_for_itself() -> None:
+    assert len(looks_of(lambda: News((), "c1", more=True), watch.AT_ONCE + 1)) == watch.AT_ONCE + 1
 
 
 @pytest.mark.parametrize("cursor", ["", "at1"], ids=["the first look", "a later one"])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from llmbox.guard.command import Command, Unreadable, first_line
 
-LINES = 1000  # in one look; what is more is read by the next
+LINES = 1000  # in one look; what is more is read by the next, at once
 BEFORE = 10_000  # in the first look: the last ones of this boot, and at its beginning all of them
 _XID = re.compile(r"NVRM: Xid \([^)]*\): (?P<number>[0-9]+)(?:, (?P<text>.*))?")
 # Xid 154 tells what the card needs from now on; this is how it says: nothing any more.
@@ -34,10 +34,11 @@ class Xid:
 
 @dataclass(frozen=True)
 class News:
-    """What a look at the kernel's log has found. `cursor` is where the next one goes on."""
+    """What a look at the kernel's log has found. `cursor` is where the next one goes on, `more`: at once."""
 
     xids: tuple[Xid, ...]
     cursor: str
+    more: bool = False
 
 
 class Line(NamedTuple):
@@ -73,7 +74,8 @@ class KernelLog:
             )
         news = found[1:] if found and _same(found[0], known) else found
         self._known = found[-1] if found else known
-        return News(tuple(xid for line in news if (xid := xid_in(line.text))), self._known.cursor)
+        more = bool(known.cursor) and len(found) >= LINES
+        return News(tuple(xid for line in news if (xid := xid_in(line.text))), self._known.cursor, more)
 
     def _ask(self, *which: str) -> list[Line]:
         code, out, err = self._command.run(

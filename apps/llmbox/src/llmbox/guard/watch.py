@@ -20,6 +20,7 @@ from llmbox.guard.settings import Settings
 from llmbox.notify import notify
 
 TICK_S = 0.2
+AT_ONCE = 20  # looks after a full page of the kernel log: its flood may not take a core for itself
 WRITE_S = 1.0  # between two of its notes of how things are
 PRIORITY = {"ok": logging.INFO, "starting": logging.INFO, "warning": logging.WARNING}
 
@@ -37,7 +38,8 @@ class Look(threading.Thread):
         self.ending = threading.Event()
 
     def run(self) -> None:
-        """Look until it is to end, and once at least."""
+        """Look until it is to end, and once at least; at once where the last look has not shown all."""
+        at_once = 0
         while True:
             began = time.monotonic()
             found: Any
@@ -49,7 +51,9 @@ class Look(threading.Thread):
                 log.exception("a look failed")
                 found = Unreadable(f"{type(error).__name__}: {error}")
             self.found.put((began, found))
-            if self.ending.wait(self._interval_s):
+            more = isinstance(found, News) and found.more and at_once < AT_ONCE
+            at_once = at_once + 1 if more else 0
+            if self.ending.wait(0 if more else self._interval_s):
                 return
 
     def news(self) -> list[tuple[float, Any]]:
