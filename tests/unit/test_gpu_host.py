@@ -402,6 +402,8 @@ def test_no_reboot_into_what_does_not_parse(module: Any, grub: Path) -> None:
         module.BOOTS.write_text(broken)
         with pytest.raises(tools.Refused, match="no reboot: "):
             module.before_reboot(["pcie_aspm=off"])
+    module.SETTINGS.unlink()
+    assert module.before_reboot([]) == {"changed": False, "diff": [], "pending": []}, "another boot loader"
 
 
 @of("kernel_parameters")
@@ -686,6 +688,29 @@ def with_a_reboot_that_does_nothing(folder: Path) -> None:
     task = re.compile(r"      ansible\.builtin\.reboot:\n        reboot_timeout: .*\n")
     assert len(task.findall(text)) == 1
     tasks.write_text(task.sub(stand_in, text))
+
+
+def with_a_broken_grub(folder: Path) -> None:
+    """A copy of the role beside the play, for a machine whose GRUB has settings and no configuration."""
+    copy = folder / "roles/gpu_host"
+    shutil.copytree(ROLE, copy)
+    library = copy / "library/gpu_host_kernel_parameters.py"
+    text = library.read_text()
+    for path in ('"/etc/default/grub"', '"/boot/grub/grub.cfg"'):
+        assert text.count(path) == 1
+        text = text.replace(path, f'"{folder}{path[1:]}')
+    library.write_text(text)
+    (folder / "etc/default").mkdir(parents=True)
+    (folder / "etc/default/grub").touch()
+
+
+def test_no_reboot_for_the_driver_alone_into_what_does_not_boot(tmp_path: Path) -> None:
+    with_a_broken_grub(tmp_path)
+    done, calls = reboot(tmp_path, {})
+    assert done.rc != 0 and not calls
+    assert f"no reboot: {tmp_path}/boot/grub/grub.cfg is missing" in " ".join(done.stdout.split())
+    done, _ = reboot(tmp_path, {}, gpu_host_allow_reboot=False)
+    assert done.rc == 0, "nothing boots: nothing is to be judged"
 
 
 DRIVER = {"_gpu_host_files": {}, "_gpu_host_enabled": [], "_gpu_host_driver_retries": 1}

@@ -247,7 +247,12 @@ def generate(parameters: Sequence[str]) -> dict[str, Any]:
 
 
 def before_reboot(parameters: Sequence[str]) -> dict[str, Any]:
-    """Refuses a reboot into a configuration that does not parse. Raises Refused."""
+    """Refuses a reboot into a configuration that does not parse. Raises Refused.
+
+    A host that does not boot with GRUB has none.
+    """
+    if not SETTINGS.exists():
+        return {"changed": False, "diff": [], "pending": []}
     booting = read(BOOTS)
     fault = script_fault(BOOTS) or shell_fault(settings())
     if fault is None and command_line(booting) is None:
