@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,10 +21,12 @@ description:
     returns.
   - With O(before) it looks again and fails, naming what differs, unless all of it is as it was. Run it after
     the last such task, before a restart.
+  - A difference is remembered until it is put back, or the machine boots. Until then a look fails, too: no
+    later run takes the changed state for its beginning.
   - Looks at every boot entry, their order, the one that starts next and the timeout; and at every file
     of every mounted EFI system partition, but for the folder of this very system (O(own)), which its boot
     loader's package writes.
-  - Changes nothing. On a machine without EFI variables there is nothing to compare, and V(efi) is false.
+  - Changes nothing else. On a machine without EFI variables there is nothing to compare, and V(efi) is false.
 options:
   before: {description: RV(state) of the look before., type: dict}
   own:
@@ -51,6 +54,8 @@ state: {description: What was found; for O(before)., type: dict, returned: alway
 VARIABLES = Path("/sys/firmware/efi/efivars")
 MOUNTS = Path("/proc/self/mounts")
 OS_RELEASE = Path("/etc/os-release")
+# In memory: after a boot it is known what still starts, and Windows writes its own files whenever it runs.
+REMEMBERED = Path("/run/llmbox-boot-state.json")
 _GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
 _BOOT_VARIABLE = re.compile(rf"(Boot[0-9A-F]{{4}}|BootOrder|BootNext|Timeout)-{_GLOBAL}")
 
@@ -104,7 +109,26 @@ def differences(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Map
     return found
 
 
+def settle(
+    before: Mapping[str, Mapping[str, str]] | None, after: Mapping[str, Mapping[str, str]], *, check: bool
+) -> list[str]:
+    """What is not as it was, or as an earlier run that found a difference remembers it. Raises OSError."""
+    if before is None and REMEMBERED.exists():
+        before = json.loads(REMEMBERED.read_bytes())
+    changed = [] if before is None else differences(before, after)
+    if check:
+        return changed
+    if changed:
+        fresh = REMEMBERED.with_name(f"{REMEMBERED.name}.new")
+        fresh.write_text(json.dumps(before))
+        fresh.replace(REMEMBERED)
+    else:
+        REMEMBERED.unlink(missing_ok=True)
+    return changed
+
+
 def main() -> None:
+    """Module entry point."""
     module = AnsibleModule(
         argument_spec={"before": {"type": "dict"}, "own": {"type": "list", "elements": "str"}},
         supports_check_mode=True,
@@ -117,14 +141,15 @@ def main() -> None:
                 partitions(MOUNTS.read_text()), own_folders(OS_RELEASE.read_text()) if own is None else own
             ),
         }
+        changed = settle(module.params["before"], state, check=module.check_mode)
     except OSError as error:
         module.fail_json(msg=f"{error.filename}: {error.strerror}; fix: run it as root")
     found = {"efi": bool(state["variables"]), "state": state}
-    before = module.params["before"]
-    if before is not None and (changed := differences(before, state)):
+    if changed:
         module.fail_json(
             msg=f"what other systems need to start is not as it was: {', '.join(changed)}; the machine is "
-            "not restarted; fix: put it back (efibootmgr -v shows the entries) and find out what changed it",
+            "not restarted; fix: put it back (efibootmgr -v shows the entries) and find out what changed it; "
+            f"where it is to stay so: rm {REMEMBERED}",
             **found,
         )
     module.exit_json(changed=False, **found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,84 @@ def test_files_of_the_system_that_runs_are_left_out(tmp_path: Path) -> None:
 def test_every_difference_is_named(after: dict[str, dict[str, str]], told: list[str]) -> None:
     before = {"variables": {"Boot0001": "aa", "BootOrder": "01"}, "files": {"/e/BCD": "1"}}
     assert boot_state.differences(before, after) == told
+
+
+class Ended(Exception):
+    """The module has ended."""
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with one boot entry, in a folder."""
+    for name in ("VARIABLES", "MOUNTS", "OS_RELEASE", "REMEMBERED"):
+        monkeypatch.setattr(boot_state, name, tmp_path / name.lower())
+    boot_state.VARIABLES.mkdir()
+    boot_state.MOUNTS.touch()
+    boot_state.OS_RELEASE.write_text("ID=debian\n")
+    entry(tmp_path).write_text("a")
+    return tmp_path
+
+
+def entry(machine: Path) -> Path:
+    return machine / f"variables/Boot0001-{GLOBAL}"
+
+
+def play(
+    monkeypatch: pytest.MonkeyPatch, before: dict[str, Any] | None = None, *, check: bool = False
+) -> dict[str, Any]:
+    """The module's answer; it has `msg` when the module fails."""
+    answer: dict[str, Any] = {}
+
+    class Module:
+        check_mode = check
+
+        def __init__(self, **_: Any) -> None:
+            self.params = {"before": before, "own": None}
+
+        def exit_json(self, **found: Any) -> None:
+            assert not found["changed"]
+            answer.update(found)
+            raise Ended
+
+        def fail_json(self, **found: Any) -> None:
+            self.exit_json(changed=False, **found)
+
+    monkeypatch.setattr(boot_state, "AnsibleModule", Module)
+    with pytest.raises(Ended):
+        boot_state.main()
+    return answer
+
+
+def test_a_run_that_failed_for_a_change_does_not_make_it_the_next_ones_beginning(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = play(monkeypatch)
+    assert first["efi"] and "msg" not in first
+    assert "msg" not in play(monkeypatch, first["state"])
+    entry(machine).write_text("b")
+    for check in (True, False):
+        said = play(monkeypatch, first["state"], check=check)["msg"]
+        assert "Boot0001 has changed" in said and f"rm {boot_state.REMEMBERED}" in said
+        assert boot_state.REMEMBERED.exists() is not check, "a dry run writes nothing"
+    for check in (True, False, False):
+        assert "Boot0001 has changed" in play(monkeypatch, check=check)["msg"], "the next run's first look"
+    entry(machine).write_text("a")
+    assert "msg" not in play(monkeypatch, check=True) and boot_state.REMEMBERED.exists()
+    assert "msg" not in play(monkeypatch) and not boot_state.REMEMBERED.exists(), "it is put back"
+    entry(machine).write_text("c")
+    assert "msg" not in play(monkeypatch), "between two runs it may change"
+
+
+def test_a_change_that_is_to_stay_is_the_next_beginning(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = play(monkeypatch)["state"]
+    entry(machine).unlink()
+    assert "Boot0001 is gone" in play(monkeypatch, before)["msg"]
+    boot_state.REMEMBERED.unlink()
+    found = play(monkeypatch)
+    assert "msg" not in found and not found["efi"]
+
+
+def test_what_is_remembered_goes_with_a_boot() -> None:
+    assert boot_state.REMEMBERED.parent == Path("/run")
