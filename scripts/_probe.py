@@ -398,8 +398,16 @@ def driver_parameter(name: str) -> str | None:
     return dict(line.partition(": ")[::2] for line in lines).get(name)
 
 
-def machine(wake: str) -> dict[str, Any]:
-    """What the machine below the services is: the card's links, driver, waking."""
+def power_limits() -> list[str] | None:
+    """Watts that each card may draw, in nvidia-smi's words; None when it does not say."""
+    answer = command(
+        ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"], GPU_TIMEOUT_S
+    )
+    return None if answer is None or answer["rc"] != 0 else str(answer["out"]).split()
+
+
+def machine(wake: str, *, power: bool = False) -> dict[str, Any]:
+    """What the machine below the services is: the card's links, driver, waking; `power`: its limit, too."""
     kind = command(["systemd-detect-virt", "--container"])
     said = command(["ethtool", wake]) if wake else None
     on = [
@@ -418,6 +426,7 @@ def machine(wake: str) -> dict[str, Any]:
         "driver": driver,
         "uvm": Path("/dev/nvidia-uvm").exists(),
         "suspend": driver_parameter("PreserveVideoMemoryAllocations"),
+        "power_limits": power_limits() if power else None,
         "wake_on": on[-1] if on else None,
     }
 
@@ -469,7 +478,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     if request.get("ocr"):
         seen["ocr"] = ocr_layers(request["ocr"])
     if request.get("machine") is not None:
-        seen["machine"] = machine(request["machine"]["wake"])
+        seen["machine"] = machine(request["machine"]["wake"], power=request["machine"]["power"])
     if request.get("gpu"):
         seen["gpu"] = gpu()
     return seen

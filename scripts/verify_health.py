@@ -221,6 +221,8 @@ def machine_checks(
         checks.append(equal("nvidia_uvm", seen["uvm"], True, f"/dev/nvidia-uvm is missing; {fix}"))
         if declared["suspend"]:
             checks.append(equal("nvidia_suspend", seen["suspend"], "1", NOT_IN_EFFECT))
+    if declared["power"] and seen["links"]:
+        checks.append(power_check(declared["power"], seen["power_limits"]))
     if declared["wake"]:
         on = seen["wake_on"] or ""
         detail = (
@@ -228,6 +230,18 @@ def machine_checks(
         )
         checks.append(Check("wake_on_lan", not detail, on, "", "g", detail))
     return checks
+
+
+def power_check(watts: int, limits: Sequence[str] | None) -> Check:
+    """No card may draw more, or less, than was asked for. nvidia-smi writes 250 W as 250.00."""
+    value = "unknown" if limits is None else ", ".join(dict.fromkeys(limits))
+    detail = (
+        "nvidia-smi does not say; look with: nvidia-smi --query-gpu=power.limit --format=csv"
+        if limits is None
+        else "asked for, not in effect; fix: systemctl restart llmbox-gpu-limits.service"
+    )
+    well = bool(limits) and all(limit == f"{watts}.00" for limit in limits or ())
+    return Check("nvidia_power_limit", well, value, "W", watts, "" if well else detail)
 
 
 def aspm_check(device: str, link: Mapping[str, int] | None) -> Check:
@@ -252,10 +266,13 @@ def machine_asked(variables: Mapping[str, Any]) -> dict[str, Any] | None:
         "wake": str(variables.get("gpu_host_wake_on_lan") or ""),
         "card": str(variables.get("gpu_host_card") or "auto"),
         "suspend": bool(variables.get("gpu_host_suspend")),
+        "power": int(variables.get("gpu_host_power_limit") or 0),
     }
     if asked["card"] == "auto" and variables.get("llama_presets_gpu_memory_mib"):
         asked["card"] = "present"
-    asks = asked["card"] == "present" or any(asked[name] for name in ("parameters", "driver", "wake"))
+    asks = asked["card"] == "present" or any(
+        asked[name] for name in ("parameters", "driver", "wake", "power")
+    )
     return asked if asks else None
 
 
@@ -707,7 +724,7 @@ def verify(host: Host, *, drift: bool = False) -> HostReport:
             request["ocr"] = ocr.request()
         asked = machine_asked(host.variables)
         if asked:
-            request["machine"] = {"wake": asked["wake"]}
+            request["machine"] = {"wake": asked["wake"], "power": bool(asked["power"])}
         seen = ask(host, request, become=llm or bool(rules) or bool(ocr) or asked is not None)
         offset = max(before - seen["time"], seen["time"] - time.time(), 0.0)
         checks = host_checks(seen, offset, client=CLIENTS in host.groups and not llm)

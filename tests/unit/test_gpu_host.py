@@ -511,6 +511,70 @@ def test_an_option_that_the_loaded_driver_does_not_have_waits_for_a_reboot(
     assert module.apply({**wanted, "version": ""}, True)["pending"] == "", "the driver is not ours"
 
 
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A host whose driver 580.1 is loaded: its units by name with their state, and what systemctl refuses."""
+    library = importlib.import_module("roles.gpu_host.library.gpu_host_device")
+    host: dict[str, Any] = {"states": {}, "fails": set(), "asked": []}
+    for name in ("UNITS", "LOADED", "PARAMETERS", "DEVICES", "MODPROBE"):
+        monkeypatch.setattr(library, name, tmp_path / name.lower())
+    library.LOADED.write_text("580.1\n")
+    library.DEVICES.mkdir()
+    (library.DEVICES / "nvidia-uvm").touch()
+
+    def run(*argv: str, **_more: Any) -> subprocess.CompletedProcess[str]:
+        host["asked"].append(argv[1:])
+        if argv[1] == "show":
+            shown = "Id={}\nLoadState=loaded\nUnitFileState={}\nActiveState={}\n"
+            return done("\n".join(shown.format(unit, *state) for unit, state in host["states"].items()))
+        if argv[1] == "restart":
+            fails = argv[2] in host["fails"]
+            host["states"][argv[2]] = ("enabled", "failed" if fails else "inactive")
+            return done(rc=int(fails))
+        return done()
+
+    monkeypatch.setattr(library, "run", run)
+    monkeypatch.setattr(library, "must", lambda *argv, **_: host["asked"].append(argv[1:]))
+    return host
+
+
+@of("device")
+def test_a_unit_that_no_reboot_would_mend_is_told_at_each_run(module: Any, card: dict[str, Any]) -> None:
+    """As a power limit that the card does not take; while the driver waits for a reboot it is no fault."""
+    unit = "llmbox-gpu-limits.service"
+    card["states"][unit] = ("enabled", "inactive")
+    files = {str(module.UNITS / unit): "[Service]\n"}
+    wanted = {"files": files, "enabled": [unit], "started": [unit], "version": "580.1-1"}
+    card["fails"].add(unit)
+    for changed in (True, False):
+        found = module.apply(wanted, False)
+        assert (found["changed"], found["pending"]) == (changed, "")
+        assert found["broken"] == f"{unit} could not do its work; look with: journalctl -u {unit}"
+    assert module.apply(wanted, True)["broken"], "a look says so, too"
+    (module.DEVICES / "nvidia-uvm").unlink()
+    found = module.apply(wanted, False)
+    assert (found["pending"].partition(" could")[0], found["broken"]) == (unit, "")
+    (module.DEVICES / "nvidia-uvm").touch()
+    assert module.apply({**wanted, "version": "590.1-1"}, False)["broken"] == ""
+    card["fails"].clear()
+    assert module.apply(wanted, False)["broken"] == "" and card["states"][unit][1] == "inactive"
+    count = len(card["asked"])
+    module.apply(wanted, False)
+    assert ("restart", unit) not in card["asked"][count:], "one that has done its work is left alone"
+
+
+def test_the_play_fails_for_a_unit_that_cannot_do_its_work() -> None:
+    """Before a reboot, which would not mend it, and after one; a dry run starts nothing that could fail."""
+    tasks = {file: yaml.safe_load((ROLE / f"tasks/{file}.yml").read_text()) for file in ("apply", "reboot")}
+    (before,) = (task for task in tasks["apply"] if "broken" in str(task))
+    assert tasks["apply"].index(before) < [
+        task.get("ansible.builtin.include_tasks") for task in tasks["apply"]
+    ].index("reboot.yml")
+    assert before["when"] == "not ansible_check_mode" and "__gpu_host_device.broken" in str(before)
+    (after,) = (task for task in tasks["reboot"] if "broken" in str(task))
+    assert after["ansible.builtin.assert"]["that"] == "not __gpu_host_device_after.broken | default('')"
+
+
 @of("device")
 def test_the_role_asks_for_what_is_compared_with_the_loaded_driver(module: Any) -> None:
     """The name is found in the role's own template, and the verification reads the same file."""

@@ -16,7 +16,7 @@ from tests.support import ROOT
 
 ASKED = {
     "parameters": ["pcie_aspm=off"], "driver": "580.159.03-1ubuntu1", "wake": "eno1", "card": "auto",
-    "suspend": True,
+    "suspend": True, "power": 250,
 }  # fmt: skip
 GIVEN = ("ro", "pcie_aspm=off")
 
@@ -26,7 +26,7 @@ def seen(**changes: Any) -> dict[str, Any]:
     return {
         "container": False, "driver": "580.159.03", "uvm": True,
         "links": [{"device": "0000:01:00.0", "link": {"can": 2, "on": 0}}], "wake_on": "g",
-        "card_set_up": True, "suspend": "1", **changes,
+        "card_set_up": True, "suspend": "1", "power_limits": ["250.00"], **changes,
     }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def short(command_line: tuple[str, ...] = GIVEN, **changes: Any) -> dict[str, st
 
 def test_a_machine_that_is_as_asked_is_well() -> None:
     assert short() == {}
-    assert len(machine_checks(ASKED, seen(), GIVEN)) == 7
+    assert len(machine_checks(ASKED, seen(), GIVEN)) == 8
     assert machine_checks(ASKED, seen(container=True), ()) == []
     assert machine_asked({"gpu_host_kernel_parameters": [], "gpu_host_driver_version": ""}) is None
 
@@ -55,6 +55,11 @@ def test_a_machine_that_is_as_asked_is_well() -> None:
         ({"uvm": False}, "nvidia_uvm", "llmbox-gpu-devices.service"),
         ({"suspend": "0"}, "nvidia_suspend", "asked for, not in effect; fix: run site.yml with -e allow"),
         ({"suspend": None}, "nvidia_suspend", "asked for, not in effect"),
+        ({"power_limits": ["285.00"]}, "nvidia_power_limit", "restart llmbox-gpu-limits.service"),
+        ({"power_limits": ["250.00", "200.00"]}, "nvidia_power_limit", "asked for, not in effect"),
+        ({"power_limits": ["[N/A]"]}, "nvidia_power_limit", "asked for, not in effect"),
+        ({"power_limits": []}, "nvidia_power_limit", "asked for, not in effect"),
+        ({"power_limits": None}, "nvidia_power_limit", "nvidia-smi does not say"),
         ({"wake_on": "d"}, "wake_on_lan", "ethtool eno1"),
         ({"wake_on": None}, "wake_on_lan", "ethtool eno1"),
         (
@@ -125,6 +130,27 @@ def test_the_loaded_driver_s_options_are_read(tmp_path: Path, monkeypatch: pytes
     assert _probe.machine("")["suspend"] is None
     (tmp_path / "params").write_text('EnableMSI: 1\nPreserveVideoMemoryAllocations: 0\nRegistryDwords: ""\n')
     assert _probe.machine("")["suspend"] == "0"
+
+
+def test_the_power_limit_is_asked_for_where_it_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    answers = {"nvidia-smi": {"rc": 0, "out": "250.00\n285.00\n"}}
+
+    def command(argv: list[str], _timeout: float = 0) -> dict[str, Any] | None:
+        asked.append(argv)
+        return answers.get(argv[0])
+
+    monkeypatch.setattr(_probe, "command", command)
+    request = {"wake": "", "power": True}
+    assert _probe.probe({"machine": request})["machine"]["power_limits"] == ["250.00", "285.00"]
+    assert "--query-gpu=power.limit" in asked[-1]
+    answers["nvidia-smi"] = {"rc": None, "out": ""}
+    assert _probe.machine("", power=True)["power_limits"] is None, "it hangs"
+    asked.clear()
+    assert _probe.machine("")["power_limits"] is None and all(argv[0] != "nvidia-smi" for argv in asked)
+    assert (machine_asked({"gpu_host_power_limit": 250}) or {})["power"] == 250
+    off = {check.name for check in machine_checks({**ASKED, "power": 0}, seen(power_limits=None), GIVEN)}
+    assert "nvidia_power_limit" not in off
 
 
 def test_what_is_asked_of_the_machine_is_among_the_variables_that_are_read() -> None:

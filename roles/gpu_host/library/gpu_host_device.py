@@ -24,8 +24,8 @@ module: gpu_host_device
 short_description: Write settings and units, and enable services
 description:
   - Writes what differs, units after systemd-analyze has verified them, and enables services that are not.
-  - Units of ours are started anew when they changed. One that fails does not fail the task, because a
-    driver that was just installed may want a reboot first; it is named.
+  - Units of ours are started anew when they changed, or have failed. One that fails does not fail the task,
+    because a driver that was just installed may want a reboot first; where none is wanted it is V(broken).
 options:
   files: {description: "Text by path; none removes.", type: dict, required: true}
   enabled: {description: Units that start at boot., type: list, elements: str, required: true}
@@ -44,6 +44,7 @@ EXAMPLES = r"""
 RETURN = r"""
 modprobe: {description: Options of kernel modules have changed., returned: always, type: bool}
 pending: {description: "Why a reboot is wanted; empty when it is not.", returned: always, type: str}
+broken: {description: "A unit of ours that no reboot would mend; empty: none.", returned: always, type: str}
 """
 
 UNITS = Path("/etc/systemd/system")
@@ -128,14 +129,18 @@ def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
         raise Refused(f"the driver's packages bring no {', '.join(missing)}; fix: gpu_host_driver_packages")
     disabled = [unit for unit in wanted["enabled"] if unit in missing or before[unit][1] != "enabled"]
     notes = ""
+    broken = [unit for unit in wanted["started"] if before.get(unit, ("",) * 3)[2] == "failed"]
     if not check:
         if disabled:
             must("systemctl", "enable", *disabled)
-        for unit in wanted["started"]:
-            if str(UNITS / unit) in differing or (before[unit][2] == "failed"):
-                done = run("systemctl", "restart", unit, timeout_s=START_TIMEOUT_S)
-                if done.returncode != 0:
-                    notes = f"{unit} could not do its work yet; look with: journalctl -u {unit}"
+        due = [unit for unit in wanted["started"] if str(UNITS / unit) in differing or unit in broken]
+        broken = [
+            unit
+            for unit in due
+            if run("systemctl", "restart", unit, timeout_s=START_TIMEOUT_S).returncode != 0
+        ]
+    if broken:
+        notes = f"{broken[-1]} could not do its work; look with: journalctl -u {broken[-1]}"
     modprobe = any(Path(path).parent == MODPROBE for path in differing) or initramfs_stale(files)
     loaded = LOADED.read_text().strip() if LOADED.exists() else ""
     asked = wanted["version"].partition("-")[0]
@@ -151,6 +156,7 @@ def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
         "diff": [*diffs, *({"before": "", "after": f"{unit}: enabled\n"} for unit in disabled)],
         "modprobe": modprobe,
         "pending": pending,
+        "broken": "" if pending else notes,
     }
 
 
