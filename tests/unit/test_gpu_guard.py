@@ -1041,6 +1041,17 @@ def test_the_page_names_the_boxes_that_have_a_guard_and_those_that_are_told() ->
     assert "An OCR box has no guard, and its play says nothing of one" in page
 
 
+def test_the_page_and_the_long_run_say_the_same_of_the_roles_defaults() -> None:
+    """Of the 30 s, which the gate does not wait for."""
+    name = "test_the_times_of_the_roles_defaults"
+    page = " ".join((ROOT / "docs/gpu-guard.md").read_text().partition("## Measured")[2].split())
+    rows = (ROOT / "docs/test-runs/7.md").read_text().splitlines()
+    (row,) = (row for row in rows if name in row)
+    assert ("passed in the long run" in page) is ("| passed (1/0/0) |" in row)
+    assert "not been measured" not in page and f"`{name}`" in page
+    assert f"def {name}(" in (ROOT / "tests/lab/test_gpu_guard.py").read_text()
+
+
 def test_the_units_program_is_the_installed_one() -> None:
     unit = (ROOT / "roles/gpu_guard/templates/gpu-guard.service.j2").read_text()
     assert "bin/gpu-guard run" in unit and os.access(Path(sys.executable).with_name("gpu-guard"), os.X_OK)
