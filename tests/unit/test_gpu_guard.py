@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -157,8 +158,24 @@ def test_a_kernel_log_that_cannot_be_read_is_critical(world: World) -> None:
 
 
 def test_a_kernel_log_whose_look_hangs_is_critical(world: World) -> None:
+    began = world.now
     verdict = world.during(120, COOL, None)
     assert verdict.stop and "kernel log" in verdict.reason
+    assert HOLD <= world.now - began <= 1.5 * HOLD
+
+
+@pytest.mark.parametrize("found", [COOL, Unreadable("nvidia-smi failed with status 1")], ids=["good", "bad"])
+def test_a_look_that_is_overdue_is_said_before_it_is_acted_on(
+    world: World, found: Reading | Unreadable
+) -> None:
+    """By then it hangs, whatever the last one has said."""
+    world.during(INTERVAL, found)
+    late = INTERVAL + TIMEOUT + judge.LATE_S
+    verdict = world.during(late - 1, None)
+    assert verdict.level == ("ok" if found is COOL else "critical") and "hangs" not in verdict.reason
+    verdict = world.during(2 * INTERVAL, None)
+    assert verdict.level == "critical" and not verdict.stop
+    assert verdict.reason.startswith("nvidia-smi hangs: no answer for 1")
 
 
 def test_a_guard_whose_first_look_never_comes_back() -> None:
@@ -515,6 +532,7 @@ class FakeManager:
     def __init__(self, *up: str) -> None:
         self.up = set(up)
         self.stopped: list[str] = []
+        self.patience_s = 0.0
         self.says = ""
 
     def look(self, units: list[str]) -> dict[str, UnitState]:
@@ -522,6 +540,7 @@ class FakeManager:
 
     def stop(self, unit: str, *, timeout_s: float) -> str:
         self.stopped.append(unit)
+        self.patience_s = timeout_s
         if not self.says:
             self.up.discard(unit)
         return self.says
@@ -658,6 +677,59 @@ def test_a_preset_that_somebody_starts_meanwhile_is_stopped_again(place: Place) 
         return place.manager.stopped.count("llama-gemma.service") >= 2
 
     place.watches(place.guard(), again)
+
+
+def test_a_stop_has_the_time_that_the_preset_may_take(place: Place) -> None:
+    """Twice: systemd sends the second signal to a server that hangs after half of it."""
+    enforcer = Enforcer(place.limits, presets(), place.manager, lambda _reason: True)
+    enforcer.stop("it is hot")
+    enforcer.once()
+    (preset,) = (one for one in presets().exclusive if one.unit == "llama-coder.service")
+    assert place.manager.patience_s > 2 * preset.stop_timeout
+
+
+def test_a_gateway_that_starts_anew_is_told_again(place: Place) -> None:
+    """It has forgotten that the card is out of service."""
+    told: list[str] = []
+
+    def block(reason: str) -> bool:
+        told.append(reason)
+        return True
+
+    enforcer = Enforcer(place.limits, presets(), place.manager, block)
+    enforcer.stop("it is hot")
+    for count in range(1, 4):
+        enforcer.once()
+        assert told == count * [latch.told("it is hot")]
+    enforcer.serve()
+    for _ in range(3):
+        enforcer.once()
+    assert told[3:] == [""]
+
+
+def test_a_latch_that_cannot_be_written_keeps_nothing_from_being_stopped(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """/run/user is full: the preset is stopped at once, the file is there as soon as there is room."""
+    write, full = latch.write, threading.Event()
+    full.set()
+
+    def refuses(file: Path, value: dict[str, Any]) -> None:
+        if file == place.runtime / latch.LATCH and full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file, value)
+
+    monkeypatch.setattr(latch, "write", refuses)
+    place.news = News((Xid(79, FELL),), "c9")
+
+    def closed() -> bool:
+        if not place.manager.up and place.kinds() == ["stop"]:
+            full.clear()
+        return "Xid 79" in latch.refusal(place.runtime)
+
+    place.watches(place.guard(), closed)
+    assert f"{latch.LATCH} cannot be written: " in caplog.text and os.strerror(errno.ENOSPC) in caplog.text
+    assert place.kinds() == ["stop"]
 
 
 def test_what_cannot_be_stopped_is_told(place: Place, caplog: pytest.LogCaptureFixture) -> None:
@@ -965,6 +1037,57 @@ def test_a_gateway_that_is_not_there_is_told_when_it_is(tmp_path: Path) -> None:
     for _ in range(4):
         enforcer.once()
     assert next(answers, None) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_program_goes_on_where_the_former_one_was_and_ends_when_it_is_told_to(
+    place: Place, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """The whole `gpu-guard run`, but for nvidia-smi, journalctl, systemd and the gateway."""
+    began_at: list[str] = []
+
+    class Log:
+        def __init__(self, _command: Command, cursor: str = "") -> None:
+            began_at.append(cursor)
+
+        def look(self) -> News:
+            return News((), "c8")
+
+    class Cool:
+        def __init__(self, _command: Command) -> None:
+            pass
+
+        def look(self) -> Reading:
+            return COOL
+
+    state = place.runtime / latch.STATE
+    latch.write(state, {"cursor": "c7", "ended": True, "updated": time.monotonic() - 60})
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    monkeypatch.setattr(settings_module, "load", lambda _file: place.limits)
+    monkeypatch.setattr(cli, "load_presets", lambda _file: presets())
+    monkeypatch.setattr(cli, "runtime_dir", lambda: place.runtime)
+    monkeypatch.setattr(cli, "Systemd", lambda _runtime: place.manager)
+    monkeypatch.setattr(cli, "set_blocked", lambda _runtime, _reason: True)
+    monkeypatch.setattr(cli, "KernelLog", Log)
+    monkeypatch.setattr(cli, "Card", Cool)
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+
+    def told_to_end() -> None:
+        until(lambda: (latch.read(state) or {}).get("cursor") == "c8")
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=told_to_end)
+    try:
+        for one in handlers:
+            signal.signal(one, lambda *_: pytest.fail("nobody listens to it"))
+        sender.start()
+        assert cli.run_guard() == 0
+    finally:
+        sender.join()
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+    assert began_at == ["c7"] and (latch.read(state) or {})["ended"]
+    assert place.manager.up, "nothing was wrong"
 
 
 # --- what a person sees ---
