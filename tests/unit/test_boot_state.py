@@ -30,7 +30,13 @@ def test_a_partition_is_found_at_a_path_with_a_space(tmp_path: Path) -> None:
 
 
 def test_files_of_the_system_that_runs_are_left_out(tmp_path: Path) -> None:
-    for name in ("EFI/debian/grub.cfg", "EFI/Microsoft/Boot/BCD", "EFI/BOOT/BOOTX64.EFI", "System/debian/x"):
+    for name in (
+        "EFI/debian/grub.cfg",
+        "EFI/DEBIAN/shimx64.efi",
+        "EFI/Microsoft/Boot/BCD",
+        "EFI/BOOT/BOOTX64.EFI",
+        "System/debian/x",
+    ):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(name)
     (partition,) = boot_state.partitions(

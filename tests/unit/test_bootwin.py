@@ -68,7 +68,7 @@ class World:
         place = self.machine.variables / f"BootNext-{GLOBAL}"
         return (
             f"""case "$*" in *--delete-bootnext*) rm -f {place};; """
-            rf"""*) printf '\007\000\000\000\00{number}\000' > {place};; esac"""
+            rf"""*) printf '\007\000\000\000\{number:03o}\000' > {place};; esac"""
         )
 
     def program(self, name: str, text: str) -> None:
@@ -124,6 +124,27 @@ def test_a_dry_run_calls_nothing(world: World, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == f'would start Boot0001 "{LABEL}" once: BootNext = 0001, then restart\n'
 
 
+def test_an_entry_s_number_is_hexadecimal(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.remove("Boot0001")
+    world.put("Boot001A", entry(LABEL))
+    world.program("efibootmgr", world.sets_next(0x1A))
+    assert world.run() == 0
+    assert world.calls()[0] == "efibootmgr --quiet --bootnext 001A"
+    assert capsys.readouterr().out.startswith(f'restarting into Boot001A "{LABEL}"')
+
+
+def test_entries_beside_windows_own_change_nothing(world: World) -> None:
+    """One of a vendor's making that is none, and one whose label only begins like Windows'."""
+    world.put("Boot0002", b"\1\2")
+    world.put("Boot0003", entry(f"{LABEL} (old)"))
+    assert world.run() == 0
+    assert world.calls()[0] == "efibootmgr --quiet --bootnext 0001"
+
+
+def only_one_like_it(world: World) -> None:
+    world.put("Boot0001", entry(f"{LABEL} (old)"))
+
+
 def no_entry(world: World) -> None:
     world.remove("Boot0001")
 
@@ -167,6 +188,7 @@ def something_else_is_next(world: World) -> None:
     ("spoil", "reason"),
     [
         (no_entry, f'the firmware has no boot entry "{LABEL}"; it has "debian"; fix: start Windows once'),
+        (only_one_like_it, f'no boot entry "{LABEL}"; it has "debian", "{LABEL} (old)"; fix: '),
         (two_entries, f'has 2 boot entries "{LABEL}" (Boot0001 and Boot0004)'),
         (
             two_entries,
@@ -238,22 +260,54 @@ def test_boot_next_that_is_refused_stops_the_restart(
     assert world.variables() == before
 
 
-def test_firmware_that_changes_more_is_not_restarted(
+def test_another_boot_next_than_the_one_asked_for_is_taken_back(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    order = world.machine.variables / f"BootOrder-{GLOBAL}"
-    world.program("efibootmgr", rf"printf '\007\000\000\000\001\000' > {order}; {world.sets_next(1)}")
+    world.program("efibootmgr", world.sets_next(5))
+    before = world.variables()
     assert world.run() == 1
-    assert "changed BootOrder when BootNext was set; not restarted" in capsys.readouterr().err
-    assert world.calls()[-1] == "efibootmgr --quiet --delete-bootnext"
-    assert "BootNext" not in world.variables()
+    assert "refuses BootNext = 0001" in capsys.readouterr().err
+    assert world.variables() == before
+    assert world.calls() == [
+        "efibootmgr --quiet --bootnext 0001",
+        "efibootmgr --quiet --delete-bootnext",
+    ]
 
 
-def test_a_restart_that_fails_takes_boot_next_back(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+MORE = {
+    "changed": ("BootOrder", r"printf '\007\000\000\000\001\000' > {}"),
+    "added": ("Boot0007", "echo new > {}"),
+    "removed": ("Boot0000", "rm -f {}"),
+}
+
+
+@pytest.mark.parametrize(("name", "spoil"), MORE.values(), ids=MORE)
+@pytest.mark.parametrize("was_next", [False, True])
+def test_firmware_that_changes_more_is_not_restarted(
+    world: World, capsys: pytest.CaptureFixture[str], name: str, spoil: str, was_next: bool
+) -> None:
+    if was_next:
+        world.put("BootNext", b"\7\0\0\0\1\0")
+    place = world.machine.variables / f"{name}-{GLOBAL}"
+    world.program("efibootmgr", f"{spoil.format(place)}; {world.sets_next(1)}")
+    assert world.run() == 1
+    assert f"changed {name} when BootNext was set; not restarted" in capsys.readouterr().err
+    assert ("efibootmgr --quiet --delete-bootnext" in world.calls()) is not was_next
+    assert ("BootNext" in world.variables()) is was_next
+    assert "systemctl reboot" not in world.calls()
+
+
+@pytest.mark.parametrize("was_next", [False, True])
+def test_a_restart_that_fails_leaves_boot_next_as_it_was(
+    world: World, capsys: pytest.CaptureFixture[str], was_next: bool
+) -> None:
+    if was_next:
+        world.put("BootNext", b"\7\0\0\0\1\0")
     world.program("systemctl", "echo 'Call to Reboot failed: Access denied' >&2; exit 1")
     before = world.variables()
     assert world.run() == 1
-    assert "Access denied); Windows will not start next either" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"Access denied); Windows {'starts' if was_next else 'will not start'} next" in said
     assert world.variables() == before
 
 

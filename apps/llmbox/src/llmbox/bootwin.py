@@ -206,6 +206,8 @@ def set_next(machine: Machine, entry: Entry, before: Mapping[str, bytes]) -> Non
     after = read_variables(machine.variables)
     wanted = struct.pack("<H", entry.number)
     if after.get("BootNext", b"")[4:] != wanted:
+        if "BootNext" in after and after["BootNext"] != before.get("BootNext"):
+            take_back()
         raise LlmboxError(
             f"the firmware refuses BootNext = {entry.number:04X} ({said or 'it stays as it was'})"
         )
@@ -213,11 +215,17 @@ def set_next(machine: Machine, entry: Entry, before: Mapping[str, bytes]) -> Non
         "BootNext"
     }
     if others:
-        complaint(["efibootmgr", "--quiet", "--delete-bootnext"], TIMEOUT_S)
+        if "BootNext" not in before:
+            take_back()
         raise LlmboxError(
             f"the firmware changed {', '.join(sorted(others))} when BootNext was set; not restarted; "
             "fix: look at efibootmgr -v, something else is writing there"
         )
+
+
+def take_back() -> None:
+    """Have nothing start next but what usually does."""
+    complaint(["efibootmgr", "--quiet", "--delete-bootnext"], TIMEOUT_S)
 
 
 def boot_windows(machine: Machine, label: str, free_mib: int) -> None:
@@ -225,8 +233,9 @@ def boot_windows(machine: Machine, label: str, free_mib: int) -> None:
     entry, before = prepare(machine, label, free_mib)
     set_next(machine, entry, before)
     if said := complaint(["systemctl", "reboot"], TIMEOUT_S):
-        if "BootNext" not in before:
-            complaint(["efibootmgr", "--quiet", "--delete-bootnext"], TIMEOUT_S)
+        if "BootNext" in before:
+            raise LlmboxError(f"the machine does not restart ({said}); Windows starts next, as before")
+        take_back()
         raise LlmboxError(f"the machine does not restart ({said}); Windows will not start next either")
     print(f'restarting into {entry.name} "{label}"; the start after that is the usual one')
 
