@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -141,6 +143,7 @@ UFW = {"chain": {"family": "ip", "table": "filter", "name": "ufw-before-input"}}
         ([DOCKER], "", set(), {}, "docker.socket"),  # it drops nothing where somebody else forwards
         ([chain("ip6", "mine", "in")], "", set(), {}, "chain ip6 mine in"),
         ([chain("ip", "mine", "pre", hook="prerouting")], "", set(), {}, "chain ip mine pre"),
+        ([chain("ip", "mine", "through", hook="forward")], "", set(), {}, "chain ip mine through"),
         ([chain("netdev", "mine", "early", hook="ingress")], "", set(), {}, "chain netdev mine early"),
         (
             [
@@ -198,6 +201,42 @@ def test_our_own_table_and_chains_that_accept_are_no_other_firewall() -> None:
     ]
     legacy = {"iptables-legacy-save": ":INPUT ACCEPT [0:0]\n-A INPUT -s 192.0.2.7/32 -j DROP\n"}
     assert list(module.others({"nftables": chains}, "ENABLED=no\n", set(), legacy)) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"is-active firewalld.service": "active"}, "disable --now firewalld"),
+        ({"is-enabled firewalld.service": "enabled"}, "disable --now firewalld"),
+        ({"is-active nftables.service": "active"}, "disable nftables.service"),
+        ({"is-enabled nftables.service": "enabled"}, "disable nftables.service"),
+        ({"ufw": "ENABLED=yes\n"}, "ufw disable"),
+        ({"-j list ruleset": json.dumps({"nftables": [chain("ip", "mine", "in")]})}, "chain ip mine in"),
+        ({"-t filter": ":FORWARD DROP [0:0]\n"}, "iptables-legacy FORWARD"),
+        ({}, ""),
+    ],
+    ids=lambda value: next(iter(value), "nothing") if isinstance(value, dict) else "",
+)
+def test_a_host_is_looked_at_for_other_firewalls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, str], words: str
+) -> None:
+    """One that only the next boot starts counts, too."""
+
+    def run(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        line = " ".join(argv[1:])
+        default = "disabled\n" if "is-enabled" in line else "inactive\n" if "is-active" in line else ""
+        return subprocess.CompletedProcess(argv, 0, said.get(line, default), "")
+
+    (tmp_path / "ufw.conf").write_text(said.get("ufw", "ENABLED=no\n"))
+    (tmp_path / "tables").write_text("nat\nfilter\n")
+    monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(module, "UFW_CONF", tmp_path / "ufw.conf")
+    monkeypatch.setattr(module, "LEGACY", {"iptables-legacy-save": str(tmp_path / "tables")})
+    if not words:
+        module.look_for_others()
+        return
+    with pytest.raises(module.Refused, match=re.escape(words)):
+        module.look_for_others()
 
 
 class Kernel:
@@ -281,6 +320,30 @@ def test_the_way_back_is_armed_before_new_rules_and_disarmed_by_a_new_connection
     assert not kernel.armed and kernel.enabled
     assert (tmp_path / "llmbox/firewall.nft").read_text().endswith("wanted")
     assert host(tmp_path).apply(check=False) == {"changed": False, "diff": []}
+
+
+@pytest.mark.parametrize("former", ["former", ""])
+def test_the_way_back_leaves_nothing_of_the_rules_on_trial(
+    kernel: Kernel, tmp_path: Path, former: str
+) -> None:
+    """nft adds to a table that is there: the former one comes back alone, or none does."""
+    kernel.loaded = former
+    host(tmp_path).apply(check=False)
+    assert module.FORMER.read_text() == f"table inet llmbox\ndelete table inet llmbox\n{former}"
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_rules_are_not_loaded_beside_another_firewall(
+    kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, check: bool
+) -> None:
+    def refuse() -> None:
+        raise module.Refused("ufw is enabled; fix: ufw disable")
+
+    monkeypatch.setattr(module, "look_for_others", refuse)
+    with pytest.raises(module.Refused, match="ufw disable"):
+        host(tmp_path).apply(check=check)
+    assert kernel.loaded == "former" and not kernel.armed
+    assert host(tmp_path, rules="").apply(check=check)["changed"], "none of ours may always be taken away"
 
 
 def test_a_confirmation_after_the_former_rules_is_none(kernel: Kernel, tmp_path: Path) -> None:
