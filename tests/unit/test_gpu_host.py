@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,10 @@ def test_another_key_is_refused_before_anything_is_written(
     with pytest.raises(tools.Refused, match=f"has the fingerprint {FINGERPRINT}, not {'0' * 40}"):
         module.the_key("http://x/k", "0" * 40)
     assert module.the_key("http://x/k", FINGERPRINT) == module.binary(KEY)
+    two = module.binary(KEY) + module.binary(KEY)
+    monkeypatch.setattr(module, "fetch", lambda _url: two)
+    with pytest.raises(tools.Refused, match=f"{FINGERPRINT}, {FINGERPRINT}, not {FINGERPRINT}"):
+        module.the_key("http://x/k", FINGERPRINT)
 
 
 FAMILIES = [
@@ -444,6 +449,42 @@ def test_what_was_taken_out_of_the_data_stays_due_until_a_reboot(
 
 
 @of("kernel_parameters")
+def test_what_two_runs_have_taken_out_is_due_together(module: Any, grub: Path) -> None:
+    for asked in (["a=1", "b=2", "c=3"], ["b=2", "c=3"], ["c=3"]):
+        module.put(asked, check=False)
+    assert module.REMOVED.read_text().split() == ["a=1", "b=2"]
+    module.put(["a=1", "c=3"], check=False)
+    module.settle(["-b=2"])
+    assert module.REMOVED.read_text().split() == ["b=2"], "the other one is asked for again"
+
+
+@of("kernel_parameters")
+def test_a_parameter_that_is_no_shell_text_is_refused_before_it_is_written(module: Any, grub: Path) -> None:
+    """Else update-grub would fail for everybody, and the next kernel's package with it."""
+    for check in (True, False):
+        with pytest.raises(
+            tools.Refused, match=r"99-llmbox\.cfg would not be shell text: .*; fix: gpu_host_k"
+        ):
+            module.put(['acpi_osi="Windows'], check=check)
+    assert not module.OWN.exists() and not module.REMOVED.exists()
+
+
+@of("kernel_parameters")
+def test_a_new_configuration_may_be_read_by_whom_the_former_one_could(
+    module: Any, grub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hold a password's hash."""
+    making(module, monkeypatch, CONFIGURATION)
+    for mode in (0o600, 0o444):
+        module.BOOTS.chmod(mode)
+        module.generate(["pcie_aspm=off"])
+        assert module.BOOTS.stat().st_mode & 0o7777 == mode
+    module.BOOTS.unlink()
+    module.generate(["pcie_aspm=off"])
+    assert module.BOOTS.stat().st_mode & 0o7777 == module.FILE_MODE
+
+
+@of("kernel_parameters")
 def test_the_role_and_the_verification_know_of_what_a_reboot_still_has_to_take_away(module: Any) -> None:
     left = yaml.safe_load((ROLE / "vars/main.yml").read_text())["_gpu_host_left_behind"]
     assert str(module.REMOVED) in left["kernel_parameters"]
@@ -521,6 +562,8 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     library.LOADED.write_text("580.1\n")
     library.DEVICES.mkdir()
     (library.DEVICES / "nvidia-uvm").touch()
+    mkdtemp = tempfile.mkdtemp
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: mkdtemp(dir=tmp_path))  # /run is root's
 
     def run(*argv: str, **_more: Any) -> subprocess.CompletedProcess[str]:
         host["asked"].append(argv[1:])
@@ -561,6 +604,63 @@ def test_a_unit_that_no_reboot_would_mend_is_told_at_each_run(module: Any, card:
     count = len(card["asked"])
     module.apply(wanted, False)
     assert ("restart", unit) not in card["asked"][count:], "one that has done its work is left alone"
+
+
+@of("device")
+def test_without_its_device_node_a_driver_is_not_in_effect(module: Any, card: dict[str, Any]) -> None:
+    (module.DEVICES / "nvidia-uvm").unlink()
+    wanted = {"files": {}, "enabled": [], "started": [], "version": "580.1-1"}
+    for check in (True, False):
+        found = module.apply(wanted, check)
+        assert found["pending"] == "the driver is loaded, /dev/nvidia-uvm is missing"
+
+
+@of("device")
+def test_a_service_that_the_packages_do_not_bring_is_named(module: Any, card: dict[str, Any]) -> None:
+    wanted = {"files": {}, "enabled": ["nvidia-suspend.service"], "started": [], "version": ""}
+    assert module.apply(wanted, True)["changed"], "a dry run on a new host has none of them yet"
+    with pytest.raises(tools.Refused, match=r"bring no nvidia-suspend\.service; fix: gpu_host_driver_pack"):
+        module.apply(wanted, False)
+    assert not any("enable" in argv for argv in card["asked"])
+
+
+@of("device")
+def test_a_unit_that_systemd_refuses_is_not_written(
+    module: Any, card: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says of other units at the same time is nobody's business here."""
+    show = module.run
+
+    def run(*argv: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        if argv[0] != "systemd-analyze":
+            found: subprocess.CompletedProcess[str] = show(*argv, **more)
+            return found
+        (trial,) = (Path(word) for word in argv if word.startswith("/"))
+        wrong = f"{trial}:1: Missing '='\n" if "BROKEN" in trial.read_text() else ""
+        return done(err=f"/usr/lib/systemd/system/another.service:2: old\n{wrong}")
+
+    monkeypatch.setattr(module, "run", run)
+    unit = module.UNITS / "llmbox-gpu-limits.service"
+    card["states"][unit.name] = ("enabled", "inactive")
+    wanted = {"files": {str(unit): "BROKEN"}, "enabled": [unit.name], "started": [], "version": ""}
+    with pytest.raises(tools.Refused, match=r"refuses a unit: llmbox-gpu-limits\.service:1: Missing"):
+        module.apply(wanted, False)
+    assert not unit.exists()
+    module.apply({**wanted, "files": {str(unit): "[Service]\n"}}, False)
+    assert unit.exists()
+
+
+@of("device")
+def test_a_unit_that_goes_is_stopped_first(module: Any, card: dict[str, Any]) -> None:
+    unit = module.UNITS / "llmbox-gpu-limits.service"
+    unit.parent.mkdir(parents=True)
+    unit.write_text("[Service]\n")
+    wanted = {"files": {str(unit): ""}, "enabled": [], "started": [], "version": ""}
+    assert module.apply(wanted, True)["changed"] and unit.exists()
+    assert not any("disable" in argv for argv in card["asked"])
+    assert module.apply(wanted, False)["changed"] and not unit.exists()
+    assert ("disable", "--now", unit.name) in card["asked"]
+    assert not module.apply(wanted, False)["changed"]
 
 
 def test_the_play_fails_for_a_unit_that_cannot_do_its_work() -> None:
@@ -665,6 +765,105 @@ def test_a_link_keeps_the_system_s_naming(module: Any) -> None:
 )
 def test_ethtool_is_the_judge(module: Any, said: str, found: tuple[str, str]) -> None:
     assert module.wake_on(said) == found
+
+
+@pytest.fixture
+def wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A host with the card eno1, which netplan does not have: what ethtool says, and what was run."""
+    library = importlib.import_module("roles.gpu_host.library.gpu_host_wake_on_lan")
+    host: dict[str, Any] = {"supports": "pumbg", "now": "d", "takes": True, "ran": [], "decides": ""}
+    (tmp_path / "net/eno1").mkdir(parents=True)
+    monkeypatch.setattr(library, "INTERFACES", tmp_path / "net")
+    monkeypatch.setattr(library, "NETPLAN", tmp_path / "90-llmbox-wake-on-lan.yaml")
+    monkeypatch.setattr(library, "LINK", tmp_path / "50-llmbox-wake-on-lan.link")
+    monkeypatch.setattr(library, "DEFAULT_LINKS", ())
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "netplan" else f"/usr/sbin/{name}")
+
+    def run(*argv: str, **_more: Any) -> subprocess.CompletedProcess[str]:
+        host["ran"].append(argv)
+        if argv[:2] == ("ethtool", "--show-permaddr"):
+            return done(f"Permanent address: {MAC}\n")
+        if argv[:2] == ("ethtool", "--change"):
+            host["now"] = "g" if host["takes"] else host["now"]
+        if argv[0] == "ethtool":
+            return done(f"\tSupports Wake-on: {host['supports']}\n\tWake-on: {host['now']}\n")
+        if argv[:2] == ("udevadm", "test-builtin"):
+            return done(f"ID_NET_LINK_FILE={host['decides'] or library.LINK}\n")
+        return done()
+
+    monkeypatch.setattr(library, "run", run)
+    monkeypatch.setattr(library, "must", lambda *argv, **more: run(*argv, **more).stdout)
+    return host
+
+
+@of("wake_on_lan")
+def test_a_card_is_set_once_and_stays_so(module: Any, wired: dict[str, Any]) -> None:
+    assert module.apply({"interface": "eno1"}, True)["changed"] and not module.LINK.exists()
+    first = module.apply({"interface": "eno1"}, False)
+    assert first["changed"] and first["by"] == str(module.LINK) and wired["now"] == "g"
+    assert "WakeOnLan=magic" in module.LINK.read_text()
+    wired["ran"].clear()
+    assert not module.apply({"interface": "eno1"}, False)["changed"]
+    assert not any("--change" in argv for argv in wired["ran"])
+    wired["now"] = "d"  # as something else has set it
+    assert module.apply({"interface": "eno1"}, False)["changed"] and wired["now"] == "g"
+
+
+@of("wake_on_lan")
+@pytest.mark.parametrize("supports", ["pumb", "d", ""])
+def test_a_card_that_no_magic_packet_wakes_is_refused(
+    module: Any, wired: dict[str, Any], supports: str
+) -> None:
+    wired["supports"] = supports
+    for check in (True, False):
+        with pytest.raises(
+            tools.Refused, match=r"eno1 cannot be woken by magic packet .*; fix: switch it on"
+        ):
+            module.apply({"interface": "eno1"}, check)
+    assert not module.LINK.exists() and not any("--change" in argv for argv in wired["ran"])
+
+
+@of("wake_on_lan")
+def test_a_card_that_takes_the_setting_and_does_not_keep_it_is_told(
+    module: Any, wired: dict[str, Any]
+) -> None:
+    wired["takes"] = False
+    with pytest.raises(tools.Refused, match="ethtool says Wake-on: d after it was set"):
+        module.apply({"interface": "eno1"}, False)
+
+
+@of("wake_on_lan")
+def test_another_file_that_decides_at_boot_is_told(
+    module: Any, wired: dict[str, Any], tmp_path: Path
+) -> None:
+    other = tmp_path / "10-first.link"
+    other.write_text("[Link]\nMTUBytes=9000\n")
+    wired["decides"] = str(other)
+    with pytest.raises(
+        tools.Refused, match=r"at boot .*10-first\.link decides over eno1, not our file; fix: "
+    ):
+        module.apply({"interface": "eno1"}, False)
+    other.write_text("[Link]\nWakeOnLan=magic\n")
+    module.apply({"interface": "eno1"}, False)
+
+
+@of("wake_on_lan")
+def test_netplan_judges_our_file_before_it_is_written(
+    module: Any, wired: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that it refuses would keep every network from coming up at boot."""
+    judged: list[str] = []
+
+    def refuse(text: str) -> None:
+        judged.append(text)
+        raise tools.Refused("netplan generate: no")
+
+    monkeypatch.setattr(module, "kept_by", lambda *_: (module.NETPLAN, "network: {}\n"))
+    monkeypatch.setattr(module, "try_netplan", refuse)
+    for check in (True, False):
+        with pytest.raises(tools.Refused, match="netplan generate"):
+            module.apply({"interface": "eno1"}, check)
+    assert judged == 2 * ["network: {}\n"] and not module.NETPLAN.exists() and wired["now"] == "d"
 
 
 # --- files ---
