@@ -134,4 +134,9 @@ def test_a_play_that_changes_what_is_not_ours_fails_before_the_restart(
     played = box.playbook(SPOILING_PLAY, "-e", f"spoil='{spoil}'")
     assert played.rc == 2
     assert told in " ".join(played.stdout.split())
+    again = box.playbook(SPOILING_PLAY, "-e", "spoil=true")
+    assert again.rc == 2 and told in " ".join(again.stdout.split()), (
+        "the next run knows what was there before"
+    )
+    assert again.changed == 0
     assert box.boot_id == boot_id
