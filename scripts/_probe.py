@@ -351,7 +351,10 @@ def link_control(config: bytes) -> dict[str, int] | None:
 
 
 def links() -> list[dict[str, Any]]:
-    """The link of each NVIDIA card, at both of its ends: what lspci -vv shows as LnkCtl. It takes root."""
+    """The link of each NVIDIA card, at both of its ends: what lspci -vv shows as LnkCtl. It takes root.
+
+    A card that fell off the bus stays in /sys; what is read of it then has every bit set.
+    """
     found = []
     for device in sorted(PCI.glob("*")):
         try:
@@ -360,10 +363,11 @@ def links() -> list[dict[str, Any]]:
             ).read_text().startswith("0x03"):
                 continue
             for end in (device, device.resolve().parent):
-                state = link_control((end / "config").read_bytes()) if (end / "config").exists() else None
+                config = (end / "config").read_bytes() if (end / "config").exists() else b""
+                state, gone = link_control(config), config.startswith(b"\xff\xff")
                 if end == device or state:
                     name = end.name if end == device else end.resolve().name
-                    found.append({"device": name, "link": state})
+                    found.append({"device": name, "link": state, "gone": gone})
         except OSError:
             continue
     return found

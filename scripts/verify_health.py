@@ -208,13 +208,15 @@ def machine_checks(
     if seen["container"]:  # the machine is somebody else's: the role has skipped it, and said so
         return []
     checks = [kernel_check(one, command_line) for one in declared["parameters"]]
+    lost = [one["device"] for one in seen["links"] if one["gone"]]
     if AWAKE_BUS in declared["parameters"]:
-        checks += [aspm_check(one["device"], one["link"]) for one in seen["links"]]
+        checks += [aspm_check(one["device"], one["link"]) for one in seen["links"] if not one["gone"]]
     # What was set up for a card had one: without it now, it fell off the bus, or the firmware has lost it.
     set_up = declared["driver"] and (seen["links"] or seen["card_set_up"])
     if declared["card"] == "present" or (declared["card"] == "auto" and set_up):
-        checks.append(equal("nvidia_card", "there" if seen["links"] else "none", "there", GONE))
-    if declared["driver"] and seen["links"]:
+        card = f"{' '.join(lost)} does not answer" if lost else "there" if seen["links"] else "none"
+        checks.append(equal("nvidia_card", card, "there", GONE))
+    if declared["driver"] and seen["links"] and not lost:
         version = declared["driver"].partition("-")[0]
         checks.append(equal("nvidia_driver", seen["driver"], version, NOT_IN_EFFECT))
         fix = "fix: systemctl restart llmbox-gpu-devices.service"

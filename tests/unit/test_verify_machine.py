@@ -25,7 +25,7 @@ def seen(**changes: Any) -> dict[str, Any]:
     """What the probe says of a machine that is as it was asked to be."""
     return {
         "container": False, "driver": "580.159.03", "uvm": True,
-        "links": [{"device": "0000:01:00.0", "link": {"can": 2, "on": 0}}], "wake_on": "g",
+        "links": [{"device": "0000:01:00.0", "link": {"can": 2, "on": 0}, "gone": False}], "wake_on": "g",
         "card_set_up": True, "suspend": "1", "power_limits": ["250.00"], **changes,
     }  # fmt: skip
 
@@ -63,11 +63,20 @@ def test_a_machine_that_is_as_asked_is_well() -> None:
         ({"wake_on": "d"}, "wake_on_lan", "ethtool eno1"),
         ({"wake_on": None}, "wake_on_lan", "ethtool eno1"),
         (
-            {"links": [{"device": "0000:01:00.0", "link": {"can": 2, "on": 2}}]},
+            {"links": [{"device": "0000:01:00.0", "link": {"can": 2, "on": 2}, "gone": False}]},
             "aspm_0000:01:00.0",
             "firmware",
         ),
-        ({"links": [{"device": "0000:01:00.0", "link": None}]}, "aspm_0000:01:00.0", "cannot be read"),
+        (
+            {"links": [{"device": "0000:01:00.0", "link": None, "gone": False}]},
+            "aspm_0000:01:00.0",
+            "cannot be read",
+        ),
+        (
+            {"links": [{"device": "0000:01:00.0", "link": None, "gone": True}], "driver": ""},
+            "nvidia_card",
+            "gone from the PCI bus",
+        ),
     ],
 )
 def test_what_is_not_in_effect_is_said(changes: dict[str, Any], name: str, says: str) -> None:
@@ -185,6 +194,21 @@ def test_the_link_s_control_register_is_found_among_the_capabilities() -> None:
     config[0x78] = 0x05
     assert _probe.link_control(bytes(config)) is None
     assert _probe.link_control(b"") is None
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_card_that_the_kernel_still_lists_and_that_does_not_answer_is_gone(
+    gone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel keeps its entry, vendor and class; its configuration reads as all ones."""
+    monkeypatch.setattr(_probe, "PCI", tmp_path)
+    card, other = tmp_path / "0000:01:00.0", tmp_path / "0000:00:02.0"
+    for device, vendor in ((card, "0x10de"), (other, "0x8086")):
+        device.mkdir()
+        (device / "vendor").write_text(f"{vendor}\n")
+        (device / "class").write_text("0x030000\n")
+        (device / "config").write_bytes(b"\xff" * 256 if gone else b"\xde\x10".ljust(256, b"\0"))
+    assert _probe.links() == [{"device": "0000:01:00.0", "link": None, "gone": gone}]
 
 
 def test_each_console_counts() -> None:
