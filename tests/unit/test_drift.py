@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -546,6 +547,86 @@ def test_rot_that_no_stamp_shows_is_found_by_a_full_read_and_by_a_sample(box: Bo
     )
     ((_, expected, _),) = box.found(full=True)
     assert expected == f"sha256 {sha256(MODEL)}"
+
+
+UNREAD = "nothing that can be read: Input/output error"
+
+
+def rot(monkeypatch: pytest.MonkeyPatch, *files: Path) -> None:
+    """The disk gives an error for whatever is read of these files, as it does for a bad sector."""
+    bad = {file.stat().st_ino for file in files}
+    read, pread = os.read, os.pread
+
+    def sound(descriptor: int) -> int:
+        if os.fstat(descriptor).st_ino in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # without a name, as from a descriptor
+        return descriptor
+
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(sound(descriptor), size))
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, at: pread(sound(descriptor), size, at))
+
+
+def test_a_bad_sector_under_a_model_is_named_by_day_and_by_week_beside_all_the_rest(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write(box.model.with_name("other.gguf"), MODEL)
+    box.stamp(other)
+    (file,) = box.deployed["models"][0]["files"]
+    box.deployed["models"][0]["files"].append({**file, "file": other.name})
+    box.record()
+    box.check(full=True)
+    rot(monkeypatch, box.model)
+    bad = ("models/small.gguf", f"sha256 {sha256(MODEL)}", UNREAD)
+    assert box.found() == [bad] == box.found(full=True)
+    assert set(cli.read_json(box.state / cli.BLOCKS)) == {str(box.model), str(other)}
+    os.truncate(other, 100)
+    flip(box.release / "bin/llama-server", 3)
+    for full in (False, True):
+        found = box.found(full=full)
+        assert found[:2] == [bad, ("models/other.gguf", "4096 bytes", "100 bytes")]
+        assert [path for path, _, _ in found[2:]] == ["llama.cpp/upstream/releases/one/bin/llama-server"]
+
+
+def test_a_file_that_cannot_be_read_is_named_and_hides_nothing(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = box.release / "bin/llama-server"
+    rot(monkeypatch, box.unit, server, drop_in(box))
+    box.secret.write_text("{}")
+    box.keys.unlink()
+    os.mkfifo(box.keys)
+    assert box.found() == [
+        ("etc/keys.json", f"sha256 {sha256(KEYS)}", f"sha256 {sha256(b'{}')}"),
+        ("units/llama-coder.service", "a file", UNREAD),
+        ("units/llama-coder.service.d/50-own.conf", "nothing", UNREAD),
+        ("authorized_keys", "a file", f"nothing that can be read: {box.keys} is no regular file"),
+        ("llama.cpp/upstream/releases/one/bin/llama-server", "a file", UNREAD),
+    ]
+    assert {each["diff"] for each in box.check()["drift"]} == {""}
+
+
+def test_what_cannot_be_read_is_not_recorded_as_deployed(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    rot(monkeypatch, box.unit)
+    with pytest.raises(OSError, match=f"{box.unit}: {UNREAD}"):
+        box.record()
+
+
+def test_what_differs_is_told_where_the_report_cannot_be_kept(
+    box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk with bad sectors is soon mounted for reading only."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "drift.json")
+
+    monkeypatch.setattr(cli, "STATE", box.state)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    box.command.unlink()
+    monkeypatch.setattr(cli, "write_json", refuse)
+    assert cli.main(["check", "--keep"]) == 2
+    said = capsys.readouterr()
+    assert f"{box.command}: expected a link to /opt/llmbox/bin/lmswitch, found nothing\n" in said.out
+    assert said.err == "llmbox-drift: [Errno 30] Read-only file system: 'drift.json'\n"
 
 
 def test_blocks_of_the_model_that_was_at_the_path_before_are_not_held_against_this_one(box: Box) -> None:

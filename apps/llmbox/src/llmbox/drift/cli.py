@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from typing import Any
 from llmbox.drift import host
 from llmbox.drift.compare import (
     OF_THE_MODE,
+    UNREADABLE,
     Difference,
     Entry,
     compare,
     compare_all,
+    kind,
     member_differences,
     printable,
     unit_differences,
@@ -79,8 +81,10 @@ def loaded_tables(deployed: Mapping[str, Any]) -> dict[str, Entry | None]:
 
 
 def kept(path: str, *, text: bool = True) -> Entry | None:
-    """What `look` says, without what follows from the rest."""
+    """What `look` says, without what follows from the rest. Raises OSError for what cannot be read."""
     entry = host.look(path)
+    if entry and entry["type"] == UNREADABLE:
+        raise OSError(f"{path}: {kind(entry)}")
     left_out = {*OF_THE_MODE, *([] if text else ["text"])}
     return entry and {key: value for key, value in entry.items() if key not in left_out}
 
@@ -158,11 +162,7 @@ def check(state: Path, *, full: bool, day: int | None = None) -> tuple[dict[str,
         *member_differences(
             deployed.get("members", []), host.groups_of(one["user"] for one in deployed.get("members", []))
         ),
-        *(
-            difference
-            for one in deployed.get("lines", [])
-            for difference in word_differences(one["path"], one["lines"], host.lines_of(one["path"]), "in it")
-        ),
+        *line_differences(deployed.get("lines", [])),
         *word_differences("/proc/cmdline", deployed.get("kernel_parameters", []), kernel, "given"),
         *word_differences("packages", held, host.held_packages() if held else (), "held"),
         *model_differences(
@@ -189,6 +189,17 @@ def check(state: Path, *, full: bool, day: int | None = None) -> tuple[dict[str,
         for file in group["files"]
     }
     return report, {path: known for path, known in blocks.items() if path in paths}
+
+
+def line_differences(texts: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
+    """Lines that are no longer in the texts of somebody else."""
+    for one in texts:
+        try:
+            found = host.lines_of(one["path"])
+        except OSError as error:
+            yield Difference(one["path"], kind({"type": "file"}), kind(host.unreadable(error)))
+        else:
+            yield from word_differences(one["path"], one["lines"], found, "in it")
 
 
 def answer(state: Path) -> dict[str, Any]:
@@ -276,11 +287,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             renew(options.build, STATE)
             return AS_DEPLOYED
         report, blocks = check(STATE, full=options.models == "full")
+        # First: a disk that fails may take no more writes either.
+        print(json.dumps(report) if options.json else screen(report), flush=True)
         if options.keep:
             write_json(STATE / REPORT, report)
             write_json(STATE / BLOCKS, blocks)
     except (CouldNotLook, OSError, ValueError) as error:
         print(f"llmbox-drift: {error}", file=sys.stderr)
         return COULD_NOT_LOOK
-    print(json.dumps(report) if options.json else screen(report), flush=True)
     return AS_DEPLOYED if report["ok"] else DRIFTED

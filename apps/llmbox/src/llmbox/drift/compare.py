@@ -15,6 +15,8 @@ OF_THE_MODE = ("writable", "readable", "executable")
 
 # What lies at a path (type, mode, owner, group, and sha256 or target); None for nothing.
 Entry = Mapping[str, str]
+# The type of what the disk, or its rights, do not give; `error` says why.
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Difference:
 
 def compare(path: str, expected: Entry | None, found: Entry | None) -> Iterator[Difference]:
     """How what lies at `path` differs in what `expected` says of it."""
+    if found is not None and found["type"] == UNREADABLE:
+        yield Difference(path, kind(expected), kind(found))  # whatever was expected, nobody knows
+        return
     if expected is None or found is None or expected["type"] != found["type"]:
         if expected is not found:
             diff = text_diff((expected or {}).get("text", ""), (found or {}).get("text", ""))
@@ -51,6 +56,8 @@ def kind(entry: Entry | None) -> str:
     """What lies there, in words."""
     if entry is None:
         return "nothing"
+    if entry["type"] == UNREADABLE:
+        return f"nothing that can be read: {entry['error']}"
     return f"a link to {shown(entry['target'])}" if entry["type"] == "link" else f"a {entry['type']}"
 
 

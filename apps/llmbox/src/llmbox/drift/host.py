@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from llmbox.drift.compare import Entry, drop_in_folders
+from llmbox.drift.compare import UNREADABLE, Entry, drop_in_folders
 
 ANSWER_TIMEOUT_S = 20
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
@@ -40,12 +40,24 @@ TRIAL_UNIT, TRIAL_DROP_IN = "llmbox-trial.service", "zz-llmbox-trial.conf"
 def look(path: str, limit: int | None = FILE_LIMIT_BYTES) -> Entry | None:
     """What lies at a path; a link at its end is not followed. Files beyond `limit` bytes are not read.
 
-    Raises OSError for what cannot be read.
+    A bad sector under one file is told of that file, and hides nothing of the others.
     """
     try:
-        info = Path(path).lstat()
+        return read(path, limit)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        return unreadable(error)
+
+
+def unreadable(error: OSError) -> Entry:
+    """What is told of a thing that cannot be read."""
+    return {"type": UNREADABLE, "error": error.strerror or str(error)}
+
+
+def read(path: str, limit: int | None) -> Entry:
+    """What lies at a path. Raises OSError."""
+    info = Path(path).lstat()
     if stat.S_ISLNK(info.st_mode):
         return {"type": "link", "target": str(Path(path).readlink())}
     entry = {
@@ -87,11 +99,14 @@ def open_regular(path: str) -> FileIO:
 
 
 def lines_of(path: str) -> list[str]:
-    """The lines of a text in which others may write what they like; none when it is not there."""
+    """The lines of a text in which others may write what they like; none when it is not there.
+
+    Raises OSError when it cannot be read.
+    """
     try:
         with open_regular(os.path.realpath(path)) as handle:
             return handle.read(FILE_LIMIT_BYTES).decode(errors="replace").splitlines()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmbox.drift.compare import Difference, compare
-from llmbox.drift.host import look, open_regular
+from llmbox.drift.compare import Difference, compare, kind
+from llmbox.drift.host import look, open_regular, unreadable
 
 CHUNK_BYTES = 1 << 20
 # A day's sample of one model: 64 MiB, and in time every block.
@@ -29,13 +29,19 @@ def model_differences(
             found = look(path, 0)
             yield from compare(path, expected, found)
             if found is not None and found["type"] == "file":
-                yield from model_difference(path, file, blocks, full=full, day=day)
+                try:
+                    yield from model_difference(path, file, blocks, full=full, day=day)
+                except OSError as error:  # mostly how a disk tells that it rots
+                    yield Difference(path, f"sha256 {file['sha256']}", kind(unreadable(error)))
 
 
 def model_difference(
     path: str, file: Mapping[str, Any], blocks: dict[str, Any], *, full: bool, day: int
 ) -> Iterator[Difference]:
-    """Size, then content: all of it when `full`, or touched since it was verified, else a sample."""
+    """Size, then content: all of it when `full`, or touched since it was verified, else a sample.
+
+    Raises OSError.
+    """
     with open_regular(path) as handle:
         info = os.fstat(handle.fileno())
         if info.st_size != file["size"]:
@@ -72,7 +78,7 @@ def stamped(path: str, info: os.stat_result) -> str | None:
 
 
 def block_digests(descriptor: int) -> tuple[str, list[str]]:
-    """The sha256 of a file, and that of each of its blocks."""
+    """The sha256 of a file, and that of each of its blocks. Raises OSError."""
     whole, found = hashlib.sha256(), []
     block, left = hashlib.sha256(), BLOCK_BYTES
     while chunk := os.read(descriptor, min(CHUNK_BYTES, left)):
@@ -88,7 +94,7 @@ def block_digests(descriptor: int) -> tuple[str, list[str]]:
 
 
 def sample_differences(path: str, descriptor: int, known: Sequence[str], day: int) -> Iterator[Difference]:
-    """The day's blocks, read again."""
+    """The day's blocks, read again. Raises OSError."""
     for number in sample_of(len(known), day):
         start, digest, left = number * BLOCK_BYTES, hashlib.sha256(), BLOCK_BYTES
         while left and (chunk := os.pread(descriptor, min(CHUNK_BYTES, left), start + BLOCK_BYTES - left)):
