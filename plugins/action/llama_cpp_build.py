@@ -102,6 +102,14 @@ def difference(
     }
 
 
+def refuse_without_gateway(plan: list[dict[str, Any]]) -> None:
+    """Raises StepFailed for a build that is to be compared, and that something beside the gateway runs."""
+    for entry in plan:
+        to_compare = entry["current"] and (entry["current"] != entry["release"] or entry["still_served"])
+        if to_compare and entry["without_gateway"]:
+            raise StepFailed({"failed": True, "msg": entry["without_gateway"]})
+
+
 class StepFailed(Exception):
     """The module or a build failed; carries the result to hand back."""
 
@@ -147,6 +155,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "removed": removing,
             "diff": difference(probed["plan"], removing, deferred=deferred),
         }
+        if deferred:
+            refuse_without_gateway(probed["plan"])
         if staying:
             self._display.warning(unused_line(self._task.args.get("root", ""), staying, remove))
         to_do = [entry for entry in probed["plan"] if entry["action"] != "none"]

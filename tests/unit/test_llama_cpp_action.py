@@ -84,13 +84,15 @@ class Host:
 def probe(action_: str, missing: list[str] | None = None) -> dict[str, Any]:
     """A host with one build."""
     current = "new" if action_ == "none" else None
-    entry = {
+    entry: dict[str, Any] = {
         "build": "up",
         "commit": COMMIT,
         "current": current,
         "release": "new",
         "action": action_,
         "reason": "r",
+        "still_served": [],
+        "without_gateway": "",
     }
     return {
         "changed": action_ != "none" or bool(missing),
@@ -118,6 +120,33 @@ def test_check_mode_only_looks() -> None:
     assert result["changed"] is True
     assert host.said == ["  [box] would install ninja-build", "  [box] would build up 3f2a3f2a3f2a: r"]
     assert (result["diff"]["before"], result["diff"]["after"]) == ("up: none\n", "up: new\n")
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({"current": "old"}, True),
+        ({"current": "old", "release": None}, True),
+        ({"current": "new", "still_served": ["old"]}, True),
+        ({"current": "new"}, False),
+        ({"current": None}, False),
+    ],
+)
+def test_what_could_not_be_compared_is_refused_before_anything_is_built(
+    change: dict[str, Any], refused: bool, check_mode: bool
+) -> None:
+    for activate in (False, True):
+        probed = probe("build", ["ninja-build"])
+        probed["plan"][0] |= {**change, "without_gateway": "llama-vision.service …"}
+        host = Host([probed, probe("none")], [{"state": "ready"}])
+        plugin = host.plugin(check_mode, activate=activate)
+        if refused and not activate:
+            with pytest.raises(action.StepFailed, match=r"^llama-vision\.service"):
+                plugin._converge()
+            assert host.asked == ["probe"]
+        else:
+            assert plugin._converge()["changed"]
 
 
 def test_a_first_build_installs_starts_follows_and_activates() -> None:

@@ -274,6 +274,7 @@ def test_a_broken_stamp_is_found(tmp_path: Path) -> None:
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> module.Host:
     """A host with one build, whose releases lie in tmp_path."""
     monkeypatch.setattr(module, "RUN_DIR", tmp_path / "run")
+    monkeypatch.setattr(module, "SYSTEM_UNITS", tmp_path / "system")
     monkeypatch.setattr(module, "running_units", list)
     monkeypatch.setattr(module, "_give_to_root", lambda release: False)
     monkeypatch.setattr(module, "in_use", lambda releases, *_: set())
@@ -600,6 +601,27 @@ def test_a_release_that_became_current_without_a_restart_is_seen_and_restarted(
     running = {"new"}
     result = two.accept("up", "new")
     assert (result["changed"], result["restarted"], two.restarts) == (False, None, ["new"])  # type: ignore[attr-defined]
+
+
+def test_what_a_system_preset_runs_does_not_change_places(two: module.Host, tmp_path: Path) -> None:
+    """Only what lmswitch serves would be restarted: the other server would be left on the old release."""
+    two.accept("up", "new")
+    units, directory = tmp_path / "system", two.root / "up"
+    units.mkdir()
+    (units / "llama-masked.service").symlink_to("/dev/null")
+    (units / "llama-gone.service").symlink_to("nowhere")
+    (units / "llama-other.service").write_text(f"ExecStart={directory}2/current/bin/llama-server -m x\n")
+    assert two._probe_build(two.builds["up"], False)["without_gateway"] == ""
+    (units / "llama-vision.service").write_text(f"ExecStart={directory}/current/bin/llama-server -m x\n")
+    told = two._probe_build(two.builds["up"], False)["without_gateway"]
+    assert told.startswith(f"{directory}: llama-vision.service of the system serves with this build")
+    assert "; fix: write the commit that it should run into llama_cpp_builds.up, then site.yml" in told
+    for link in ("accept", "roll_back"):
+        with pytest.raises(module.HostError) as error:
+            two.accept("up", "old") if link == "accept" else two.roll_back("up")
+        assert str(error.value) == told
+    assert (links(two), two.restarts) == (("new", "old"), ["new"])  # type: ignore[attr-defined]
+    assert not (directory / "rejected").exists()
 
 
 def test_only_a_server_counts_as_serving(tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ UNIT_PREFIX = "llama-build-"
 JOURNAL_TAIL = 25
 LMSWITCH = "/usr/local/bin/lmswitch"
 DRIFT = "/usr/local/bin/llmbox-drift"
+SYSTEM_UNITS = Path("/etc/systemd/system")
 SERVER = "llama-server"
 RESTART_TIMEOUT_S = 900
 ROLLED_BACK = "rolled back to "
@@ -655,6 +656,22 @@ def still_served(directory: Path) -> list[str]:
     return sorted(in_use(directory / "releases", SERVER) - {link_target(directory / "current") or ""})
 
 
+def without_gateway(directory: Path) -> str:
+    """Why releases of this build do not take turns here: a system preset runs it. "" when none does.
+
+    What is installed says so, not what runs: one that is down now would come up with what was never compared.
+    """
+    command = f"{directory}/current/"
+    for unit in sorted(SYSTEM_UNITS.glob("llama-*.service")):
+        if unit.is_file() and command in unit.read_text(encoding="utf-8", errors="replace"):
+            return (
+                f"{directory}: {unit.name} of the system serves with this build, without a gateway that could"
+                " hold requests while releases change places; fix: write the commit that it should run into"
+                f" llama_cpp_builds.{directory.name}, then site.yml; or give that preset a build of its own"
+            )
+    return ""
+
+
 @contextlib.contextmanager
 def one_play() -> Iterator[None]:
     """Keep two plays from starting, sweeping or activating at the same moment."""
@@ -742,6 +759,7 @@ class Host:
         current = link_target(directory / "current")
         entry: dict[str, Any] = {"build": build.name, "commit": build.commit, "current": current}
         entry["still_served"] = still_served(directory)
+        entry["without_gateway"] = without_gateway(directory)
         try:
             release = self.release(build)
         except HostError as error:
@@ -904,6 +922,7 @@ class Host:
         """
         directory = self.root / name
         with one_play():
+            self._refuse_without_gateway(directory)
             self._refuse_damaged(directory, release)
             _give_to_root(directory / "releases" / release)
             (directory / "rejected" / release).unlink(missing_ok=True)
@@ -928,6 +947,7 @@ class Host:
             there = sorted(path.parent.name for path in self.root.glob("*/releases"))
             raise HostError(f"build = {name!r}: no such build below {self.root}; fix: {' or '.join(there)}")
         with one_play():
+            self._refuse_without_gateway(directory)
             settle(directory)
             current, previous = (link_target(directory / link) for link in ("current", "previous"))
             if not current or not previous or current == previous:
@@ -983,6 +1003,11 @@ class Host:
                 else f"cannot take over: {told(error)}"
             )
             raise HostError(f"{release} {why}; {now} is current{' again' if now == former else ''}") from None
+
+    def _refuse_without_gateway(self, directory: Path) -> None:
+        """Raises HostError when a preset that is not behind the gateway runs the build."""
+        if why := without_gateway(directory):
+            raise HostError(why)
 
     def _refuse_damaged(self, directory: Path, release: str) -> None:
         """Raises HostError when the release cannot be made current."""
