@@ -103,6 +103,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 served = done.get("restarted")
                 self._say(f"{name}: {new[:12]} is current{f' and serves {served}' if served else ''}")
                 return verdict, ""
+            if not done.get("tried"):  # the guard, another switch, a full disk: nothing that it has done
+                why = str(done["msg"])
+                line = f"{name}: undecided, nothing is rejected: {why}; after that run this playbook again"
+                return Verdict("undecided", (why,)), line
             verdict = Verdict("roll back", (str(done["msg"]),))
         if not verdict.compared:
             return verdict, (

@@ -366,13 +366,15 @@ def two(host: module.Host, monkeypatch: pytest.MonkeyPatch) -> module.Host:
     module.point(directory / "previous", "older")
     monkeypatch.setattr(module, "_directory", lambda path, *_: path.mkdir(parents=True, exist_ok=True))
     host.restarts = []  # type: ignore[attr-defined]
-    host.broken = set()  # type: ignore[attr-defined]
+    host.broken, host.refused = set(), set()  # type: ignore[attr-defined]
 
     def restart(user: str, build: str) -> str:
         current = str(module.link_target(directory / "current"))
         host.restarts.append(current)  # type: ignore[attr-defined]
         if current in host.broken:  # type: ignore[attr-defined]
-            raise module.HostError("coder failed")
+            raise module.DoesNotServe("coder failed")
+        if current in host.refused:  # type: ignore[attr-defined]
+            raise module.HostError("coder is refused")
         return "coder"
 
     monkeypatch.setattr(module, "restart_serving", restart)
@@ -651,6 +653,51 @@ def test_a_release_that_does_not_serve_is_taken_back(two: module.Host) -> None:
     assert two.restarts == ["new", "old"]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("broken", "refused", "tried"),
+    [
+        ({"new"}, set(), True),
+        ({"new", "old"}, set(), True),
+        (set(), {"new", "old"}, False),
+        (set(), {"new"}, False),
+        ({"new"}, {"old"}, False),  # the guard came while it started, say
+    ],
+)
+def test_what_the_box_refuses_is_not_the_release_s_fault(
+    two: module.Host, broken: set[str], refused: set[str], tried: bool
+) -> None:
+    two.broken, two.refused = broken, refused  # type: ignore[attr-defined]
+    with pytest.raises(module.HostError) as error:
+        two.accept("up", "new")
+    assert isinstance(error.value, module.DoesNotServe) == tried
+    words = "does not serve" if tried else "cannot take over"
+    why = "coder failed" if "new" in broken else "coder is refused"
+    assert str(error.value) == f"new {words}: {why}; old is current again"
+    assert links(two) == ("old", "older")
+    assert two.restarts == ["new", "old"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("tried", [True, False])
+def test_the_play_is_told_whether_the_release_was_tried(monkeypatch: pytest.MonkeyPatch, tried: bool) -> None:
+    told: dict[str, Any] = {}
+
+    def accept(_build: str, _release: str) -> dict[str, Any]:
+        raise (module.DoesNotServe if tried else module.HostError)("x")
+
+    def fail(**said: Any) -> None:
+        told.update(said)
+        raise SystemExit(1)
+
+    params = {"phase": "accept", "build": "up", "release": "new"}
+    fake = SimpleNamespace(params=params, check_mode=False, fail_json=fail)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(module, "AnsibleModule", lambda **_: fake)
+    monkeypatch.setattr(module, "Host", lambda _: SimpleNamespace(accept=accept))
+    with pytest.raises(SystemExit):
+        module.main()
+    assert told == {"msg": "x", "tried": tried}
+
+
 def test_a_rollback_that_does_not_serve_rejects_nothing(two: module.Host) -> None:
     two.accept("up", "new")
     two.broken = {"old"}  # type: ignore[attr-defined]
@@ -797,7 +844,13 @@ def test_with_nothing_to_go_back_to_nothing_happens(host: module.Host) -> None:
         ("coder", "other", [], None),
         (None, None, [], None),
         ("coder", "up", [{"message": "another switch is under way (x)"}, {"ok": True}], "coder"),
-        ("coder", "up", [{"message": "failed", "reason": ["why", "llmbox-wait-ready: x"]}], "failed why"),
+        (
+            "coder",
+            "up",
+            [{"message": "failed", "changed": True, "reason": ["why", "llmbox-wait-ready: x"]}],
+            "failed why",
+        ),
+        ("coder", "up", [{"message": "failed: refused", "changed": False}], "failed: refused"),
     ],
 )
 def test_only_what_serves_with_the_build_is_restarted(
@@ -813,8 +866,9 @@ def test_only_what_serves_with_the_build_is_restarted(
     monkeypatch.setattr(module, "LOCK_PAUSE_S", 0.0)
     user = pwd.getpwuid(os.geteuid()).pw_name
     if outcome and outcome.startswith("failed"):
-        with pytest.raises(module.HostError, match=outcome):
+        with pytest.raises(module.HostError, match=outcome) as error:
             module.restart_serving(user, "up")
+        assert isinstance(error.value, module.DoesNotServe) == outcome.endswith("why")
     else:
         assert module.restart_serving(user, "up") == outcome
     assert told == []

@@ -103,10 +103,26 @@ def test_with_nothing_to_compare_with_nothing_is_rejected(monkeypatch: pytest.Mo
 
 def test_a_release_that_fails_when_it_takes_over_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     play = Play(monkeypatch, [world()])
-    play.answers["accept"] = {"failed": True, "msg": "new does not serve: x; old is current again"}
+    said = "new does not serve: x; old is current again"
+    play.answers["accept"] = {"failed": True, "tried": True, "msg": said}
     result = play.run()
     assert result["failed"] and play.did == [("accept", NEW), ("reject", NEW)]
     assert "new does not serve: x" in result["msg"]
+
+
+@pytest.mark.parametrize("more", [{"tried": False}, {}])
+def test_what_the_box_refuses_when_a_release_takes_over_is_not_held_against_it(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    play = Play(monkeypatch, [world()])
+    said = "new cannot take over: coder is refused: the GPU guard has the card; old is current again"
+    play.answers["accept"] = {"failed": True, "msg": said, **more}
+    result = play.run()
+    assert result["failed"] and play.did == [("accept", NEW)]
+    assert result["verdicts"]["up"]["verdict"] == "undecided"
+    assert result["msg"] == (
+        f"up: undecided, nothing is rejected: {said}; after that run this playbook again"
+    )
 
 
 def test_a_box_that_cannot_be_compared_on_rejects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,10 @@ class HostError(Exception):
     """The host cannot do what the play asks; the message is one line with the fix."""
 
 
+class DoesNotServe(HostError):
+    """A release was started and did not come to serve. Else the box refused, was busy or lacked something."""
+
+
 @dataclass(frozen=True)
 class Build:
     """One entry of llama_cpp_builds with the role's own CMake options merged in."""
@@ -597,7 +601,10 @@ def rolled_back_to(directory: Path, release: str) -> str | None:
 
 
 def restart_serving(user: str, build: str) -> str | None:
-    """Restart the preset that serves with this build, if any. Returns its name. Raises HostError."""
+    """Restart the preset that serves with this build, if any. Returns its name.
+
+    Raises DoesNotServe when it was started, HostError when it was not.
+    """
     try:
         uid = pwd.getpwnam(user).pw_uid
     except KeyError:
@@ -616,7 +623,8 @@ def restart_serving(user: str, build: str) -> str | None:
             return str(active)
         if "another switch is under way" not in str(said.get("message")) or time.monotonic() > deadline:
             lines = [line for line in said.get("reason") or [] if "llmbox-wait-ready" not in line]
-            raise HostError(" ".join([str(said.get("message")), *lines[-1:]]))
+            kind = DoesNotServe if said.get("changed") else HostError
+            raise kind(" ".join([str(said.get("message")), *lines[-1:]]))
         time.sleep(LOCK_PAUSE_S)
 
 
@@ -982,7 +990,7 @@ class Host:
     def _change(self, directory: Path, release: str, former: str | None) -> str | None:
         """Swap the links and restart what serves; as before when it does not start. Returns the preset.
 
-        Raises HostError when it was put back.
+        Raises HostError when it was put back: DoesNotServe when that is the release's fault.
         """
         before = link_target(directory / "previous")
         if former == release:
@@ -992,17 +1000,19 @@ class Host:
             swap(directory, release, former)
             return restart_serving(self.params["serving_user"], directory.name)
         except (HostError, OSError) as error:
-            with contextlib.suppress(HostError, OSError):
+            kind = DoesNotServe if isinstance(error, DoesNotServe) else HostError
+            try:
                 if former and link_target(directory / "current") != former:
                     swap(directory, former, before)
                     restart_serving(self.params["serving_user"], directory.name)
+            except (DoesNotServe, OSError):
+                pass
+            except HostError:
+                kind = HostError  # what refuses the former one too may have ended the start: the guard, say
             now = link_target(directory / "current")
-            why = (
-                f"does not serve: {error}"
-                if isinstance(error, HostError)
-                else f"cannot take over: {told(error)}"
-            )
-            raise HostError(f"{release} {why}; {now} is current{' again' if now == former else ''}") from None
+            words = "does not serve" if kind is DoesNotServe else "cannot take over"
+            why = f"{words}: {told(error) if isinstance(error, OSError) else error}"
+            raise kind(f"{release} {why}; {now} is current{' again' if now == former else ''}") from None
 
     def _refuse_without_gateway(self, directory: Path) -> None:
         """Raises HostError when a preset that is not behind the gateway runs the build."""
@@ -1237,7 +1247,7 @@ def main() -> None:
         else:
             result = getattr(host, phase)(host.builds[module.params["build"]])
     except HostError as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=str(error), tried=isinstance(error, DoesNotServe))
     except OSError as error:
         module.fail_json(msg=f"phase {phase}: {told(error)}; then run it again")
     module.exit_json(**result)
