@@ -423,7 +423,7 @@ def screen(found: Found) -> str:
         lines.append(f"{where}: no change: nothing was faster by {LEAST_GAIN:.0%} than {shown(found.used)}")
     elif found.written:
         lines.append(f"{found.diff}\nwritten; then: .venv/bin/ansible-playbook site.yml --limit {found.host}")
-    else:
+    elif found.diff:  # else the change must be made by hand, as the note says
         lines.append(f"{found.diff}\nnot written; fix: the same command with --write")
     return "\n".join(lines)
 

@@ -520,6 +520,26 @@ def test_write_makes_the_change(
     assert after == {**VARIABLES["llama_presets"], "one": {**VARIABLES["llama_presets"]["one"], "threads": 1}}
 
 
+@pytest.mark.parametrize("words", [(), ("--write",)])
+def test_a_change_that_must_be_made_by_hand_does_not_lead_back_to_this_command(
+    gateway: Gateway,
+    inventory: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    gateway.surface = lambda setting: 80.0 / setting["threads"]
+    file = inventory / "group_vars/llm_servers.yml"
+    file.write_text(before := "llama_presets:\n  one: {threads: '{{ cores }}'}\n")
+    host = Host("box", frozenset({"llm_servers"}), VARIABLES)
+    monkeypatch.setattr(tune_moe, "load", lambda *_, **__: [host])
+    assert tune(inventory, "--axis", "threads", *words) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("box: one: threads 1 is better; llama_presets.one")
+    assert last.endswith("; fix: write threads: 1")
+    assert file.read_text() == before
+
+
 def test_a_change_that_another_file_overrides_is_taken_back(
     gateway: Gateway, inventory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
