@@ -722,9 +722,15 @@ def test_what_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_folders_of_units_are_those_of_the_manager() -> None:
-    assert "/etc/systemd/system" in host.unit_folders("")
-    assert host.unit_folders("nobody-here") == list(host.USER_FOLDERS)
-    assert {"/root/.config/systemd/user", "/run/user/0/systemd/user"} < set(host.unit_folders("root"))
+    """Of systemd.unit(5): a person's, `edit --runtime`, `set-property` with and without --runtime."""
+    etc_and_run = {"/etc/systemd/system", "/run/systemd/system"}
+    control = {"/etc/systemd/system.control", "/run/systemd/system.control"}
+    assert etc_and_run | control | {"/usr/local/lib/systemd/system"} == set(host.unit_folders(""))
+    shared = {"/etc/systemd/user", "/run/systemd/user", "/usr/local/lib/systemd/user"}
+    assert set(host.unit_folders("nobody-here")) == shared
+    own = {f"/root/.config/systemd/user{end}" for end in ("", ".control")}
+    own |= {f"/run/user/0/systemd/user{end}" for end in ("", ".control")}
+    assert set(host.unit_folders("root")) == own | shared
 
 
 @pytest.mark.parametrize(("user", "scope"), [("", "--system"), ("root", "--user"), ("nobody-here", None)])

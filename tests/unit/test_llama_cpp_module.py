@@ -899,6 +899,27 @@ def test_activation_sweeps_what_an_ended_build_left(host: module.Host) -> None:
     assert list((host.root / "up" / "build").iterdir()) == []
 
 
+def test_what_a_running_build_works_with_is_not_swept(
+    host: module.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = host.root / "up"
+    for name in ("releases/.new.partial", "releases/.gone.partial", "build/x"):
+        (directory / name).mkdir(parents=True)
+    monkeypatch.setattr(module, "running_units", lambda: ["llama-build-new.service"])
+    host._sweep(host.builds["up"])
+    assert [path.name for path in (directory / "releases").iterdir()] == [".new.partial"]
+    assert (directory / "build/x").is_dir()
+
+
+def test_a_release_that_is_built_again_is_none_until_it_is_finished(two: module.Host) -> None:
+    """Killed in between it would be taken for whole; what serves from it keeps its files."""
+    release = two.root / "up/releases/new"
+    two.params = {**two.params, "user": pwd.getpwuid(os.geteuid()).pw_name}
+    assert two._damage(two.builds["up"], "new") is None
+    two._prepare_directories(two.builds["up"], "new")
+    assert module.damage(release) == "absent" and (release / "bin/llama-server").is_file()
+
+
 def test_a_damaged_release_is_not_made_current(host: module.Host) -> None:
     release = make_release(host.root / "up" / "releases", "new")
     (release / "bin/libggml.so.0").unlink()
