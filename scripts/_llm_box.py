@@ -127,3 +127,16 @@ class LlmBox:
 def gateway_units_unlike(units: Mapping[str, Mapping[str, str]] | None, key: str, wanted: str) -> list[str]:
     """The gateway's units of which systemd does not say `wanted` for `key`; all when it says nothing."""
     return [unit for unit in GATEWAY_UNITS if (units or {}).get(unit, {}).get(key) != wanted]
+
+
+def presets_of(variables: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The presets in a host's variables, only their shape checked. Raises InventoryError (one line).
+
+    Before anything else is done with a host: one whose data is refused need not be the one that is meant.
+    """
+    presets = variables.get("llama_presets") or {}
+    if not isinstance(presets, Mapping) or not all(
+        isinstance(name, str) and isinstance(preset, Mapping) for name, preset in presets.items()
+    ):
+        HostConfig.load({name: variables[name] for name in HostConfig.model_fields.keys() & variables.keys()})
+    return presets

@@ -52,7 +52,7 @@ from scripts._compare import Bench
 from scripts._draft_choice import Judged
 from scripts._gpu_watch import watched
 from scripts._inventory import Host, InventoryUnreadable, load
-from scripts._llm_box import GROUP, LlmBox
+from scripts._llm_box import GROUP, LlmBox, presets_of
 from scripts._lock import lockfile
 from scripts._measure import Meter, NotMeasured, Shape, shapes
 from scripts._refusal import KEY_VARIABLE
@@ -345,8 +345,8 @@ def typed(report: HostReport, inventory: Path) -> HostReport:
 
 
 def ensure_auto(hosts: Sequence[Host], presets: Sequence[str]) -> None:
-    """Raises InventoryUnreadable where none of the hosts has a draft to choose for one of `presets`."""
-    every = [(name, p) for host in hosts for name, p in (host.variables.get("llama_presets") or {}).items()]
+    """Raises InventoryUnreadable where no host has a draft to choose for one of `presets`; InventoryError."""
+    every = [(name, p) for host in hosts for name, p in presets_of(host.variables).items()]
     for wanted in presets:
         drafts = [preset.get("draft", "none") for name, preset in every if name == wanted]
         if not drafts:

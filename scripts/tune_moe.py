@@ -48,7 +48,7 @@ from scripts import _command, _preset_edit, _tuning_chart
 from scripts._ask_host import Unreachable, ask, reach
 from scripts._gpu_watch import watched
 from scripts._inventory import Host, InventoryUnreadable, load
-from scripts._llm_box import GROUP, LlmBox
+from scripts._llm_box import GROUP, LlmBox, presets_of
 from scripts._measure import DEEP_GENERATE, ROOM, Meter, NotMeasured, Shape, shapes
 from scripts._preset_edit import CannotEdit
 from scripts._refusal import KEY_VARIABLE
@@ -470,16 +470,18 @@ def report(args: argparse.Namespace) -> int:
 
 
 def the_host(hosts: Sequence[Host], preset: str) -> Host:
-    """The one LLM box that has the preset. Raises InventoryUnreadable."""
+    """The one LLM box that has the preset. Raises InventoryUnreadable, InventoryError."""
     boxes = [host for host in hosts if GROUP in host.groups]
-    having = [host for host in boxes if preset in (host.variables.get("llama_presets") or {})]
+    if not boxes:
+        raise InventoryUnreadable(f"none of the hosts is in the group {GROUP}")
+    having = [host for host in boxes if preset in presets_of(host.variables)]
     if not having:
-        known = dict.fromkeys(name for host in boxes for name in host.variables.get("llama_presets") or {})
+        known = dict.fromkeys(name for host in boxes for name in presets_of(host.variables))
         raise InventoryUnreadable(f"--preset {preset}: no such preset; give one of {', '.join(known)}")
     if len(having) > 1:
         names = ", ".join(host.name for host in having)
         raise InventoryUnreadable(f"--preset {preset} is on {names}; fix: --limit HOST with one of them")
-    if having[0].variables["llama_presets"][preset].get("scope", "user") != "user":
+    if presets_of(having[0].variables)[preset].get("scope", "user") != "user":
         raise InventoryUnreadable(
             f"--preset {preset} is a system service; only presets behind the gateway are tuned"
         )

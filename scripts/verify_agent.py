@@ -41,7 +41,7 @@ from scripts._agent_judge import Result, judge
 from scripts._agent_run import Limits, Recorded
 from scripts._ask_host import Unreachable, reach
 from scripts._inventory import Host, InventoryUnreadable, load
-from scripts._llm_box import GROUP, LlmBox
+from scripts._llm_box import GROUP, LlmBox, presets_of
 from scripts._measure import Meter, NotMeasured
 from scripts._refusal import KEY_VARIABLE
 from scripts.verify_health import (
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Try the hosts and show what they can do. Raises InventoryUnreadable, OSError."""
+    """Try the hosts and show what they can do. Raises InventoryUnreadable, InventoryError, OSError."""
 
     def progress(text: str) -> None:
         print(_command.typed(text, options.inventory), file=sys.stderr, flush=True)
@@ -203,8 +203,8 @@ def report(options: argparse.Namespace) -> int:
 
 
 def ensure_known(hosts: Sequence[Host], presets: Sequence[str]) -> None:
-    """Raises InventoryUnreadable when none of the hosts has one of `presets`."""
-    known = list(dict.fromkeys(name for host in hosts for name in host.variables.get("llama_presets") or {}))
+    """Raises InventoryUnreadable when none of the hosts has one of `presets`; InventoryError."""
+    known = list(dict.fromkeys(name for host in hosts for name in presets_of(host.variables)))
     if unknown := [name for name in presets if name not in known]:
         raise InventoryUnreadable(f"--preset {unknown[0]}: no such preset; give one of {', '.join(known)}")
 

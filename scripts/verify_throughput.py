@@ -47,7 +47,7 @@ from scripts._ask_host import Unreachable, ask, reach
 from scripts._gpu_watch import GpuWatch, watched
 from scripts._history import History, Run
 from scripts._inventory import Host, InventoryUnreadable, load
-from scripts._llm_box import GROUP, LlmBox
+from scripts._llm_box import GROUP, LlmBox, presets_of
 from scripts._measure import Meter, NotMeasured, Timed, shapes
 from scripts._refusal import KEY_VARIABLE
 from scripts._screen import table
@@ -363,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Measure the hosts and show what they do. Raises InventoryUnreadable, OSError."""
+    """Measure the hosts and show what they do. Raises InventoryUnreadable, InventoryError, OSError."""
 
     def progress(text: str) -> None:
         print(_command.typed(text, args.inventory), file=sys.stderr, flush=True)
@@ -398,8 +398,8 @@ def progress_of(progress: Tell, host: str, text: str) -> None:
 
 
 def ensure_known(hosts: Sequence[Host], presets: Sequence[str]) -> None:
-    """Raises InventoryUnreadable when none of the hosts has one of `presets`, those to be measured."""
-    known = list(dict.fromkeys(name for host in hosts for name in host.variables.get("llama_presets") or {}))
+    """Raises InventoryUnreadable when none of the hosts has one of `presets`; InventoryError."""
+    known = list(dict.fromkeys(name for host in hosts for name in presets_of(host.variables)))
     unknown = [name for name in presets if name not in known]
     if unknown:
         raise InventoryUnreadable(f"--preset {unknown[0]}: no such preset; give one of {', '.join(known)}")
