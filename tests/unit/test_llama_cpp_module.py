@@ -874,6 +874,23 @@ def test_only_what_serves_with_the_build_is_restarted(
     assert told == []
 
 
+@pytest.mark.parametrize(
+    ("printed", "message"),
+    [
+        ("ModuleNotFoundError: No module named 'llmbox'\n", "lmswitch gave no answer: ModuleNotFoundError: "),
+        ('{"ok": false, "message": "presets.json cannot be read"}\n', "presets.json cannot be read"),
+    ],
+)
+def test_an_lmswitch_that_does_not_say_what_serves_is_not_taken_for_nothing_serves(
+    monkeypatch: pytest.MonkeyPatch, printed: str, message: str
+) -> None:
+    monkeypatch.setattr(module, "run", lambda *_, **__: printed)
+    monkeypatch.setattr(module, "LMSWITCH", __file__)
+    with pytest.raises(module.HostError, match=message) as error:
+        module.restart_serving(pwd.getpwuid(os.geteuid()).pw_name, "up")
+    assert not isinstance(error.value, module.DoesNotServe)
+
+
 def test_a_host_without_lmswitch_has_nothing_to_restart() -> None:
     assert module.restart_serving("no-such-user", "up") is None
 

@@ -613,7 +613,9 @@ def restart_serving(user: str, build: str) -> str | None:
     if not Path(LMSWITCH).exists():
         return None
     status = _answer(run([*lmswitch, "status"], check=False))
-    active = status.get("active")
+    if "active" not in status:  # no answer is not "nothing serves": the other release may serve on
+        raise HostError(str(status.get("message")))
+    active = status["active"]
     if not active or status.get("build") != build:
         return None
     deadline = time.monotonic() + LOCK_PATIENCE_S
