@@ -626,6 +626,31 @@ def test_what_a_system_preset_runs_does_not_change_places(two: module.Host, tmp_
     assert not (directory / "rejected").exists()
 
 
+@pytest.mark.parametrize("phase", ["accept", "roll_back"])
+@pytest.mark.parametrize("starts", ["broken", "refused"])
+def test_killed_before_its_restart_a_release_that_does_not_start_then_is_taken_back(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch, phase: str, starts: str
+) -> None:
+    directory = two.root / "up"
+    current, serves = ("new", "old") if phase == "accept" else ("old", "new")
+    module.point(directory / "previous", serves)
+    module.point(directory / "current", current)
+    if phase == "roll_back":
+        module.reject(directory, "new", "rolled back to old")
+    monkeypatch.setattr(module, "in_use", lambda *_: {serves})
+    setattr(two, starts, {current})
+    with pytest.raises(module.HostError) as error:
+        two.accept("up", current) if phase == "accept" else two.roll_back("up")
+    if starts == "broken":
+        assert str(error.value) == f"{current} does not serve: coder failed; {serves} is current again"
+        assert two.restarts == [current, serves]  # type: ignore[attr-defined]
+        assert links(two)[0] == serves and module.rejection(directory, serves) is None
+    else:  # the next run does it: nothing was found against it
+        assert str(error.value) == "coder is refused" and two.restarts == [current]  # type: ignore[attr-defined]
+        assert links(two) == (current, serves)
+        assert (module.rejection(directory, "new") is None) == (phase == "accept")
+
+
 def test_only_a_server_counts_as_serving(tmp_path: Path) -> None:
     for name in ("llama-server", "llama-bench"):
         program = tmp_path / "releases" / name / "bin" / name

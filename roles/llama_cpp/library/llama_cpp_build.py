@@ -968,7 +968,7 @@ class Host:
             reason = rejection(directory, previous)
             if rolled_back_to(directory, previous) == current and still_served(directory):
                 # It was killed before its restart, which is all that is left of it.
-                restarted = self._change(directory, current, current)
+                restarted = self._back(directory, current, current)
                 renew_record(directory)
                 return {"changed": True, "release": current, "former": previous, "restarted": restarted}
             if reason:
@@ -980,14 +980,17 @@ class Host:
             self._refuse_damaged(directory, previous)
             # First, or a play that ends between the two would find it not rejected and go to it again.
             reject(directory, current, f"{ROLLED_BACK}{previous}")
-            try:
-                restarted = self._change(directory, previous, current)
-            except HostError:
-                if link_target(directory / "current") == current:
-                    (directory / "rejected" / current).unlink(missing_ok=True)  # it is what serves on
-                raise
+            restarted = self._back(directory, previous, current)
             renew_record(directory)
         return {"changed": True, "release": previous, "former": current, "restarted": restarted}
+
+    def _back(self, directory: Path, release: str, former: str) -> str | None:
+        """`_change`, after which what serves on is not rejected."""
+        try:
+            return self._change(directory, release, former)
+        except HostError:
+            (directory / "rejected" / str(link_target(directory / "current"))).unlink(missing_ok=True)
+            raise
 
     def _change(self, directory: Path, release: str, former: str | None) -> str | None:
         """Swap the links and restart what serves; as before when it does not start. Returns the preset.
@@ -995,14 +998,19 @@ class Host:
         Raises HostError when it was put back: DoesNotServe when that is the release's fault.
         """
         before = link_target(directory / "previous")
-        if former == release:
-            owed = still_served(directory)
-            return restart_serving(self.params["serving_user"], directory.name) if owed else None
+        owed = former == release  # it was killed between the links and the restart
+        if owed:
+            serving = still_served(directory)
+            if not serving:
+                return None
+            former = before if before in serving else None
         try:
             swap(directory, release, former)
             return restart_serving(self.params["serving_user"], directory.name)
         except (HostError, OSError) as error:
             kind = DoesNotServe if isinstance(error, DoesNotServe) else HostError
+            if owed and kind is HostError:
+                raise  # the one before serves on, and the next run may restart it
             try:
                 if former and link_target(directory / "current") != former:
                     swap(directory, former, before)
