@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from pathlib import Path
 
 LIMIT = 5000  # runs of a host that are kept, about 400 bytes each
@@ -77,7 +78,7 @@ class History:
                 if file.tell() and self.file.read_bytes()[-1:] != b"\n":  # the last one was torn by a crash
                     text = f"\n{text}"
                 file.write(text.encode())
-            lines = self.file.read_text().splitlines(keepends=True)
+            lines = self._text().splitlines(keepends=True)
             if len(lines) > LIMIT + SLACK:
                 new = self.file.with_suffix(".new")
                 new.write_text("".join(lines[-LIMIT:]))
@@ -86,10 +87,14 @@ class History:
     def runs(self) -> list[Run]:
         """All runs, oldest first. Raises OSError when the file is there and cannot be read."""
         try:
-            lines = self.file.read_text().splitlines()
+            lines = self._text().splitlines()
         except FileNotFoundError:
             return []
         return [run for line in lines if (run := _read(line)) is not None]
+
+    def _text(self) -> str:
+        """All of it; what a crash left that is no UTF-8 spoils its own line and no other. Raises OSError."""
+        return self.file.read_text(encoding="utf-8", errors="replace")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -112,5 +117,6 @@ def _read(line: str) -> Run | None:
         return None
     if not isinstance(found, dict) or found.keys() != _NAMES:
         return None
-    sound = all(isinstance(found[name], int | float) and found[name] > 0 for name in _NUMBERS)
+    sound = all(isinstance(found[name], int | float) and 0 < found[name] < inf for name in _NUMBERS)
+    sound = sound and isinstance(found["gpu"], dict | None)
     return Run(**found) if sound else None

@@ -120,7 +120,7 @@ class Points:
     def of_case(self, case: Case) -> list[Point]:
         """The points of a case, oldest first. Raises OSError."""
         try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
+            lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return []
         return [point for line in lines if (point := _read(line)) is not None and point.case == case]

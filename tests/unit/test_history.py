@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,11 @@ def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
     with history.file.open("a") as file:
         file.write('{"time": "torn\n[]\n{}\n')
         file.write(history.file.read_text().splitlines()[0].replace("81.5", "0") + "\n")
-        file.write(history.file.read_text().splitlines()[0].replace("81.5", '"fast"') + "\n")
+        for figure in ('"fast"', "Infinity", "NaN"):
+            file.write(history.file.read_text().splitlines()[0].replace("81.5", figure) + "\n")
+        file.write(json.dumps({**asdict(RUN), "gpu": 5}) + "\n")
+    with history.file.open("ab") as file:
+        file.write(b"\xff\xfe\x80\n")  # a block that a power cut left is not even text
     history.append(RUN)
     assert history.runs() == [RUN, RUN]
 

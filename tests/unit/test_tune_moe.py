@@ -131,8 +131,8 @@ def test_what_was_measured_is_not_run_again(box: Box, points: Points) -> None:
     assert points.of_case(other) == [], "another driver is another case"
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_a_run_that_was_killed_goes_on_where_it_was(box: Box, points: Points, torn: bool) -> None:
+@pytest.mark.parametrize("torn", [b"", b'{"time": "2026', b"\xff\xfe\x80"])
+def test_a_run_that_was_killed_goes_on_where_it_was(box: Box, points: Points, torn: bytes) -> None:
     whole = Box(box.surface)
     searched("box", whole.tuner(Points(points.file.with_name("whole.jsonl"))), (LAYERS,), at(24))
 
@@ -148,9 +148,8 @@ def test_a_run_that_was_killed_goes_on_where_it_was(box: Box, points: Points, to
     with pytest.raises(Killed):
         searched("box", box.tuner(points), (LAYERS,), at(24))
     del box.run
-    if torn:
-        with points.file.open("a") as file:
-            file.write('{"time": "2026')
+    with points.file.open("ab") as file:
+        file.write(torn)
     found = searched("box", box.tuner(points), (LAYERS,), at(24))
     assert box.started == whole.started
     assert len(points.of_case(CASE)) == len(found.points), "the torn line did not spoil the next one"
