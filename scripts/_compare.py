@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from scripts._ask_host import ask, reach
+from scripts._ask_host import Unreachable, ask, reach
 from scripts._inventory import Host
 from scripts._llm_box import LlmBox
 from scripts._measure import ALONE, Meter, NotMeasured, Shape, Timed, prompt, shapes
@@ -220,7 +220,10 @@ class Bench:
         )
 
     def _ask(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON that the preset answers; tried again while it cannot. Raises Refused, NotMeasured."""
+        """The JSON that the preset answers; tried again while it cannot. Raises Refused, NotMeasured.
+
+        Raises Unreachable where the gateway does not let this program in, which is no fault of a release.
+        """
         said = ""
         for attempt in range(PROBE_ATTEMPTS):
             if attempt:
@@ -231,6 +234,8 @@ class Bench:
                 if reply.status_code == 200:
                     return reply.json()
                 said = refusal(reply)
+                if reply.status_code in (401, 403):
+                    raise Unreachable(said)
                 if reply.status_code not in (429, 502, 503):
                     raise Refused(said)
             except (httpx.HTTPError, ValueError) as error:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from scripts import _compare as module
+from scripts._ask_host import Unreachable
 from scripts._compare import Bench, Refused, of_releases, prompt_cache_trouble, tool_call_trouble
 from scripts._measure import NotMeasured, Shape, Timed
 from scripts._trial import Serving, TrialFailed
@@ -219,6 +220,15 @@ def test_what_passes_is_told_from_what_is_refused(box: Box, status: int, error: 
     bench.client = httpx.Client(transport=answer, base_url="http://box")
     with pytest.raises(error, match="so"):
         bench._ask("/x", {})
+
+
+@pytest.mark.parametrize(("status", "fix"), [(401, "; fix: LLMBOX_KEY=KEY in the environment"), (403, "")])
+def test_who_is_not_let_in_has_compared_nothing(box: Box, status: int, fix: str) -> None:
+    """With the right key the release may well be kept: it is neither undecided nor rejected."""
+    box.http = lambda _: httpx.Response(status, json={"error": {"message": "no"}})  # type: ignore
+    with pytest.raises(Unreachable) as error:
+        box.bench().compare()
+    assert str(error.value) == f"HTTP {status}: no{fix}" and box.log == ["start old"]
 
 
 def test_a_release_is_probed_once(box: Box) -> None:
