@@ -150,6 +150,46 @@ def test_what_happens_to_a_release_is_what_the_verdict_says(
     assert (verdict.word, verdict.reasons[0][: len(reason)]) == (word, reason)
 
 
+@pytest.mark.parametrize(("speed", "word"), [(30.0, "roll back"), (100.0, "keep")])
+@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize("at", [0, 3, 4, 7])
+def test_a_release_that_ended_once_is_compared_with_all_the_same(
+    box: Box, monkeypatch: pytest.MonkeyPatch, at: int, busy: bool, speed: float, word: str
+) -> None:
+    """Else one crash, of whatever reason, would keep any new release, however slow, or none.
+
+    At each of these runs it is the old one that serves; its count stays until it is started anew.
+    """
+    box.speed["new"] = speed
+    runs, series, run = iter(range(99)), box.series, box.run
+
+    def ending(shape: Shape, count: int) -> Iterator[Timed]:
+        if next(runs) == at:
+            assert box.release == "old"
+            box.crashing.add("old")
+            if busy:
+                raise NotMeasured("HTTP 502: it ended")
+        yield from series(shape, count)
+
+    def started(command: Sequence[str] | None) -> None:
+        box.crashing.clear()
+        run(command)
+
+    monkeypatch.setattr(box, "series", ending)
+    monkeypatch.setattr(box, "run", started)
+    found = box.bench().compare()
+    assert judge_preset(found).word == word and len(found.generation) == 5
+    assert found.old.health == found.trouble == ""
+
+
+def test_a_new_release_that_ended_once_is_not_tried_again(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(box, "serving", lambda: Serving(box.now, 1))  # both end
+    box.crashing.update({"old", "new"})
+    found = box.bench().compare()
+    assert judge_preset(found).word == "undecided" and found.generation == ()
+    assert box.log.count("run new") == 1
+
+
 def test_a_release_that_started_before_and_does_not_again_leaves_it_open(box: Box) -> None:
     runs, start = iter(range(9)), box.run
 
