@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +15,7 @@ import pytest
 from llama_common import fit
 from llama_common.dialect import Dialect
 from llama_common.draft import MTP, SIMPLE, Draft
-from llama_common.memory import MIB, Estimate, NotPredicted, Settings, Use
+from llama_common.memory import CUDA, MIB, Estimate, NotPredicted, Settings, Use, estimate
 from llama_common.model import Model
 from llama_common.presets import HostConfig
 from llama_common.problems import MISSING, InventoryError, Problem
@@ -326,6 +327,27 @@ def test_what_the_estimator_says_counts(host: Asked) -> None:
     said = host.ask()
     assert (said.gpu, said.cpu) == (Use(100 * MIB, 20 * MIB, 3 * MIB), Use(40 * MIB, 0, 5 * MIB))
     assert host.ask(["-ot", "exps=CPU"], extra_args=["-ot", "exps=CPU"]) == said, "the estimator knows it"
+
+
+@pytest.mark.parametrize(("more_mib", "replaced"), [(0, True), (1, False), (-1, False)])
+@pytest.mark.parametrize("place", ["gpu", "cpu"])
+def test_logits_that_the_server_does_not_reserve_are_taken_out_where_the_header_agrees(
+    host: Asked, more_mib: int, replaced: bool, place: str
+) -> None:
+    """What a card says otherwise, nobody has worked out: it is shown as it was said."""
+    model = host.known["m"] = host.known["qwen3moe"]
+    settings = Settings.of(config(600, {}).llama_presets["p"].model_dump())
+    most = estimate(model, replace(settings, outputs=settings.batch), CUDA)
+    least = estimate(model, settings, CUDA)
+    mib = {"gpu": most.gpu.compute // MIB, "cpu": most.cpu.compute // MIB}
+    mib[place] += more_mib
+    host.said = f"CUDA0 100 20 {mib['gpu']}\nHost 40 0 {mib['cpu']}\n"
+    told = host.ask()
+    said = Estimate(Use(100 * MIB, 20 * MIB, mib["gpu"] * MIB), Use(40 * MIB, 0, mib["cpu"] * MIB))
+    served = Estimate(
+        replace(said.gpu, compute=least.gpu.compute), replace(said.cpu, compute=least.cpu.compute)
+    )
+    assert told == (served if replaced else said) and served != said
 
 
 def test_to_what_the_estimator_says_comes_the_draft_of_which_it_knows_nothing(host: Asked) -> None:

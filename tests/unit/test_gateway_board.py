@@ -967,6 +967,17 @@ def test_a_measurement_is_over_after_half_of_the_hold_timeout() -> None:
     run(body)
 
 
+def test_a_measurement_lasts_no_longer_than_half_of_the_hold_timeout() -> None:
+    async def body() -> None:
+        async with running(FakeBox(), hold_timeout=600.0) as board:
+            lease = await turn(board.ask(None, "m", slot=True, alone=True))
+            assert lease.deadline
+            assert lease.deadline.when() - asyncio.get_running_loop().time() == pytest.approx(300.0, abs=5.0)
+            board.release(lease)
+
+    run(body)
+
+
 def test_a_measurement_that_gets_no_turn_lets_the_others_go() -> None:
     async def body() -> None:
         async with running(FakeBox("c"), hold_timeout=0.1) as board:

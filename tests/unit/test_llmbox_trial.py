@@ -97,6 +97,12 @@ def running(box: Box) -> list[str]:
     return (box.proc / str(box.pid) / "cmdline").read_text().rstrip("\0").split("\0")
 
 
+def test_its_drop_in_is_read_after_every_one_of_a_person() -> None:
+    """systemd takes them by name: an ExecStart= of a person's would run under the trial's name."""
+    own = ["99-own.conf", "local.conf", "override.conf", "z.conf"]
+    assert sorted([*own, DROP_IN])[-1] == DROP_IN
+
+
 def test_the_unit_runs_exactly_the_command_that_was_asked_for() -> None:
     text = drop_in(["/bin/x", "100%", "a b", "$HOME", ""])
     assert text.endswith('[Service]\nExecStart=\nExecStart=/bin/x 100%% "a b" "$$HOME" ""\n')

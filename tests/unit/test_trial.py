@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import llmbox.trial
 import pytest
 
+from scripts import _trial
 from scripts._ask_host import Unreachable
 from scripts._measure import NotMeasured
 from scripts._trial import Serving, TrialFailed, last_words, trial
@@ -29,7 +32,8 @@ def box(tmp_path: Path) -> Any:
         program.write_text(
             f'#!/bin/sh\necho "$@" > {tmp_path}/argv\n'
             'ask() { line=""; while [ -z "$line" ]; do read -r line || return 1; '
-            f'[ -z "$line" ] || echo "$line" >> {tmp_path}/asked; done; }}\n'
+            f'if [ -z "$line" ]; then echo >> {tmp_path}/signs; else echo "$line" >> {tmp_path}/asked; fi; '
+            "done; }\n"
             f"{says}{f'echo {last!r} >&2; exit 1' if last else f'ask; echo ended > {tmp_path}/ended'}\n"
         )
         program.chmod(0o755)
@@ -56,6 +60,19 @@ def test_a_trial_is_asked_for_as_the_presets_user_and_ends_with_the_body(box: An
     assert "box -- sudo -n -u llm /opt/llmbox/bin/python -I -m llmbox.trial coder" in argv
     asked = [json.loads(line) for line in (tmp_path / "asked").read_text().splitlines()]
     assert asked == [{}, {"command": ["/x", "a b"]}, {}]
+
+
+def test_while_a_run_lasts_the_box_hears_that_somebody_is_there(
+    box: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the box ends the trial under a measurement that takes longer than its patience."""
+    assert 3 * _trial.SIGN_OF_LIFE_S < llmbox.trial.SILENCE_S
+    monkeypatch.setattr(_trial, "SIGN_OF_LIFE_S", 0.01)
+    with trial(box(FINE), "coder"):
+        deadline = time.monotonic() + 10
+        while not (tmp_path / "signs").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / "signs").exists()
 
 
 def test_it_ends_when_the_body_fails(box: Any, tmp_path: Path) -> None:
