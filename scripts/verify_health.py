@@ -223,7 +223,7 @@ def machine_checks(
         checks.append(equal("nvidia_uvm", seen["uvm"], True, f"/dev/nvidia-uvm is missing; {fix}"))
         if declared["suspend"]:
             checks.append(equal("nvidia_suspend", seen["suspend"], "1", NOT_IN_EFFECT))
-    if declared["power"] and seen["links"]:
+    if declared["power"] and seen["links"] and not lost:
         checks.append(power_check(declared["power"], seen["power_limits"]))
     if declared["wake"]:
         on = seen["wake_on"] or ""

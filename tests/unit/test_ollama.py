@@ -225,9 +225,12 @@ def test_ours_goes_and_leaves_a_program_of_another(tmp_path: Path) -> None:
     assert template.startswith("{{ _ollama_mark }}") and read("vars/main.yml")["_ollama_mark"] == MARK
     box.unit.write_text(f"{MARK} Put local changes elsewhere.\n[Unit]\n")
     box.link.write_text("another's program")
+    (box.root / "releases/abc").mkdir(parents=True)
+    (box.root / "theirs").touch()  # ollama_root may be a folder that others use
     assert box.play().changed > 0
     assert box.asked_to() == {"stop ollama.service", "disable ollama.service"}
-    assert not box.unit.exists() and not box.root.exists() and box.link.read_text() == "another's program"
+    assert not box.unit.exists() and box.link.read_text() == "another's program"
+    assert [path.name for path in box.root.iterdir()] == ["theirs"]
     assert box.play().changed == 0
 
     box.unit.write_text(f"{MARK}\n")

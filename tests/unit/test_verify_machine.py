@@ -73,7 +73,11 @@ def test_a_machine_that_is_as_asked_is_well() -> None:
             "cannot be read",
         ),
         (
-            {"links": [{"device": "0000:01:00.0", "link": None, "gone": True}], "driver": ""},
+            {
+                "links": [{"device": "0000:01:00.0", "link": None, "gone": True}],
+                "driver": "",
+                "power_limits": None,
+            },
             "nvidia_card",
             "gone from the PCI bus",
         ),
