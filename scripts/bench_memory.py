@@ -3,9 +3,10 @@
 
     scripts/bench_memory.py --binaries DIR --models DIR [--output DIR]
 
-DIR holds llama-server, llama-fit-params and ggml-rpc-server of one CPU build (cmake -DGGML_RPC=ON). Measured
-are tiny models with random weights of every architecture that the header predictor knows, every *.gguf of
---models, and splits between two devices, the second of which is an RPC server. Writes memory.md.
+The first DIR holds llama-server, llama-fit-params and ggml-rpc-server of one CPU build (cmake -DGGML_RPC=ON).
+Measured are tiny models with random weights of every architecture that the header predictor knows, every
+*.gguf of --models, real ones (the lab's lie in ~/.cache/llmbox/sources/models), and splits between two
+devices, the second of which is an RPC server. Writes memory.md.
 Exit codes: 0 every figure is within the bar, 1 one is not, 2 could not measure (one line says why).
 """
 
@@ -199,9 +200,12 @@ def version_of(binary: Path) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns its exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="exit codes: 0 every figure is within the bar, 1 one is not, 2 could not measure",
+    )
     parser.add_argument("--binaries", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--models", type=Path, required=True, metavar="DIR", help="of real *.gguf files")
+    parser.add_argument("--models", type=Path, required=True, metavar="DIR", help="real ones, *.gguf")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), metavar="DIR")
     arguments = parser.parse_args(argv)
     figures: list[Figure] = []
@@ -214,12 +218,8 @@ def main(argv: Sequence[str]) -> int:
             )
             return 2
     real = sorted(arguments.models.glob("*.gguf"))
-    if not real:
-        print(
-            f"bench_memory: --models {arguments.models}: no *.gguf there; fix: `make lab` brings two, in"
-            " sources/models of its cache",
-            file=sys.stderr,
-        )
+    if not real:  # or the page would lose them without a word
+        print(f"bench_memory: --models {arguments.models}: no *.gguf there; fix: make lab", file=sys.stderr)
         return 2
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -354,7 +354,10 @@ def measure(bench: Bench, slower: str) -> tuple[list[Outcome], list[WayBack]]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="exit codes: 0 written, 2 could not measure",
+    )
     parser.add_argument("--inventory", default="inventory/lab", metavar="DIR")
     parser.add_argument(
         "--slower", default=SLOWER, metavar="OPTION=VALUE[,…]", help=f"make a slow release (default {SLOWER})"
