@@ -1812,6 +1812,25 @@ CASES = (
         "take it out",
         "all",
     ),
+    *(
+        Case(
+            f"gpu-kernel-parameter-{word.partition('=')[0]}",
+            role("gpu_host_kernel_parameters", ["pcie_aspm=off", word]),
+            "gpu_host_kernel_parameters.1",
+            "decides over what boots",
+            "take it out",
+            "all",
+        )
+        for word in ("systemd.unit=emergency.target", "systemd.mask=ssh.service", "single")
+    ),
+    Case(
+        "power-wake-address",
+        role("power_wake_addresses", ["192.168.1.256"]),
+        "power_wake_addresses.0",
+        "must be an address, IPv4 or IPv6",
+        "192.168.1.20",
+        "all",
+    ),
     Case(
         "gpu-kernel-parameter-twice",
         role("gpu_host_kernel_parameters", ["pcie_aspm=off", "pcie_aspm=off"]),

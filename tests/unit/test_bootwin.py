@@ -117,6 +117,12 @@ def test_it_sets_boot_next_and_restarts(world: World, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.startswith(f'restarting into Boot0001 "{LABEL}"')
 
 
+def test_a_boot_next_without_a_number_is_none(world: World) -> None:
+    """As a firmware leaves it that empties the variable instead of removing it."""
+    world.put("BootNext", b"\7\0\0\0")
+    assert world.run() == 0
+
+
 def test_a_dry_run_calls_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     before = world.variables()
     assert world.run("--dry-run") == 0

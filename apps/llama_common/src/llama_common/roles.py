@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from types import GenericAlias
 from typing import Annotated, Any, Final, Literal
 
@@ -129,7 +130,16 @@ MemoryMax = Annotated[
     ),
 ]
 
-IpAddress = Annotated[str, Text(r"[0-9A-Fa-f:.]+", "an address, IPv4 or IPv6", "write it like 192.168.1.20")]
+
+def _ip_address(value: str) -> str:
+    try:
+        ip_address(value)
+    except ValueError:
+        raise refuse("must be an address, IPv4 or IPv6", "write it like 192.168.1.20") from None
+    return value
+
+
+IpAddress = Annotated[str, Checked(_ip_address, "^[0-9A-Fa-f:.]+$")]
 StateFolder = Annotated[
     str,
     Text(r"/var/lib/[a-z0-9_-]+", "a folder of /var/lib, which systemd makes", "write it like /var/lib/ocr"),
@@ -184,7 +194,11 @@ InterfaceName = Annotated[
     str, Text(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,14})?", "the name of a network card", "write it like eno1")
 ]
 # What decides over what boots is the boot loader's; a slip there takes a trip to the keyboard.
-BOOT_PARAMETERS: Final = ("root", "init", "rdinit", "initrd", "ro", "rw", "rootflags", "rootfstype")
+BOOT_PARAMETERS: Final = (
+    *("root", "init", "rdinit", "initrd", "ro", "rw", "rootflags", "rootfstype", "rd.break"),
+    # A machine without SSH.
+    *("systemd.unit", "rd.systemd.unit", "systemd.mask", "single", "emergency", "rescue", "S", "s", "1"),
+)
 
 
 def _kernel_parameter(value: str) -> str:

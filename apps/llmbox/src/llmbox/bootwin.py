@@ -190,8 +190,9 @@ def prepare(machine: Machine, label: str, free_mib: int) -> tuple[Entry, dict[st
     """The entry for Windows and the firmware's variables. Raises LlmboxError where Windows cannot start."""
     variables = read_variables(machine.variables)
     entry = choose(variables, label, machine)
-    if "BootNext" in variables and struct.unpack("<H", variables["BootNext"][4:])[0] != entry.number:
-        (number,) = struct.unpack("<H", variables["BootNext"][4:])
+    waiting = variables.get("BootNext", b"")[4:]
+    if waiting and waiting != struct.pack("<H", entry.number):
+        number = int.from_bytes(waiting[:2], "little")
         raise LlmboxError(
             f"something else is to start next (BootNext = {number:04X}, a firmware update, say); "
             "fix: restart first, or sudo efibootmgr --delete-bootnext"
