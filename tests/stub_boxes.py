@@ -1,13 +1,15 @@
 """Gateways of LLM boxes, played: both protocols, and answers that the last message asks for. No model is in.
 
 `leak`, `empty`, `unparsed`, `call`, `malformed`: what the word says, the first time only with `once`; `slow`:
-a stream whose words come apart; `die`: the connection breaks in the middle; `refuse`: 503. Anything else is
-answered with words, and everything is by a box called `cloud`.
+a stream whose words come apart; `think`: THINK_S before the first one; `die`: the connection breaks in the
+middle; `refuse`: 503. Anything else is answered with words, and everything is by a box called `cloud`.
 """
 
 from __future__ import annotations
 
 import json
+import select
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 PAUSE_S = 0.05
+THINK_S = 10.0
 _lock, _said = threading.Lock(), set[str]()
 
 
@@ -28,6 +31,7 @@ class StubBox:
     url: str
     preset: str
     asked: list[dict[str, Any]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)  # what somebody asked for and did not wait for
     place: ThreadingHTTPServer | None = None
 
     def die(self) -> None:
@@ -93,6 +97,10 @@ class _Handler(BaseHTTPRequestHandler):
             words, arguments = "", '{"file_path": '
         elif "call" in asked:
             words, arguments = "", '{"file_path": "a"}'
+        if "think" in asked and self._left():
+            box.left.append(asked)
+            self.close_connection = True
+            return
         if "refuse" in asked:
             self._json({"error": {"message": "not ready", "type": "server_error"}}, 503)
             return
@@ -117,6 +125,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not messages:
             self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
+
+    def _left(self) -> bool:
+        """Read a long prompt; whether the other side has gone meanwhile."""
+        gone, _, _ = select.select([self.connection], [], [], THINK_S)
+        return bool(gone) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def _json(self, content: dict[str, Any], status: int = 200) -> None:
         body = json.dumps(content).encode()

@@ -90,13 +90,14 @@ class Router:
         path: str = PATHS[0],
         key: str = "me",
         headers: Mapping[str, str] | None = None,
+        timeout: float = 60,
         **more: Any,
     ) -> httpx.Response:
         """One request with tools."""
         body = {"model": "coder", "max_tokens": 50, "messages": [{"role": "user", "content": text}]}
         body |= {"tools": TOOLS[path], **more}
         shown = {"x-api-key": key, **(headers or {})}
-        return httpx.post(f"{self.url}{path}", json=body, headers=shown, timeout=60, trust_env=False)
+        return httpx.post(f"{self.url}{path}", json=body, headers=shown, timeout=timeout, trust_env=False)
 
     def lines(self, name: str = "requests.jsonl") -> list[dict[str, Any]]:
         """A log."""
@@ -240,6 +241,32 @@ def test_a_conversation_stays_with_the_box_that_has_its_prompt(router: Router) -
                 said.append({"role": "assistant", "content": "hello"})
             asked = [len(box.asked) - had for box, had in zip((router.one, router.two), before, strict=True)]
             assert sorted(asked) == [0, 5], (path, talk, asked)
+
+
+def test_a_client_that_leaves_while_a_box_reads_its_prompt_keeps_none_busy(router: Router) -> None:
+    """Esc in the long part of a turn: the box is told, asked no second time, and has the next turn."""
+    boxes = (router.one, router.two)
+    for path in PATHS:
+        for stream in (False, True):
+            before = [len(box.asked) for box in boxes]
+            said = [{"role": "user", "content": f"hi {path} {stream}"}]
+            assert router.ask("", path, messages=said, stream=stream).status_code == 200
+            (box,) = [box for box, had in zip(boxes, before, strict=True) if len(box.asked) > had]
+            more = [*said, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "think"}]
+            with pytest.raises(httpx.ReadTimeout):
+                router.ask("", path, messages=more, stream=stream, timeout=1)
+            deadline = time.monotonic() + GONE_S
+            while not box.left or router.lines()[-1]["status"] != 499:
+                assert time.monotonic() < deadline, (path, stream, box.left, router.lines()[-1])
+                time.sleep(0.05)
+            box.left.clear()
+            assert router.ask("", path, messages=[*said, *said], stream=stream).status_code == 200
+            now = [len(one.asked) - had for one, had in zip(boxes, before, strict=True)]
+            assert sorted(now) == [0, 3] and len(box.asked) - before[boxes.index(box)] == 3, (
+                path,
+                stream,
+                now,
+            )
 
 
 def test_local_claude_knows_what_the_router_knows(router: Router) -> None:

@@ -198,6 +198,17 @@ def test_a_server_without_anthropic_s_api_gets_litellm(world: Path, monkeypatch:
     assert "--strict-mcp-config" in became.command, "there is no room for the person's tools either"
 
 
+def test_a_server_is_asked_once_whatever_it_serves() -> None:
+    """A router's list has a model for each preset that a box serves."""
+    models = [
+        {"id": name, "owned_by": "llmbox", "context": 65536, "state": "active"} for name in ("coder", "chat")
+    ]
+    with ScriptedLlm({**scripted_llm.gateway(), "/v1/models": scripted_llm.models(*models)}) as server:
+        found = servers.identify(Server("http", "127.0.0.1", server.port))
+        assert [path for _, path, _ in server.asked] == ["/v1/models", "/props"]
+    assert all(model.ready for model in found.models)
+
+
 def test_litellm_is_installed_as_the_router_has_it() -> None:
     pinned = (ROOT / "apps/llm_router/requirements.lock").read_text()
     names = set(re.findall(r"^([a-z0-9-]+)==", pinned, re.MULTILINE))

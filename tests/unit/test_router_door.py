@@ -29,7 +29,8 @@ def sent(
         inside.append(scope)
 
     async def receive() -> dict[str, Any]:
-        return {}
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         answered.append(message)
@@ -40,8 +41,12 @@ def sent(
         {"version": 1, "keys": keys, "models": models, "boxes": boxes, "state_dir": str(folder)}
     )
     watch = Watch(settings.boxes, 5)
-    watch.states = {"gone": State(alive=False, preset="chat"), "one": State(preset="coder")}
-    door = Door(inner, settings, watch)
+    watch.states = {
+        "gone": State(alive=False, preset="chat"),
+        "idle": State(),
+        **dict.fromkeys(("two", "one", "more"), State(preset="coder")),
+    }
+    door = Door(inner, settings, watch, lambda _: None)
     asyncio.run(door({"headers": [], "path": "/", **scope}, receive, send))
     return inside[0] if inside else {}, answered
 
@@ -65,7 +70,9 @@ def test_no_header_steers_litellm(tmp_path: Path) -> None:
         tmp_path,
         {"type": "http", "path": "/v1/messages", "headers": [*kept, *((name, b"1") for name in steering)]},
     )
+    name = inside["headers"].pop()
     assert inside["headers"] == kept
+    assert name[0] == b"x-litellm-call-id" and len(name[1]) == 32, "the router's own, another one each time"
 
 
 @pytest.mark.parametrize(
@@ -117,12 +124,82 @@ def test_models_come_with_their_context_and_whether_a_box_serves_them(tmp_path: 
 
 
 def test_the_builds_of_the_boxes_are_asked_of_their_gateways(tmp_path: Path) -> None:
-    """local-claude keeps the results of its checks by them."""
+    """local-claude keeps the results of its checks by them, and does not wait for a box that is asleep."""
+    played = {"two": "two", "one": "one", "more": "two", "gone": "gone", "idle": "idle", "unknown": "unknown"}
     with ExitStack() as stack:
-        urls = [stack.enter_context(stub_box(name)).url for name in ("two", "one", "two")]
-        urls.append("http://127.0.0.1:9")  # nothing listens there
-        boxes = [{"name": f"box{number}", "url": url} for number, url in enumerate(urls)]
+        boxes = [
+            {"name": name, "url": stack.enter_context(stub_box(build)).url} for name, build in played.items()
+        ]
         assert told(tmp_path, "/props", boxes) == {"build_info": "b1-one, b1-two"}
+
+
+@pytest.mark.parametrize("leaves", ["while it waits", "in the middle", "when it has all", "never"])
+def test_nobody_works_for_a_client_that_is_gone(leaves: str, tmp_path: Path) -> None:
+    """A box would read a prompt of 30,000 tokens for nobody, and the next turn go to another one."""
+    told: list[str] = []
+    ended: list[str] = []
+    named: list[bytes] = []
+    gone = asyncio.Event()
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.request", "body": b"}"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop(0)
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        if leaves == "in the middle":
+            gone.set()
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        named.append(dict(scope["headers"])[b"x-litellm-call-id"])
+        body = b""
+        while (message := await receive()).get("more_body"):
+            body += message["body"]
+        assert body + message["body"] == b"{}"
+        try:
+            if leaves == "while it waits":
+                gone.set()
+                await asyncio.sleep(60)
+            await send({"type": "http.response.start", "status": 200})
+            if leaves == "in the middle":
+                await asyncio.sleep(60)
+            await send({"type": "http.response.body", "body": b"x"})
+            if leaves == "when it has all":
+                gone.set()
+            await asyncio.sleep(0.05)  # what LiteLLM does after an answer
+            ended.append("whole")
+        except asyncio.CancelledError:
+            ended.append("broken off")
+            raise
+
+    settings = Settings.model_validate({"version": 1, "state_dir": str(tmp_path)})
+    door = Door(inner, settings, Watch([], 5), told.append)
+    scope = {"type": "http", "path": "/v1/messages", "headers": []}
+    asyncio.run(asyncio.wait_for(door(scope, receive, send), 10))
+    left = leaves in ("while it waits", "in the middle")
+    assert ended == ["broken off" if left else "whole"]
+    assert told == ([named[0].decode()] if left else [])
+
+
+def test_an_error_of_litellm_s_is_still_one(tmp_path: Path) -> None:
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("no")
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        return {}
+
+    async def send(_: Any) -> None: ...
+
+    settings = Settings.model_validate({"version": 1, "state_dir": str(tmp_path)})
+    door = Door(inner, settings, Watch([], 5), print)
+    with pytest.raises(RuntimeError, match="no"):
+        asyncio.run(door({"type": "http", "path": "/v1/messages", "headers": []}, receive, send))
 
 
 def test_health_is_for_everybody(tmp_path: Path) -> None:

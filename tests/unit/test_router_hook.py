@@ -295,6 +295,17 @@ def test_a_client_that_leaves_while_an_answer_is_held_has_used_it(leaves: str, w
     assert (line["output_tokens"], line["estimated"]) == ((1, True) if leaves == "closed" else (0, False))
 
 
+def test_a_client_that_leaves_before_an_answer_has_its_line_and_keeps_no_box_busy(world: Any) -> None:
+    data = begin(world, tools=TOOLS)
+    asyncio.run(world.hook.async_pre_call_deployment_hook({**data, "model_info": {"box": "one"}}, None))
+    for _ in range(2):
+        world.hook.left("id-1")
+    (line,) = lines(world)
+    assert (line["status"], line["error"], line["box"]) == (499, "the client went away", "one")
+    one, two = ({"model_info": {"box": name}} for name in ("one", "two"))
+    assert asyncio.run(world.hook.async_filter_deployments("coder", [one, two], None, begin(world))) == [one]
+
+
 def test_who_always_leaves_before_the_end_uses_up_a_budget_too(world: Any) -> None:
     """Servers tell what an answer took with its last event, which such a client never waits for."""
 

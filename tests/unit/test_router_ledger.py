@@ -110,7 +110,7 @@ def test_the_door_knows_the_paths_of_clients_only(tmp_path: Path) -> None:
         await send({"type": "http.response.body", "body": b"inner"})
 
     made = settings(tmp_path, models=[{"name": "coder", "context": 4096}])
-    door = Door(inner, made, Watch(made.boxes, 5))
+    door = Door(inner, made, Watch(made.boxes, 5), print)
     for path in (
         "/ui",
         "/key/generate",

@@ -60,6 +60,14 @@ class Watch:
         serving = [one for one in living if self._state(one).preset == model]
         return serving or living or list(deployments)
 
+    async def builds(self) -> list[str]:
+        """The builds of llama.cpp that serve right now, each once. Asking starts nothing."""
+        states = [(box, self.states.get(box.name, State())) for box in self._boxes]
+        serving = [box for box, state in states if state.alive and state.preset]
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
+            found = await asyncio.gather(*(_build(client, box) for box in serving))
+        return sorted({build for build in found if build})
+
     def serves(self, model: str) -> bool:
         """Whether a box that lives serves it right now."""
         return any(state.alive and state.preset == model for state in self.states.values())
@@ -67,13 +75,6 @@ class Watch:
     def _state(self, deployment: Mapping[str, Any]) -> State:
         info = deployment.get("model_info") or {}
         return self.states.get(str(info.get("box")), State())
-
-
-async def builds(boxes: Sequence[Box]) -> list[str]:
-    """The builds of llama.cpp that serve right now, each once. Asking starts nothing."""
-    async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
-        found = await asyncio.gather(*(_build(client, box) for box in boxes))
-    return sorted({build for build in found if build})
 
 
 async def _build(client: httpx.AsyncClient, box: Box) -> str:

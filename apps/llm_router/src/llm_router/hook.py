@@ -51,6 +51,7 @@ FIELDS = frozenset(
         *("logprobs", "top_logprobs", "logit_bias", "reasoning_effort", "context_management"),
     }
 )
+CLIENT_LEFT = "the client went away"
 OPEN_REQUESTS = 10_000
 CONVERSATIONS = 10_000  # of which the box is known that read them last
 
@@ -275,7 +276,7 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
             async for chunk in guarded(response, again, opened.body, opened.verdict, bounds):
                 yield chunk
         except (GeneratorExit, asyncio.CancelledError):
-            error, status = "the client went away", 499
+            error, status = CLIENT_LEFT, 499
             raise
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
@@ -291,6 +292,11 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         if opened is not None:
             status = getattr(original_exception, "status_code", None) or 500
             self._finish(request_data, opened, str(original_exception), int(status))
+
+    def left(self, request: str) -> None:
+        """Nobody waits for this request any more; where its answer had begun that is known already."""
+        if opened := self._open.get(request):
+            self._finish({"litellm_call_id": request}, opened, CLIENT_LEFT, 499)
 
     def _again(self, data: Mapping[str, Any], opened: Open) -> list[Ask]:
         """How else the request can be answered: by the boxes once more, then by the cloud model."""

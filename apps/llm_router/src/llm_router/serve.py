@@ -9,6 +9,7 @@ LiteLLM answers hundreds of paths (administration, pages, logins). Only those of
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import secrets
@@ -17,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMappi
 from pathlib import Path
 from typing import Any
 
-from llm_router.health import Watch, builds
+from llm_router.health import Watch
 from llm_router.ledger import Ledger, Refused, Settings
 
 Scope = MutableMapping[str, Any]
@@ -27,6 +28,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SETTINGS = "LLM_ROUTER_SETTINGS"
 COUNT = "/v1/messages/count_tokens"
+CALL_ID = b"x-litellm-call-id"
 MODELS, PROPERTIES = frozenset({"/v1/models", "/models"}), "/props"
 PATHS = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/messages", COUNT})
 # LiteLLM fetches price lists, news and templates at its start otherwise.
@@ -42,10 +44,16 @@ QUIET = {
 
 
 class Door:
-    """Passes on the paths of clients, answers a few as a gateway does, and knows no other."""
+    """Passes on the paths of clients, answers a few as a gateway does, and knows no other.
 
-    def __init__(self, inner: Application, settings: Settings, watch: Watch) -> None:
+    `left` is told the name of a request whose client went away before its answer was whole.
+    """
+
+    def __init__(
+        self, inner: Application, settings: Settings, watch: Watch, left: Callable[[str], None]
+    ) -> None:
         self._inner = inner
+        self._left = left
         self._settings = settings
         self._watch = watch
         self._ledger = Ledger(settings)
@@ -56,7 +64,7 @@ class Door:
             self._watch.begin()
             await self._inner(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] in PATHS:
-            await self._inner({**scope, "headers": _for_litellm(scope["headers"])}, receive, send)
+            await self._pass_on(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] == "/health":
             await _answer(send, 200, b'{"status": "ok"}')
         elif scope["type"] == "http" and scope["path"] in (*MODELS, PROPERTIES):
@@ -65,6 +73,38 @@ class Door:
             await _answer(send, 404, b'{"error": {"message": "no such path on this router"}}')
         else:
             await send({"type": "websocket.close", "code": 1008})
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have LiteLLM answer, as long as somebody waits for it: else a box would read a long prompt for
+        nobody, and count as busy. LiteLLM itself looks whether the client is there when it sends something.
+        """
+        name = secrets.token_hex(16)
+        headers = [*_for_litellm(scope["headers"]), (CALL_ID, name.encode())]
+        messages: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue(1)
+        whole = False
+
+        async def listen() -> None:
+            while (message := await receive())["type"] != "http.disconnect":
+                await messages.put(message)
+
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            nonlocal whole
+            whole |= message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
+        answering = asyncio.ensure_future(self._inner({**scope, "headers": headers}, messages.get, answer))
+        listening = asyncio.ensure_future(listen())
+        try:
+            await asyncio.wait((answering, listening), return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done() and not whole:
+                answering.cancel()
+                await asyncio.wait((answering,))  # however it ends: there is nobody to tell
+                self._left(name)
+            else:
+                await answering
+        finally:
+            answering.cancel()
+            listening.cancel()
 
     async def _tell(self, scope: Scope, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -90,7 +130,7 @@ class Door:
         return {"object": "list", "data": models}
 
     async def _properties(self) -> dict[str, Any]:
-        return {"build_info": ", ".join(await builds(self._settings.boxes))}
+        return {"build_info": ", ".join(await self._watch.builds())}
 
 
 def shown_key(headers: Mapping[str, str]) -> str:
@@ -105,7 +145,7 @@ def shown_key(headers: Mapping[str, str]) -> str:
 def _for_litellm(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """What a client's headers may tell LiteLLM: none of those that steer it.
 
-    By x-litellm-call-id the hook knows a request, so a client that chose it could take another one's place.
+    By CALL_ID the hook knows a request, so a client that chose it could take another one's place.
     """
     return [(name, value) for name, value in headers if b"litellm" not in name.lower()]
 
@@ -143,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from llm_router.hook import router_hook  # the same that LiteLLM finds by its name
 
     uvicorn.run(
-        Door(app, settings, router_hook.watch),
+        Door(app, settings, router_hook.watch, router_hook.left),
         host=host.strip("[]"),
         port=int(port),
         log_level="warning",

@@ -241,12 +241,13 @@ def _properties(server: Server) -> tuple[str, int | None]:
 
 def _gateway(server: Server, listed: list[dict[str, Any]]) -> Found:
     models = []
-    version = ""
+    active = any(entry.get("state") == "active" for entry in listed)
+    # The server itself knows what it really has; asking it starts nothing.
+    version, real = _properties(server) if active else ("", None)
     for name, entry in _named(listed):
         context = _number(entry.get("context"))
         ready = entry.get("state") == "active"
-        if ready:  # the server itself knows what it really has; asking it starts nothing
-            version, real = _properties(server)
+        if ready:
             context = min(filter(None, (context, real)), default=None)
         aliases = entry.get("aliases")
         names = tuple(_text(alias) for alias in aliases) if isinstance(aliases, list) else ()
