@@ -119,6 +119,34 @@ def test_our_own_run_has_the_first_test_as_it_was() -> None:
         assert (place.work / CONTRACT).read_text() == CONTRACT_TEXT
 
 
+@pytest.mark.parametrize("own", ["a fixture", "settings of pytest", "no more"])
+def test_a_build_that_the_model_made_up_is_none(own: str) -> None:
+    """The fixture is nowhere to be seen: to write one is the most natural wrong answer."""
+    made_up = MAIN.replace('{"status": "ok"}', '{"status": "ok", "build": "1.0.0"}')
+    with throw_away() as place:
+        right = made_up.replace("1.0.0", (place.witness / "build.txt").read_text().strip())
+        (place.work / "main.py").write_text(right if own == "no more" else made_up)
+        shadow = 'import pytest\n\n@pytest.fixture\ndef expected_build():\n    return "1.0.0"\n'
+        (place.work / "conftest.py").write_text(shadow if own == "a fixture" else "")
+        if own == "settings of pytest":
+            (place.work / "pytest.ini").write_text("[pytest]\naddopts = --deselect test_contract.py\n")
+            (place.work / "test_own.py").write_text("def test_nothing():\n    pass\n")
+        run = final(place, "http://127.0.0.1:9")
+        assert run is not None and run.exit == (0 if own == "no more" else 1), run
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_lies_in_the_first_test_s_place_makes_way(kind: str) -> None:
+    with throw_away() as place:
+        contract, other = place.work / CONTRACT, place.work / "main.py"
+        contract.unlink()
+        other.write_text(MAIN)
+        contract.mkdir() if kind == "folder" else contract.symlink_to(other)
+        run = final(place, "http://127.0.0.1:9")
+        assert run is not None and (run.exit, run.failed) == (1, 1)
+        assert other.read_text() == MAIN and contract.read_text() == CONTRACT_TEXT
+
+
 def test_a_failure_must_come_before_its_patch() -> None:
     good = recordings()["good"]
     passed = tuple(replace(run, exit=0, failed=0) for run in good.runs)
