@@ -331,6 +331,24 @@ def test_a_claude_that_is_local_claude_itself(
     assert refused(capsys, "--", "-v")[0] == 127
 
 
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_script_called_claude_that_starts_local_claude(behind: bool, world: Path) -> None:
+    """The usual way to have defaults; it must not go round for ever."""
+    (world / "real").mkdir()
+    (world / "bin/claude").rename(world / "real/claude")
+    (world / "real/claude").write_text("#!/bin/sh\nexit 7\n")
+    with ScriptedLlm(Good()) as server:
+        script = f'#!/bin/sh\nexec {sys.executable} -m local_claude.cli --port {server.port} "$@"\n'
+        (world / "bin/claude").write_text(script)
+        (world / "bin/claude").chmod(0o755)
+        after = ":$HOME/real" if behind else ""
+        done = typed(world, f"PATH=$PATH{after};", server.port, "-p x")
+    if behind:
+        assert done.returncode == 7, done.stderr
+    else:
+        assert done.returncode == 127 and "npm install" in done.stderr.splitlines()[-1], done.stderr
+
+
 @pytest.mark.parametrize("way", ["itself", "a link", "inside"])
 def test_the_user_s_own_folder_is_refused(
     way: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -598,5 +616,5 @@ def test_every_code_is_documented() -> None:
 def test_every_variable_is_in_the_help() -> None:
     sources = (ROOT / "apps/local_claude/src").rglob("*.py")
     read = {name for path in sources for name in re.findall(r'"(LOCAL_CLAUDE_[A-Z_]+)"', path.read_text())}
-    read -= {"LOCAL_CLAUDE_PROXY_KEY", "LOCAL_CLAUDE_UPSTREAM_KEY"}  # from one process of ours to another
+    read -= {"LOCAL_CLAUDE_PROXY_KEY", "LOCAL_CLAUDE_UPSTREAM_KEY", "LOCAL_CLAUDE_STARTED"}  # for ourselves
     assert read == set(re.findall(r"^  (LOCAL_CLAUDE_[A-Z_]+) ", options.usage(), re.MULTILINE))

@@ -475,7 +475,14 @@ def test_what_is_kept_of_requests_and_conversations_is_bounded(
         data = {**request(messages=turn(str(number), 0, False)), "litellm_call_id": str(number)}
         asyncio.run(world.hook.async_pre_call_hook(who, None, data, "completion"))
         asyncio.run(world.hook.async_pre_call_deployment_hook({**data, "model_info": {"box": "one"}}, None))
-    assert list(world.hook._open) == ["6", "7", "8"] and len(world.hook._last) == 3
+        assert number == 0 or "two" in world.hook._last.values(), "the oldest, but the one that is in use"
+        use = {**request(messages=turn("0", 0, False)), "litellm_call_id": "in use"}
+        asyncio.run(world.hook.async_pre_call_hook(who, None, use, "completion"))
+        asyncio.run(world.hook.async_pre_call_deployment_hook({**use, "model_info": {"box": "two"}}, None))
+    assert len(world.hook._open) == len(world.hook._last) == 3
+    body = {"messages": turn("0", 0, False)}
+    names = {world.module.conversation_of(key, model, body) for key in ("a", "b") for model in ("c", "d")}
+    assert len(names) == 4, "another model's cache has nothing of it"
 
 
 @pytest.mark.parametrize(

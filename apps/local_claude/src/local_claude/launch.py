@@ -19,6 +19,7 @@ CHAT_ONLY = ("--bare", "--tools", "", "--strict-mcp-config")
 # Keeps what differs between directories out of the head of the prompt: the cache holds it for all of them.
 SHARED_PROMPT = "--exclude-dynamic-system-prompt-sections"
 HELP_TIMEOUT_S = 20
+STARTED = "LOCAL_CLAUDE_STARTED"  # for itself: its number, and what it has become until now
 PLACES = (
     "~/.local/bin/claude",
     "~/.claude/local/claude",
@@ -43,7 +44,8 @@ class Launch(NamedTuple):
         sys.stderr.flush()
         program = self.command[0]
         try:
-            os.execve(program, self.command, {**os.environ, **self.variables})  # noqa: S606 - no shell is wanted
+            mark = {STARTED: os.pathsep.join((str(os.getpid()), *_started(), program))}
+            os.execve(program, self.command, {**os.environ, **self.variables, **mark})  # noqa: S606 - no shell is wanted
         except OSError as error:
             if error.errno == errno.E2BIG:
                 raise LocalClaudeError(
@@ -77,10 +79,16 @@ def find_claude(path: str | None = None) -> Path:
     usual = (str(place) for place in places if os.access(place, os.X_OK))
     why = "claude is not on PATH"
     for found in filter(None, (*on_path, *usual)):
-        if not _is_this_program(found):
+        if not _is_this_program(found) and found not in _started():
             return Path(found)
         why = f"{found} is local-claude itself, and claude is nowhere else on PATH"
     raise LocalClaudeError(EXIT_NO_CLAUDE, why, "type: npm install -g @anthropic-ai/claude-code")
+
+
+def _started() -> list[str]:
+    """What this very process was before: a script called claude that starts this with its defaults."""
+    pid, *programs = os.environ.get(STARTED, "").split(os.pathsep)
+    return programs if pid == str(os.getpid()) else []
 
 
 def _is_this_program(found: str) -> bool:
