@@ -1006,6 +1006,56 @@ def test_no_request_switches_while_something_is_measured() -> None:
     run(body)
 
 
+@pytest.mark.parametrize("policy", ["always", "when_idle"])
+def test_between_two_measurements_another_preset_has_its_turn_however_long_the_look_at_it_takes(
+    policy: str,
+) -> None:
+    class Slow(FakeBox):
+        async def refusal(self, preset: str) -> str:
+            await asyncio.sleep(0.03)
+            return await super().refusal(preset)
+
+        async def prefetch(self, preset: str) -> None:
+            await asyncio.sleep(0.03)
+
+    async def body() -> None:
+        async with running(Slow(), switch_policy=policy) as board:
+            lease = await turn(board.ask("a", "m", slot=True, alone=True))
+            other = board.ask("b", "k", slot=True)
+            later = board.ask("a", "k", slot=True)
+            board.release(lease)
+            assert later.granted.done(), "what is no measurement goes on meanwhile"
+            board.release(await turn(later))
+            again = board.ask("a", "m", slot=True, alone=True)
+            assert (await turn(other)).preset == "b"
+            assert not again.granted.done()
+
+    run(body)
+
+
+def test_who_comes_for_another_preset_later_does_not_keep_a_measurement_waiting() -> None:
+    async def body() -> None:
+        async with running(FakeBox()) as board:
+            before = await turn(board.ask("a", "k", slot=True))
+            alone = board.ask("a", "m", slot=True, alone=True)
+            await asyncio.sleep(0.01)
+            other = board.ask("b", "k", slot=True)
+            board.release(before)
+            board.release(await turn(alone))
+            assert (await turn(other)).preset == "b"
+
+    run(body)
+
+
+def test_a_preset_that_may_not_be_gone_to_yet_keeps_no_measurement_waiting() -> None:
+    async def body() -> None:
+        async with running(FakeBox(), min_dwell=PATIENCE_S) as board:
+            board.ask("b", "k", slot=True)
+            board.release(await turn(board.ask("a", "m", slot=True, alone=True)))
+
+    run(body)
+
+
 def test_a_switch_by_hand_does_not_wait_for_a_measurement() -> None:
     async def body() -> None:
         async with running(FakeBox(), drain_timeout=60.0, hold_timeout=600.0) as board:

@@ -531,7 +531,7 @@ class Board:
         if self._measuring():
             return False
         if ticket.alone:
-            return not self.leases
+            return not self.leases and not self._awaited(ticket)
         if not ticket.slot or self.serving is None:
             return True
         taken = sum(1 for lease in self.leases if lease.ticket.slot)
@@ -542,6 +542,17 @@ class Board:
         return any(
             self._fits(other) and (other.slot == ticket.slot or other.alone or ticket.alone)
             for other in self.waiting
+        )
+
+    def _awaited(self, ticket: Ticket) -> bool:
+        """Whether somebody has waited longer for another preset, to which the box may go over now.
+
+        To look at that preset and at its file takes a moment, in which the next measurement would begin.
+        """
+        assert self.serving is not None
+        here = (None, self.serving.preset)
+        return self._dwell_left() <= 0 and any(
+            other.preset not in here and other.arrived <= ticket.arrived for other in self.waiting
         )
 
     def _measuring(self) -> bool:
