@@ -491,6 +491,23 @@ def test_a_proxy_in_a_file_of_settings_is_gone_past(
     assert bool(warned) == place.startswith("managed") and not any("overridden" in line for line in told)
 
 
+@pytest.mark.parametrize(
+    "before", [b"\xef\xbb\xbf", b'{"note": "\xe9", '], ids=["byte order mark", "latin-1"]
+)
+def test_settings_that_no_other_program_would_read_are_read_as_claude_does(
+    before: bytes, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a colleague's editor wrote them: the prompt went to the proxy, and another key to the box."""
+    file = world / "project/.claude/settings.json"
+    file.parent.mkdir(exist_ok=True)
+    rest = json.dumps({"env": {"HTTP_PROXY": "http://127.0.0.1:1"}}).encode()
+    file.write_bytes(before + (rest if before.startswith(b"\xef") else rest[1:]))
+    with ScriptedLlm(Good()) as server:
+        became = started("--port", str(server.port), "-p", "x")
+    assert f"a proxy is set in {file}" in capsys.readouterr().err
+    assert "127.0.0.1" in became.variables["NO_PROXY"]
+
+
 def test_a_proxy_in_settings_on_the_command_line() -> None:
     given = json.dumps({"env": {"HTTPS_PROXY": "http://192.0.2.7:3128"}})
     with ScriptedLlm(Good()) as server:

@@ -325,9 +325,12 @@ def overriding(folder: Path, project: Path, wanted: Mapping[str, str], server: S
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty where there is none or it cannot be read."""
+    """The JSON object in a file, empty where there is none or it cannot be read.
+
+    As Claude Code reads it: past a byte order mark, and past bytes that are no text.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes().decode("utf-8-sig", "replace"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
