@@ -363,6 +363,24 @@ def test_the_user_s_own_folder_is_refused(
     assert code == 79 and "your own folder of settings" in line and not any(own.iterdir())
 
 
+@pytest.mark.parametrize("way", ["at home", "a link", "elsewhere", "nothing of theirs"])
+def test_a_project_whose_settings_are_the_user_s_own_is_refused(
+    way: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Typed at home: Claude Code would run the person's own hooks, and write down there what they allow."""
+    if way != "nothing of theirs":
+        (world / ".claude").mkdir(exist_ok=True)
+    if way == "a link":
+        (world / "project/.claude").symlink_to(world / ".claude")
+    monkeypatch.chdir(world if way in ("at home", "nothing of theirs") else world / "project")
+    with ScriptedLlm(Good()) as server:
+        if way in ("elsewhere", "nothing of theirs"):
+            started("--port", str(server.port), "-p", "hi")
+            return
+        code, line = refused(capsys, "--port", str(server.port), "-p", "hi")
+    assert code == 79 and "is your own folder of settings; fix: cd to a project" in line
+
+
 def test_a_file_where_the_folder_should_be(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "claude-local").write_text("")
     code, line = refused(capsys, "-p", "hi")

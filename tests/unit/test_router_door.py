@@ -101,6 +101,10 @@ def test_a_websocket_is_closed_at_once(path: str, tmp_path: Path) -> None:
         # Claude Code shows a key that it has from somewhere else beside the one that it was given for here.
         ([(b"x-api-key", b"sk-ant"), (b"authorization", b"Bearer k1")], 200),
         ([(b"x-api-key", b"k1"), (b"authorization", b"Bearer ")], 200),
+        ([(b"x-api-key", b"k1"), (b"authorization", b"Bearer of-another-proxy")], 200),
+        ([(b"x-api-key", b"k1"), (b"authorization", b"Basic YTpi")], 200),
+        ([(b"authorization", b"bearer  k1 ")], 200),
+        ([(b"authorization", b"k1")], 401),
     ],
 )
 @pytest.mark.parametrize(("path", "word"), [("/v1/models", "coder"), ("/props", "build_info")])

@@ -28,7 +28,7 @@ from llm_router.answers import fault
 from llm_router.gate import Ask, Bounds, Verdict, guarded
 from llm_router.health import Watch
 from llm_router.ledger import Key, Ledger, Log, Refused, Settings
-from llm_router.serve import COUNT, PATHS, SETTINGS, shown_key
+from llm_router.serve import COUNT, PATHS, SETTINGS, shown_keys
 
 MESSAGES = "@messages"  # the same presets, asked in Anthropic's protocol
 CHAT = ("completion", "acompletion")
@@ -430,7 +430,7 @@ async def authenticate(request: Request, api_key: str) -> Any:
     try:
         if request.url.path not in PATHS:
             raise Refused(404, f"{request.url.path}: not for clients of this router")
-        key = router_hook.ledger.key(shown_key(request.headers))
+        key = router_hook.ledger.key(*shown_keys(request.headers))
         if request.url.path == COUNT:
             await router_hook.count(key, request)
     except Refused as error:

@@ -112,12 +112,12 @@ class Ledger:
             for name, (day, tokens, cloud) in json.loads(self._file.read_text()).items():
                 self._used[name] = Used(int(day), int(tokens), int(cloud))
 
-    def key(self, shown: str) -> Key:
-        """The key that was shown. Raises Refused."""
-        found = self._keys.get(hashlib.sha256(shown.encode()).hexdigest())
-        if found is None:
-            raise Refused(401, "no known key; send it as `Authorization: Bearer KEY`, or as x-api-key")
-        return found
+    def key(self, *shown: str) -> Key:
+        """The first known one of the keys that were shown. Raises Refused."""
+        for one in shown:
+            if found := self._keys.get(hashlib.sha256(one.encode()).hexdigest()):
+                return found
+        raise Refused(401, "no known key; send it as `Authorization: Bearer KEY`, or as x-api-key")
 
     def admit(self, key: Key) -> None:
         """Count a request. Raises Refused when a budget is used up."""

@@ -109,7 +109,7 @@ class Door:
     async def _tell(self, scope: Scope, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
-            self._ledger.key(shown_key(headers))
+            self._ledger.key(*shown_keys(headers))
         except Refused as error:
             await _answer(send, error.status, json.dumps({"error": {"message": str(error)}}).encode())
         else:
@@ -133,13 +133,14 @@ class Door:
         return {"build_info": ", ".join(await self._watch.builds())}
 
 
-def shown_key(headers: Mapping[str, str]) -> str:
-    """The key that a client shows, in either protocol's header.
+def shown_keys(headers: Mapping[str, str]) -> list[str]:
+    """The keys that a client shows, one of each protocol's header at most.
 
     Claude Code sends LLMBOX_KEY in `Authorization`, and beside it whatever else it has as x-api-key.
     """
-    bearer = headers.get("authorization", "").removeprefix("Bearer ").strip()
-    return bearer or headers.get("x-api-key", "").strip()
+    scheme, _, bearer = headers.get("authorization", "").strip().partition(" ")
+    shown = (bearer.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip())
+    return [key for key in shown if key]
 
 
 def _for_litellm(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -139,6 +139,19 @@ def check_folder(folder: Path, home: Path) -> None:
         )
 
 
+def check_project(project: Path, home: Path) -> None:
+    """Refuse a project whose `.claude` is the user's own: it would be read, and written to. Raises
+    LocalClaudeError.
+    """
+    own = home / ".claude"
+    if own.is_dir() and (project / ".claude").resolve() == own.resolve():
+        raise LocalClaudeError(
+            EXIT_SETTINGS,
+            f"the .claude of {project} is your own folder of settings",
+            "cd to a project, or to a new folder",
+        )
+
+
 def prepare_folder(folder: Path) -> None:
     """Make the folder; a first start in it asks no questions about an account. Raises LocalClaudeError."""
     try:

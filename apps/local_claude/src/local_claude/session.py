@@ -41,6 +41,8 @@ def run(wanted: Options) -> int:
     if not wanted.needs_server:
         plain = launch.compose_plain(launch.find_claude(), wanted.claude)
         launch.Launch(plain, own | environment.QUIET).go()
+    if not wanted.print_env:
+        environment.check_project(here(), Path.home())
     program = Path("claude") if wanted.print_env else launch.find_claude()
     if wanted.dry_run and BACKENDS[wanted.backend].starts in {"llama", "ssh"}:
         from local_claude import started
