@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -253,8 +254,13 @@ def test_a_client_that_leaves_while_a_box_reads_its_prompt_keeps_none_busy(route
             assert router.ask("", path, messages=said, stream=stream).status_code == 200
             (box,) = [box for box, had in zip(boxes, before, strict=True) if len(box.asked) > had]
             more = [*said, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "think"}]
-            with pytest.raises(httpx.ReadTimeout):
-                router.ask("", path, messages=more, stream=stream, timeout=1)
+            with ThreadPoolExecutor() as pool:
+                asking = pool.submit(router.ask, "", path, messages=more, stream=stream, timeout=2)
+                time.sleep(1)
+                port = box.url.rpartition(":")[2]
+                timers = support.run("ss", "-tno", "state", "established", "dport", "=", f":{port}").stdout
+                assert re.search(r"timer:\(keepalive,[0-9]", timers), (path, stream, timers)
+                assert isinstance(asking.exception(), httpx.ReadTimeout)
             deadline = time.monotonic() + GONE_S
             while not box.left or router.lines()[-1]["status"] != 499:
                 assert time.monotonic() < deadline, (path, stream, box.left, router.lines()[-1])

@@ -43,6 +43,15 @@ QUIET = {
 }
 
 
+# A box whose power is cut says nothing: what waits there is lost after 25 s, and sent to another box.
+KEEPALIVE = {
+    "AIOHTTP_SO_KEEPALIVE": "True",
+    "AIOHTTP_TCP_KEEPIDLE": "10",
+    "AIOHTTP_TCP_KEEPINTVL": "5",
+    "AIOHTTP_TCP_KEEPCNT": "3",
+}
+
+
 class Door:
     """Passes on the paths of clients, answers a few as a gateway does, and knows no other.
 
@@ -173,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if options.check:
         return 0
-    os.environ.update(QUIET)
+    os.environ.update(QUIET | KEEPALIVE)
     os.environ[SETTINGS] = str(options.settings)
     os.environ["CONFIG_FILE_PATH"] = str(options.config)
     # LiteLLM wants one; it opens nothing here, and is another one at each start.
