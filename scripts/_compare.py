@@ -18,8 +18,8 @@ import httpx
 from scripts._ask_host import Unreachable, ask, reach
 from scripts._inventory import Host
 from scripts._llm_box import LlmBox
-from scripts._measure import ALONE, Meter, NotMeasured, Shape, Timed, prompt, shapes
-from scripts._refusal import KEY_VARIABLE, refusal
+from scripts._measure import ALONE, Meter, NotLetIn, NotMeasured, Shape, Timed, prompt, refused, shapes
+from scripts._refusal import KEY_VARIABLE
 from scripts._trial import Trial, TrialFailed, last_words, trial
 from scripts._verdict import LEAST_PAIRS, Behaviour, Comparison, judge_preset, open_yet
 
@@ -182,7 +182,10 @@ class Bench:
         return ""
 
     def _run(self, side: int) -> Timed:
-        """One timed run of one release. Raises TrialFailed, NotMeasured."""
+        """One timed run of one release. Raises TrialFailed, NotMeasured.
+
+        Raises Unreachable where the gateway does not let this program in, which is no fault of a release.
+        """
         if self._serving != side:
             self._serving = None
             self.held.run(self.commands[side])
@@ -192,6 +195,8 @@ class Bench:
                 tool_call, cache = tool_call_trouble(self._ask), prompt_cache_trouble(self._ask)
                 self._behaviour[side] = Behaviour(tool_call=tool_call, prompt_cache=cache)
             (timed,) = self.meter.series(self.shape, 1)
+        except NotLetIn as error:
+            raise Unreachable(str(error)) from None
         finally:
             self._look(side)
         return timed
@@ -225,11 +230,8 @@ class Bench:
         )
 
     def _ask(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON that the preset answers; tried again while it cannot. Raises Refused, NotMeasured.
-
-        Raises Unreachable where the gateway does not let this program in, which is no fault of a release.
-        """
-        said = ""
+        """The JSON that the preset answers; tried again while it cannot. Raises Refused, NotMeasured."""
+        failed = NotMeasured("")
         for attempt in range(PROBE_ATTEMPTS):
             if attempt:
                 self.sleep(PROBE_PAUSE_S)
@@ -238,14 +240,14 @@ class Bench:
                 reply = self.client.post(path, json=named, headers={ALONE: "1"}, timeout=PROBE_TIMEOUT_S)
                 if reply.status_code == 200:
                     return reply.json()
-                said = refusal(reply)
+                failed = refused(reply)
                 if reply.status_code in (401, 403):
-                    raise Unreachable(said)
+                    break
                 if reply.status_code not in (429, 502, 503):
-                    raise Refused(said)
+                    raise Refused(str(failed))
             except (httpx.HTTPError, ValueError) as error:
-                said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise NotMeasured(said)
+                failed = NotMeasured(f"{type(error).__name__}: {error}".splitlines()[0])
+        raise failed
 
 
 Ask = Callable[[str, Mapping[str, Any]], Any]

@@ -19,6 +19,7 @@ import httpx
 from scripts._refusal import refusal
 
 ALONE = "X-Llmbox-Alone"
+NOT_LET_IN = (401, 403, 429)  # the last one may pass: a full queue, a key's tokens
 # A prompt of fewer tokens is read so fast that its speed says nothing.
 SHORT_TOKENS, SHORT_GENERATE = 1536, 400
 DEEP_TOKENS, DEEP_GENERATE = 16384, 128
@@ -37,8 +38,16 @@ class NotMeasured(Exception):
     """There is nothing to measure, or it cannot be; the message is one line."""
 
 
+class NotLetIn(NotMeasured):
+    """The gateway refuses this client, for its key or what that may use. It says nothing of a server."""
+
+
 class Disturbed(Exception):
-    """This run says nothing, another one may; the message is one line."""
+    """This run says nothing, another one may; the message is one line. `kind` if none of them does."""
+
+    def __init__(self, message: str, kind: type[NotMeasured] = NotMeasured) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ class Meter:
         except Disturbed as error:
             raise NotMeasured(str(error)) from None
         if reply.status_code != 200:
-            raise NotMeasured(refusal(reply))
+            raise refused(reply)
         try:
             self._tokens_per_word = len(reply.json()["tokens"]) / len(sample.split())
         except (ValueError, KeyError, TypeError):
@@ -129,17 +138,17 @@ class Meter:
             yield self._valid(shape)
 
     def _valid(self, shape: Shape) -> Timed:
-        disturbed = ""
+        disturbed = Disturbed("")
         for attempt in range(ATTEMPTS):
             if attempt:
                 self._sleep(PAUSE_S)
             try:
                 return self._run(shape)
             except Disturbed as error:
-                disturbed = str(error)
-                self.disturbed(disturbed)
-                self.tell(f"{self.preset}: {disturbed}; once more")
-        raise NotMeasured(f"no run of {ATTEMPTS} was undisturbed; the last: {disturbed}")
+                disturbed = error
+                self.disturbed(str(error))
+                self.tell(f"{self.preset}: {error}; once more")
+        raise disturbed.kind(f"no run of {ATTEMPTS} was undisturbed; the last: {disturbed}")
 
     def _run(self, shape: Shape) -> Timed:
         """One run, after one to warm up when the server is a new process. Raises Disturbed, NotMeasured."""
@@ -167,9 +176,9 @@ class Meter:
         reply = self._post("/completion", body, {ALONE: "1"})
         ended = time.monotonic()
         if reply.status_code in (429, 502, 503):
-            raise Disturbed(refusal(reply))
+            raise Disturbed(refusal(reply), type(refused(reply)))
         if reply.status_code != 200:
-            raise NotMeasured(refusal(reply))
+            raise refused(reply)
         process = reply.headers.get(ALONE)
         if process is None:
             raise NotMeasured("the gateway gives no leases, it is an older one; fix: run site.yml")
@@ -182,6 +191,11 @@ class Meter:
         except httpx.HTTPError as error:
             said = f"POST {path}: {type(error).__name__}: {error}".splitlines()[0]
             raise Disturbed(said) from None
+
+
+def refused(reply: httpx.Response) -> NotMeasured:
+    """What an answer without a measurement is to be raised as."""
+    return (NotLetIn if reply.status_code in NOT_LET_IN else NotMeasured)(refusal(reply))
 
 
 def timings(reply: httpx.Response, shape: Shape, began: float, ended: float) -> Timed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ import pytest
 from scripts import _compare as module
 from scripts._ask_host import Unreachable
 from scripts._compare import Bench, Refused, of_releases, prompt_cache_trouble, tool_call_trouble
-from scripts._measure import NotMeasured, Shape, Timed
+from scripts._measure import NotLetIn, NotMeasured, Shape, Timed
 from scripts._trial import Serving, TrialFailed
 from scripts._verdict import Comparison, judge_preset
 
@@ -262,13 +263,45 @@ def test_what_passes_is_told_from_what_is_refused(box: Box, status: int, error: 
         bench._ask("/x", {})
 
 
-@pytest.mark.parametrize(("status", "fix"), [(401, "; fix: LLMBOX_KEY=KEY in the environment"), (403, "")])
-def test_who_is_not_let_in_has_compared_nothing(box: Box, status: int, fix: str) -> None:
-    """With the right key the release may well be kept: it is neither undecided nor rejected."""
-    box.http = lambda _: httpx.Response(status, json={"error": {"message": "no"}})  # type: ignore
+@pytest.mark.parametrize(
+    ("status", "fix"), [(401, "; fix: LLMBOX_KEY=KEY in the environment"), (403, ""), (429, "")]
+)
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_who_is_not_let_in_has_compared_nothing(box: Box, status: int, fix: str, at: int) -> None:
+    """With the right key the release may well be kept: it is neither undecided nor rejected.
+
+    A key's tokens may be used up by the comparison itself, and a key may be replaced meanwhile.
+    """
+    asked, answer = itertools.count(), box.http
+
+    def http(request: httpx.Request) -> httpx.Response:
+        refused = httpx.Response(status, json={"error": {"message": "no"}})
+        return refused if next(asked) >= at else answer(request)
+
+    box.http = http  # type: ignore[method-assign]
     with pytest.raises(Unreachable) as error:
         box.bench().compare()
-    assert str(error.value) == f"HTTP {status}: no{fix}" and box.log == ["start old"]
+    assert str(error.value) == f"HTTP {status}: no{fix}"
+    assert box.log[-1] == ("start old" if at < 3 else "start new")
+
+
+@pytest.mark.parametrize("release", ["old", "new"])
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_run_that_is_not_let_in_has_compared_nothing(
+    box: Box, monkeypatch: pytest.MonkeyPatch, release: str, broken: bool
+) -> None:
+    series = box.series
+
+    def stopped(shape: Shape, count: int) -> Iterator[Timed]:
+        if box.release == release:
+            raise NotLetIn("the key has used up its tokens_per_day")
+        yield from series(shape, count)
+
+    monkeypatch.setattr(box, "series", stopped)
+    if broken and release == "new":
+        box.failing["old"] = ["broken"]
+    with pytest.raises(Unreachable, match="tokens_per_day"):
+        box.bench().compare()
 
 
 def test_a_release_is_probed_once(box: Box) -> None:

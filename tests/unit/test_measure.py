@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from scripts import _measure
-from scripts._measure import ALONE, Meter, NotMeasured, Shape, prompt, shapes
+from scripts._measure import ALONE, Meter, NotLetIn, NotMeasured, Shape, prompt, shapes
 
 SHAPE = Shape("short", 100, 40)
 TIMINGS = {
@@ -148,6 +148,25 @@ def test_what_is_no_honest_measurement_is_none(
 ) -> None:
     with pytest.raises(NotMeasured, match=said):
         list(meter(FakeGateway(answer)).series(SHAPE, 1))
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("status", "times", "let_in"), [(401, 1, False), (403, 1, False), (429, 10, False), (503, 10, True)]
+)
+def test_who_is_not_let_in_is_told_from_a_server_that_does_not_answer(
+    meter: Callable[[FakeGateway], Meter], at: int, status: int, times: int, let_in: bool
+) -> None:
+    gateway = FakeGateway(*[{}] * at, status)
+    with pytest.raises(NotMeasured, match=f"HTTP {status}: no turn") as error:
+        list(meter(gateway).series(SHAPE, 9))
+    assert isinstance(error.value, NotLetIn) != let_in and len(gateway.asked) == at + times
+
+
+def test_who_is_not_let_in_when_a_preset_is_to_serve_is_told_so() -> None:
+    client = httpx.Client(base_url="http://box", transport=httpx.MockTransport(lambda _: httpx.Response(429)))
+    with pytest.raises(NotLetIn, match="HTTP 429"):
+        Meter(client, "smol").wake()
 
 
 def test_a_gateway_without_leases_is_named(meter: Callable[[FakeGateway], Meter]) -> None:
