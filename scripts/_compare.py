@@ -149,7 +149,7 @@ class Bench:
                 try:
                     timed[side] = self._run(side)
                 except TrialFailed as error:
-                    if side == 0 and side in self._behaviour:  # it can start: this says nothing about it
+                    if side == 0 and pairs:  # it can serve: this says nothing about it
                         return self._found(pairs, f"it started before and then did not: {error}")
                     self._behaviour[side] = Behaviour(start=last_words(error))
                     return self._found(pairs, "" if side else self._alone())

@@ -183,6 +183,32 @@ def test_a_release_that_ended_once_is_compared_with_all_the_same(
     assert found.old.health == found.trouble == ""
 
 
+@pytest.mark.parametrize(
+    ("at", "change", "word"),
+    [
+        (0, lambda b: None, "keep"),
+        (0, lambda b: b.no_tools.add("new"), "undecided"),
+        (3, lambda b: None, "undecided"),  # it can serve: a pair was made
+    ],
+)
+def test_a_release_that_ended_and_does_not_start_again_is_nothing_to_compare_with(
+    box: Box, monkeypatch: pytest.MonkeyPatch, at: int, change: Callable[[Box], None], word: str
+) -> None:
+    runs, series = iter(range(99)), box.series
+
+    def ending(shape: Shape, count: int) -> Iterator[Timed]:
+        if next(runs) == at:
+            box.crashing.add("old")
+            box.failing["old"] = ["an Xid"]
+        yield from series(shape, count)
+
+    change(box)
+    monkeypatch.setattr(box, "series", ending)
+    verdict = judge_preset(box.bench().compare())
+    assert (verdict.word, verdict.compared) == (word, at > 0 or word == "keep")
+    assert ("the current release does not start: an Xid" in verdict.reasons[0]) == (at == 0)
+
+
 def test_a_new_release_that_ended_once_is_not_tried_again(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(box, "serving", lambda: Serving(box.now, 1))  # both end
     box.crashing.update({"old", "new"})
