@@ -28,6 +28,7 @@ PROBE_ATTEMPTS, PROBE_PAUSE_S, PROBE_TIMEOUT_S = 3, 3.0, 300.0
 # The share of a prompt's tokens that must come from the cache when it is sent a second time.
 CACHED = 0.9
 CACHE_WORDS = 800
+SIDES = ("current", "new")
 TOOL = "get_weather"
 TOOL_CALL = {
     "messages": [{"role": "user", "content": "What is the weather in Oslo, in celsius? Use the tool."}],
@@ -139,10 +140,11 @@ class Bench:
         """Probe both releases, then time them in pairs, the second half of a pair first in the next one.
 
         Where the old one cannot serve the new one is probed without it. That it ended once may be chance (a
-        person, memory that was short): it has another start before it counts for that.
+        person, memory that was short): it has another start before it counts for that, and so has then the
+        new one, which the same may have hit.
         """
         pairs: list[tuple[Timed, Timed]] = []
-        trouble, again = "", False
+        trouble, chances = "", [0, 1]
         for number in range(MOST_PAIRS):
             timed: dict[int, Timed] = {}
             for side in (0, 1) if number % 2 == 0 else (1, 0):
@@ -156,9 +158,12 @@ class Bench:
                 except NotMeasured as error:
                     trouble = str(error)
                     break
-            if self._health[0] and not again and not self._health[1]:
-                self.tell(f"{self.preset}: the current release: {self._health[0]}; once more")
-                self._health[0], self._serving, trouble, again = "", None, "", True
+            ended = [side for side in (0, 1) if self._health[side]]
+            if ended and ended == chances[:1]:
+                side = chances.pop(0)
+                self.tell(f"{self.preset}: the {SIDES[side]} release: {self._health[side]}; once more")
+                self._behaviour.pop(side, None)
+                self._health[side], self._serving, trouble = "", None, ""
                 continue
             if self._health[0]:
                 trouble = self._alone()

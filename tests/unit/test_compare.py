@@ -17,7 +17,7 @@ from scripts._ask_host import Unreachable
 from scripts._compare import Bench, Refused, of_releases, prompt_cache_trouble, tool_call_trouble
 from scripts._measure import NotLetIn, NotMeasured, Shape, Timed
 from scripts._trial import Serving, TrialFailed
-from scripts._verdict import Comparison, judge_preset
+from scripts._verdict import Behaviour, Comparison, judge_preset
 
 OLD, NEW = ["/r/old/llama-server", "-c", "1"], ["/r/new/llama-server", "-c", "1"]
 NOTHING = "smol: nothing to compare with: the current release"
@@ -181,6 +181,60 @@ def test_a_release_that_ended_once_is_compared_with_all_the_same(
     found = box.bench().compare()
     assert judge_preset(found).word == word and len(found.generation) == 5
     assert found.old.health == found.trouble == ""
+
+
+@pytest.mark.parametrize(
+    ("ends", "word", "why"),
+    [
+        ({0: "old", 1: "new"}, "keep", "smol: generation 100."),
+        ({0: "old", 4: "new"}, "keep", "smol: generation 100."),
+        ({0: "old", 1: "new", 3: "new"}, "roll back", "smol: the new release is not healthy"),
+        ({0: "old", 1: "new", 2: "old"}, "keep", f"{NOTHING} is not healthy: its server ended 1 times"),
+        ({1: "new"}, "roll back", "smol: the new release is not healthy"),
+        ({1: "new", 3: "old"}, "roll back", "smol: the new release is not healthy"),
+    ],
+)
+def test_what_ended_the_current_release_may_end_the_new_one_too(
+    box: Box, monkeypatch: pytest.MonkeyPatch, ends: dict[int, str], word: str, why: str
+) -> None:
+    """Another process that takes the memory, say: it is no fault of the one that it hits second."""
+    runs, series, run = itertools.count(), box.series, box.run
+
+    def ending(shape: Shape, count: int) -> Iterator[Timed]:
+        if release := ends.get(next(runs)):
+            assert box.release == release
+            box.crashing.add(release)
+            raise NotMeasured("HTTP 502: it ended")
+        yield from series(shape, count)
+
+    def started(command: Sequence[str] | None) -> None:
+        box.crashing.clear()
+        run(command)
+
+    monkeypatch.setattr(box, "series", ending)
+    monkeypatch.setattr(box, "run", started)
+    verdict = judge_preset(box.bench().compare())
+    assert verdict.word == word and verdict.reasons[0].startswith(why)
+
+
+def test_a_release_that_ended_is_probed_anew(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that its end cut off is no answer."""
+    answer, run = box.http, box.run
+
+    def http(request: httpx.Request) -> httpx.Response:
+        if box.log == ["start old"]:
+            box.crashing.add("old")
+            return httpx.Response(500, json={"error": {"message": "cut off"}})
+        return answer(request)
+
+    def started(command: Sequence[str] | None) -> None:
+        box.crashing.clear()
+        run(command)
+
+    box.http = http  # type: ignore[method-assign]
+    monkeypatch.setattr(box, "run", started)
+    found = box.bench().compare()
+    assert judge_preset(found).word == "keep" and found.old == found.new == Behaviour()
 
 
 @pytest.mark.parametrize(
