@@ -567,14 +567,20 @@ def test_who_hangs_up_does_not_end_the_swap(
     assert seen == [dict.fromkeys((signal.SIGHUP, signal.SIGTERM), signal.SIG_IGN) if ignored else {}]
 
 
-@pytest.mark.parametrize("code", [0, 1])
-def test_where_the_releases_lead_then_is_told_to_the_record_of_what_was_deployed(
-    two: module.Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int = 0) -> Path:
+    """What the record of what was deployed is told: a file with a line each, and where `current` led then."""
     told, program = tmp_path / "told", tmp_path / "llmbox-drift"
     program.write_text(f'#!/bin/sh\necho "$@" $(readlink "$2/current") >> {told}\nexit {code}\n')
     program.chmod(0o755)
     monkeypatch.setattr(module, "DRIFT", str(program))
+    return told
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_where_the_releases_lead_then_is_told_to_the_record_of_what_was_deployed(
+    two: module.Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    told = recorded(tmp_path, monkeypatch, code)
     two.accept("up", "new")
     two.roll_back("up")
     folder = two.root / "up"
@@ -629,8 +635,9 @@ def test_what_a_system_preset_runs_does_not_change_places(two: module.Host, tmp_
 @pytest.mark.parametrize("phase", ["accept", "roll_back"])
 @pytest.mark.parametrize("starts", ["broken", "refused"])
 def test_killed_before_its_restart_a_release_that_does_not_start_then_is_taken_back(
-    two: module.Host, monkeypatch: pytest.MonkeyPatch, phase: str, starts: str
+    two: module.Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, starts: str
 ) -> None:
+    told = recorded(tmp_path, monkeypatch)
     directory = two.root / "up"
     current, serves = ("new", "old") if phase == "accept" else ("old", "new")
     module.point(directory / "previous", serves)
@@ -644,7 +651,8 @@ def test_killed_before_its_restart_a_release_that_does_not_start_then_is_taken_b
     if starts == "broken":
         assert str(error.value) == f"{current} does not serve: coder failed; {serves} is current again"
         assert two.restarts == [current, serves]  # type: ignore[attr-defined]
-        assert links(two)[0] == serves and module.rejection(directory, serves) is None
+        assert links(two) == (serves, current) and module.rejection(directory, serves) is None
+        assert told.read_text() == f"renew {directory} releases/{serves}\n"
     else:  # the next run does it: nothing was found against it
         assert str(error.value) == "coder is refused" and two.restarts == [current]  # type: ignore[attr-defined]
         assert links(two) == (current, serves)

@@ -1013,12 +1013,14 @@ class Host:
                 raise  # the one before serves on, and the next run may restart it
             try:
                 if former and link_target(directory / "current") != former:
-                    swap(directory, former, before)
+                    swap(directory, former, release if owed else before)
                     restart_serving(self.params["serving_user"], directory.name)
             except (DoesNotServe, OSError):
                 pass
             except HostError:
                 kind = HostError  # what refuses the former one too may have ended the start: the guard, say
+            if owed:
+                renew_record(directory)
             now = link_target(directory / "current")
             words = "does not serve" if kind is DoesNotServe else "cannot take over"
             why = f"{words}: {told(error) if isinstance(error, OSError) else error}"
