@@ -71,14 +71,18 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         for name, entry in owed.items():
             done = self._module(args, "accept", name, entry["current"])
             if done.get("failed"):
-                lines.append(f"{name}: {done['msg']}")
+                old = entry["still_served"][0]
+                verdict, line = self._not_accepted(args, name, old, entry["current"], done)
+                result["verdicts"][name] = shown(verdict)
+                result["changed"] = True
+                lines.append(line)
             elif done.get("restarted"):
                 result["changed"] = True
                 self._say(f"{name}: {entry['current'][:12]} was current, and serves {done['restarted']} now")
         with dying_with_the_play():
             for name, entry in new.items():
                 verdict, line = self._update(args, name, entry)
-                result["verdicts"][name] = {"verdict": verdict.word, "reasons": list(verdict.reasons)}
+                result["verdicts"][name] = shown(verdict)
                 result["changed"] = True
                 if line:
                     lines.append(line)
@@ -103,16 +107,29 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 served = done.get("restarted")
                 self._say(f"{name}: {new[:12]} is current{f' and serves {served}' if served else ''}")
                 return verdict, ""
-            if not done.get("tried"):  # the guard, another switch, a full disk: nothing that it has done
-                why = str(done["msg"])
-                line = f"{name}: undecided, nothing is rejected: {why}; after that run this playbook again"
-                return Verdict("undecided", (why,)), line
-            verdict = Verdict("roll back", (str(done["msg"]),))
+            return self._not_accepted(args, name, old, new, done)
         if not verdict.compared:
             return verdict, (
                 f"{name}: undecided: {old[:12]} stays, nothing is rejected: {verdict.reasons[0]}; fix: run"
                 " site.yml, which takes the new release without a comparison"
             )
+        return self._reject(args, name, old, new, verdict)
+
+    def _not_accepted(
+        self, args: Mapping[str, Any], name: str, old: str, new: str, done: Mapping[str, Any]
+    ) -> tuple[Verdict, str]:
+        """What comes of a release that was to be current and to serve, and did not; as _update."""
+        why = str(done["msg"])
+        if done.get("tried"):
+            return self._reject(args, name, old, new, Verdict("roll back", (why,)))
+        # The guard, another switch, a full disk: nothing that it has done.
+        line = f"{name}: undecided, nothing is rejected: {why}; after that run this playbook again"
+        return Verdict("undecided", (why,)), line
+
+    def _reject(
+        self, args: Mapping[str, Any], name: str, old: str, new: str, verdict: Verdict
+    ) -> tuple[Verdict, str]:
+        """Mark a release on the box, or site.yml would make it current; as _update."""
         done = self._module(args, "reject", name, new, reason=verdict.reasons[0])
         marked = f"; it could not be marked: {done['msg']}" if done.get("failed") else ""
         return verdict, stays(name, old, new, verdict) + marked
@@ -163,6 +180,11 @@ def dying_with_the_play() -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
+
+
+def shown(verdict: Verdict) -> dict[str, Any]:
+    """A verdict in the task's result."""
+    return {"verdict": verdict.word, "reasons": list(verdict.reasons)}
 
 
 def stays(build: str, old: str, new: str, verdict: Verdict) -> str:

@@ -659,6 +659,22 @@ def test_killed_before_its_restart_a_release_that_does_not_start_then_is_taken_b
         assert (module.rejection(directory, "new") is None) == (phase == "accept")
 
 
+@pytest.mark.parametrize("why", ["another serves", "no room"])
+def test_a_release_that_could_not_be_taken_back_is_not_to_be_rejected(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """It is current: to say that the other one stays would not be so."""
+    two.broken = {"new"}  # type: ignore[attr-defined]
+    if why == "another serves":
+        module.point(two.root / "up/current", "new")
+        monkeypatch.setattr(module, "in_use", lambda *_: {"old"})
+    else:
+        FullDisk(monkeypatch, 4, True)
+    with pytest.raises(module.HostError, match="new cannot take over: coder failed; new is current") as error:
+        two.accept("up", "new")
+    assert not isinstance(error.value, module.DoesNotServe) and links(two)[0] == "new"
+
+
 def test_only_a_server_counts_as_serving(tmp_path: Path) -> None:
     for name in ("llama-server", "llama-bench"):
         program = tmp_path / "releases" / name / "bin" / name

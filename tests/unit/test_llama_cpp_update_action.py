@@ -149,8 +149,26 @@ def test_a_run_that_died_before_its_restart_is_completed_by_the_next(monkeypatch
     result = play.run(up=owed)
     assert (result["changed"], play.did, play.compared) == (True, [("accept", NEW)], [])
     assert "up: bbbbbbbbbbbb was current, and serves coder now" in play.said[-1]
-    play.answers["accept"] = {"failed": True, "msg": "coder failed"}
-    assert play.run(up=owed)["msg"] == "up: coder failed"
+
+
+def test_a_release_that_is_taken_back_after_a_kill_is_rejected_and_what_the_box_refuses_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the next site.yml would make it current again, and nothing would serve."""
+    play = Play(monkeypatch, [])
+    owed = {**ENTRY, "current": NEW, "still_served": [OLD]}
+    said = "new does not serve: coder failed; old is current again"
+    play.answers["accept"] = {"failed": True, "tried": True, "msg": said}
+    result = play.run(up=owed)
+    assert play.did == [("accept", NEW), ("reject", NEW)] and play.phases[1]["reason"] == said
+    assert f"up: roll back: aaaaaaaaaaaa stays, bbbbbbbbbbbb is rejected: {said}; fix: put" in result["msg"]
+    assert result["changed"] and result["verdicts"] == {"up": {"verdict": "roll back", "reasons": [said]}}
+    play.phases.clear()
+    play.answers["accept"] = {"failed": True, "tried": False, "msg": "coder is refused"}
+    result = play.run(up=owed)
+    assert play.did == [("accept", NEW)]
+    assert result["verdicts"]["up"]["verdict"] == "undecided"
+    assert result["msg"].startswith("up: undecided, nothing is rejected: coder is refused; ")
 
 
 def test_a_dry_run_says_what_it_would_compare(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -995,7 +995,7 @@ class Host:
     def _change(self, directory: Path, release: str, former: str | None) -> str | None:
         """Swap the links and restart what serves; as before when it does not start. Returns the preset.
 
-        Raises HostError when it was put back: DoesNotServe when that is the release's fault.
+        Raises DoesNotServe when it was put back for the release's fault, HostError for anything else.
         """
         before = link_target(directory / "previous")
         owed = former == release  # it was killed between the links and the restart
@@ -1022,6 +1022,8 @@ class Host:
             if owed:
                 renew_record(directory)
             now = link_target(directory / "current")
+            if now == release:
+                kind = HostError  # it could not be taken back: what is current is not to be rejected
             words = "does not serve" if kind is DoesNotServe else "cannot take over"
             why = f"{words}: {told(error) if isinstance(error, OSError) else error}"
             raise kind(f"{release} {why}; {now} is current{' again' if now == former else ''}") from None
