@@ -123,7 +123,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if done.get("tried"):
             return self._reject(args, name, old, new, Verdict("roll back", (why,)))
         # The guard, another switch, a full disk: nothing that it has done.
-        line = f"{name}: undecided, nothing is rejected: {why}; after that run this playbook again"
+        line = f"{name}: undecided, nothing is rejected: {why}; with that put right run this playbook again"
         return Verdict("undecided", (why,)), line
 
     def _reject(

@@ -703,17 +703,18 @@ def test_a_release_that_does_not_serve_is_taken_back(two: module.Host) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "refused", "tried"),
+    ("broken", "refused", "tried", "left"),
     [
-        ({"new"}, set(), True),
-        ({"new", "old"}, set(), True),
-        (set(), {"new", "old"}, False),
-        (set(), {"new"}, False),
-        ({"new"}, {"old"}, False),  # the guard came while it started, say
+        ({"new"}, set(), True, ""),
+        ({"new", "old"}, set(), True, ", but could not be restarted: coder failed"),
+        (set(), {"new", "old"}, False, ", but could not be restarted: coder is refused"),
+        (set(), {"new"}, False, ""),
+        # The guard came while it started, say: nothing serves then.
+        ({"new"}, {"old"}, False, ", but could not be restarted: coder is refused"),
     ],
 )
 def test_what_the_box_refuses_is_not_the_release_s_fault(
-    two: module.Host, broken: set[str], refused: set[str], tried: bool
+    two: module.Host, broken: set[str], refused: set[str], tried: bool, left: str
 ) -> None:
     two.broken, two.refused = broken, refused  # type: ignore[attr-defined]
     with pytest.raises(module.HostError) as error:
@@ -721,7 +722,7 @@ def test_what_the_box_refuses_is_not_the_release_s_fault(
     assert isinstance(error.value, module.DoesNotServe) == tried
     words = "does not serve" if tried else "cannot take over"
     why = "coder failed" if "new" in broken else "coder is refused"
-    assert str(error.value) == f"new {words}: {why}; old is current again"
+    assert str(error.value) == f"new {words}: {why}; old is current again{left}"
     assert links(two) == ("old", "older")
     assert two.restarts == ["new", "old"]  # type: ignore[attr-defined]
 
@@ -838,7 +839,9 @@ def test_what_the_file_system_refuses_is_one_line(
 def test_a_damaged_release_is_not_gone_to(two: module.Host, link: str) -> None:
     for name in ("new", "older"):
         (two.root / "up/releases" / name / "bin/libggml.so.0").unlink()
-    with pytest.raises(module.HostError, match=r"is missing; fix: run site.yml"):
+    name = {"accept": "new", "roll_back": "older"}[link]
+    fix = f"playbooks/update_llama_cpp.yml with commit {name} in llama_cpp_builds.up, which builds it anew"
+    with pytest.raises(module.HostError, match=rf"/{name}: .* is missing; fix: {fix}$"):
         two.accept("up", "new") if link == "accept" else two.roll_back("up")
     assert links(two) == ("old", "older")
     assert not (two.root / "up/rejected").exists()

@@ -121,7 +121,7 @@ def test_what_the_box_refuses_when_a_release_takes_over_is_not_held_against_it(
     assert result["failed"] and play.did == [("accept", NEW)]
     assert result["verdicts"]["up"]["verdict"] == "undecided"
     assert result["msg"] == (
-        f"up: undecided, nothing is rejected: {said}; after that run this playbook again"
+        f"up: undecided, nothing is rejected: {said}; with that put right run this playbook again"
     )
 
 

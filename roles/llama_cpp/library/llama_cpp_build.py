@@ -1009,16 +1009,19 @@ class Host:
             return restart_serving(self.params["serving_user"], directory.name)
         except (HostError, OSError) as error:
             kind = DoesNotServe if isinstance(error, DoesNotServe) else HostError
+            left = ""
             if owed and kind is HostError:
                 raise  # the one before serves on, and the next run may restart it
             try:
                 if former and link_target(directory / "current") != former:
                     swap(directory, former, release if owed else before)
                     restart_serving(self.params["serving_user"], directory.name)
-            except (DoesNotServe, OSError):
+            except OSError:
                 pass
-            except HostError:
-                kind = HostError  # what refuses the former one too may have ended the start: the guard, say
+            except HostError as refused:
+                left = f", but could not be restarted: {refused}"
+                if not isinstance(refused, DoesNotServe):
+                    kind = HostError  # what refuses this one too may have ended the start: the guard, say
             if owed:
                 renew_record(directory)
             now = link_target(directory / "current")
@@ -1026,7 +1029,7 @@ class Host:
                 kind = HostError  # it could not be taken back: what is current is not to be rejected
             words = "does not serve" if kind is DoesNotServe else "cannot take over"
             why = f"{words}: {told(error) if isinstance(error, OSError) else error}"
-            raise kind(f"{release} {why}; {now} is current{' again' if now == former else ''}") from None
+            raise kind(f"{release} {why}; {now} is current{' again' if now == former else ''}{left}") from None
 
     def _refuse_without_gateway(self, directory: Path) -> None:
         """Raises HostError when a preset that is not behind the gateway runs the build."""
@@ -1037,7 +1040,10 @@ class Host:
         """Raises HostError when the release cannot be made current."""
         wrong = damage(directory / "releases" / release, self.params["user"])
         if wrong:
-            raise HostError(f"{directory}/releases/{release}: {wrong}; fix: run site.yml")
+            raise HostError(
+                f"{directory}/releases/{release}: {wrong}; fix: playbooks/update_llama_cpp.yml with commit"
+                f" {release.partition('-')[0]} in llama_cpp_builds.{directory.name}, which builds it anew"
+            )
 
     def _prune(self, directory: Path, release: str) -> list[str]:
         """Remove the releases that are too many now that `release` is current."""
