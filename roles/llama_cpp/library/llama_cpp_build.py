@@ -1029,7 +1029,8 @@ class Host:
                 kind = HostError  # it could not be taken back: what is current is not to be rejected
             words = "does not serve" if kind is DoesNotServe else "cannot take over"
             why = f"{words}: {told(error) if isinstance(error, OSError) else error}"
-            raise kind(f"{release} {why}; {now} is current{' again' if now == former else ''}{left}") from None
+            again = " again" if now == former else ""
+            raise kind(f"{release} {why}; {now} is current{again}{left}") from None
 
     def _refuse_without_gateway(self, directory: Path) -> None:
         """Raises HostError when a preset that is not behind the gateway runs the build."""
