@@ -64,11 +64,13 @@ class Verdict:
     """What is to be done, and why: one reason a line, the decisive ones first.
 
     Without `compared` there was nothing to compare with: other presets decide, and nothing is rejected.
+    Without `measured` runs could not be made: nothing was found against the release, and it is not rejected.
     """
 
     word: Word
     reasons: tuple[str, ...]
     compared: bool = True
+    measured: bool = True
 
 
 def judge_preset(found: Comparison) -> Verdict:
@@ -98,7 +100,7 @@ def judge_preset(found: Comparison) -> Verdict:
         why = found.trouble or "too few runs"
         if old.health:
             why = f"{why}: the current release is not healthy: {old.health}"
-        return Verdict("undecided", (f"{name} could not be measured: {why}",))
+        return Verdict("undecided", (f"{name} could not be measured: {why}",), measured=False)
     unsure = [figure for figure, ratio in ratios.items() if ratio.low < LEAST]
     lines = tuple(f"{name}: {told(figure, ratio, found)}" for figure, ratio in ratios.items())
     if unsure:
@@ -138,9 +140,9 @@ def judge(found: Sequence[Comparison]) -> Verdict:
         return Verdict("undecided", silent, compared=False)
     order: tuple[Word, ...] = ("roll back", "undecided", "keep")
     word: Word = next((word for word in order if any(one.word == word for one in verdicts)), "keep")
-    return Verdict(
-        word, tuple(reason for one in verdicts if one.word == word for reason in one.reasons) + silent
-    )
+    decisive = [one for one in verdicts if one.word == word]
+    reasons = tuple(reason for one in decisive for reason in one.reasons)
+    return Verdict(word, reasons + silent, measured=any(one.measured for one in decisive))
 
 
 def is_slower(ratio: Ratio) -> bool:

@@ -113,6 +113,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 f"{name}: undecided: {old[:12]} stays, nothing is rejected: {verdict.reasons[0]}; fix: run"
                 " site.yml, which takes the new release without a comparison"
             )
+        if not verdict.measured:
+            return verdict, left_open(name, verdict)
         return self._reject(args, name, old, new, verdict)
 
     def _not_accepted(
@@ -123,8 +125,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if done.get("tried"):
             return self._reject(args, name, old, new, Verdict("roll back", (why,)))
         # The guard, another switch, a full disk: nothing that it has done.
-        line = f"{name}: undecided, nothing is rejected: {why}; with that put right run this playbook again"
-        return Verdict("undecided", (why,)), line
+        verdict = Verdict("undecided", (why,), measured=False)
+        return verdict, left_open(name, verdict)
 
     def _reject(
         self, args: Mapping[str, Any], name: str, old: str, new: str, verdict: Verdict
@@ -185,6 +187,12 @@ def dying_with_the_play() -> Iterator[None]:
 def shown(verdict: Verdict) -> dict[str, Any]:
     """A verdict in the task's result."""
     return {"verdict": verdict.word, "reasons": list(verdict.reasons)}
+
+
+def left_open(build: str, verdict: Verdict) -> str:
+    """The line about a build of whose new release nothing was found out."""
+    why = verdict.reasons[0]
+    return f"{build}: undecided, nothing is rejected: {why}; with that put right run this playbook again"
 
 
 def stays(build: str, old: str, new: str, verdict: Verdict) -> str:

@@ -90,6 +90,18 @@ def test_undecided_the_old_release_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "up: undecided: aaaaaaaaaaaa stays" in result["msg"]
 
 
+@pytest.mark.parametrize("trouble", ["another trial is under way; wait", "coder is refused: the GPU guard"])
+def test_what_could_not_be_measured_is_not_rejected(monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+    """Else site.yml would refuse a release against which nothing was found."""
+    play = Play(monkeypatch, [world(), Comparison("x", trouble=trouble)])
+    result = play.run()
+    assert result["failed"] and play.did == [] and result["verdicts"]["up"]["verdict"] == "undecided"
+    assert result["msg"] == (
+        f"up: undecided, nothing is rejected: x could not be measured: {trouble};"
+        " with that put right run this playbook again"
+    )
+
+
 def test_with_nothing_to_compare_with_nothing_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else site.yml, which brings the preset, would refuse the commit that it needs."""
     play = Play(monkeypatch, [Comparison("x", known=False)])

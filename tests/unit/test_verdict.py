@@ -107,6 +107,24 @@ def test_a_reason_has_both_ends_of_the_interval_and_the_bar() -> None:
     assert reason.endswith("; at least 95 % is wanted)")
 
 
+@pytest.mark.parametrize(
+    ("found", "word", "measured"),
+    [
+        ([Comparison("x", trouble="busy"), world()], "undecided", False),
+        ([Comparison("x", trouble="busy"), world(noise=0.15)], "undecided", True),
+        ([Comparison("x", trouble="busy"), world(0.7)], "roll back", True),
+        ([world(noise=0.15)], "undecided", True),
+        ([replace(world(), trouble="busy")], "undecided", False),
+        ([replace(world(0.7), trouble="busy")], "roll back", True),
+        ([Comparison("x", new=Behaviour(tool_call="none"), trouble="busy")], "roll back", True),
+    ],
+)
+def test_what_could_not_be_measured_is_no_finding(found: list[Comparison], word: str, measured: bool) -> None:
+    """It keeps the old release, and rejects nothing; a finding, be it of another preset, does."""
+    verdict = judge(found)
+    assert (verdict.word, verdict.measured) == (word, measured)
+
+
 def test_one_disturbed_run_changes_nothing() -> None:
     outlier = (80.0, 20.0)
     good = replace(world(), generation=(*pairs(1.0, count=8), outlier))
@@ -185,7 +203,9 @@ def test_what_started_before_is_no_excuse_for_the_new_release() -> None:
 
 def test_too_few_pairs_are_no_verdict() -> None:
     few = replace(world(), generation=pairs(1.0, count=4), prefill=())
-    assert judge([few]) == Verdict("undecided", ("coder could not be measured: too few runs",))
+    assert judge([few]) == Verdict(
+        "undecided", ("coder could not be measured: too few runs",), measured=False
+    )
     busy = replace(few, trouble="no run of 10 was undisturbed")
     assert judge([busy]).reasons == ("coder could not be measured: no run of 10 was undisturbed",)
 
@@ -193,7 +213,9 @@ def test_too_few_pairs_are_no_verdict() -> None:
 def test_trouble_leaves_it_open_however_well_the_figures_look() -> None:
     """Only one of the figures may have its pairs."""
     verdict = judge([replace(world(), trouble="the box became busy")])
-    assert verdict == Verdict("undecided", ("coder could not be measured: the box became busy",))
+    assert verdict == Verdict(
+        "undecided", ("coder could not be measured: the box became busy",), measured=False
+    )
 
 
 def test_a_slower_figure_decides_even_when_the_rest_could_not_be_measured() -> None:
