@@ -727,6 +727,28 @@ def test_what_the_box_refuses_is_not_the_release_s_fault(
     assert two.restarts == ["new", "old"]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("phase", ["accept", "roll_back"])
+@pytest.mark.parametrize("kind", [module.DoesNotServe, module.HostError])
+def test_a_preset_that_had_failed_before_says_nothing_about_a_release(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch, phase: str, kind: type[module.HostError]
+) -> None:
+    """Its model is gone, say: neither release can start it, and nothing is lost with either."""
+    if phase == "roll_back":
+        two.accept("up", "new")
+
+    def fails(*_: str) -> str:
+        failure = kind("coder failed")
+        failure.served = False
+        raise failure
+
+    monkeypatch.setattr(module, "restart_serving", fails)
+    result = two.accept("up", "new") if phase == "accept" else two.roll_back("up")
+    assert result["restarted"] is None
+    assert links(two) == (("new", "old") if phase == "accept" else ("old", "new"))
+    rejected = module.rejection(two.root / "up", "new")
+    assert (rejected is None) == (phase == "accept")
+
+
 @pytest.mark.parametrize("tried", [True, False])
 def test_the_play_is_told_whether_the_release_was_tried(monkeypatch: pytest.MonkeyPatch, tried: bool) -> None:
     told: dict[str, Any] = {}
@@ -924,6 +946,18 @@ def test_only_what_serves_with_the_build_is_restarted(
     else:
         assert module.restart_serving(user, "up") == outcome
     assert told == []
+
+
+@pytest.mark.parametrize("state", ["ready", "loading", "failed"])
+def test_whether_it_served_before_is_told_of_what_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    told = [{"active": "coder", "build": "up", "state": state}, {"message": "failed", "changed": True}]
+    monkeypatch.setattr(module, "run", lambda *_, **__: json.dumps(told.pop(0)))
+    monkeypatch.setattr(module, "LMSWITCH", __file__)
+    with pytest.raises(module.DoesNotServe) as error:
+        module.restart_serving(pwd.getpwuid(os.geteuid()).pw_name, "up")
+    assert error.value.served == (state != "failed")
 
 
 @pytest.mark.parametrize(

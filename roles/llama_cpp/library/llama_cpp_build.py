@@ -161,6 +161,8 @@ _ON = frozenset({"1", "ON", "TRUE", "YES", "Y"})
 class HostError(Exception):
     """The host cannot do what the play asks; the message is one line with the fix."""
 
+    served = True  # what was to be restarted, before
+
 
 class DoesNotServe(HostError):
     """A release was started and did not come to serve. Else the box refused, was busy or lacked something."""
@@ -601,7 +603,7 @@ def rolled_back_to(directory: Path, release: str) -> str | None:
 
 
 def restart_serving(user: str, build: str) -> str | None:
-    """Restart the preset that serves with this build, if any. Returns its name.
+    """Restart the preset that serves with this build, or that has failed, if any. Returns its name.
 
     Raises DoesNotServe when it was started, HostError when it was not.
     """
@@ -626,7 +628,9 @@ def restart_serving(user: str, build: str) -> str | None:
         if "another switch is under way" not in str(said.get("message")) or time.monotonic() > deadline:
             lines = [line for line in said.get("reason") or [] if "llmbox-wait-ready" not in line]
             kind = DoesNotServe if said.get("changed") else HostError
-            raise kind(" ".join([str(said.get("message")), *lines[-1:]]))
+            failure = kind(" ".join([str(said.get("message")), *lines[-1:]]))
+            failure.served = status.get("state") != "failed"
+            raise failure
         time.sleep(LOCK_PAUSE_S)
 
 
@@ -1008,6 +1012,8 @@ class Host:
             swap(directory, release, former)
             return restart_serving(self.params["serving_user"], directory.name)
         except (HostError, OSError) as error:
+            if isinstance(error, HostError) and not error.served:
+                return None  # it had failed before: nothing is lost, and it says nothing about the release
             kind = DoesNotServe if isinstance(error, DoesNotServe) else HostError
             left = ""
             if owed and kind is HostError:
