@@ -102,12 +102,10 @@ def difference(
     }
 
 
-def refuse_without_gateway(plan: list[dict[str, Any]]) -> None:
-    """Raises StepFailed for a build that is to be compared, and that something beside the gateway runs."""
-    for entry in plan:
-        to_compare = entry["current"] and (entry["current"] != entry["release"] or entry["still_served"])
-        if to_compare and entry["without_gateway"]:
-            raise StepFailed({"failed": True, "msg": entry["without_gateway"]})
+def left_out(entry: dict[str, Any]) -> bool:
+    """Whether a build is to be compared, and something beside the gateway runs it: it stays as it is."""
+    to_compare = entry["current"] and (entry["current"] != entry["release"] or entry["still_served"])
+    return bool(to_compare and entry["without_gateway"])
 
 
 class StepFailed(Exception):
@@ -155,11 +153,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "removed": removing,
             "diff": difference(probed["plan"], removing, deferred=deferred),
         }
-        if deferred:
-            refuse_without_gateway(probed["plan"])
         if staying:
             self._display.warning(unused_line(self._task.args.get("root", ""), staying, remove))
-        to_do = [entry for entry in probed["plan"] if entry["action"] != "none"]
+        to_do = [
+            entry
+            for entry in probed["plan"]
+            if entry["action"] != "none" and not (deferred and left_out(entry))  # llama_cpp_update tells it
+        ]
         if self._task.check_mode:
             if probed["missing_packages"]:
                 self._say(f"would install {', '.join(probed['missing_packages'])}")

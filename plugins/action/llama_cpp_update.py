@@ -44,29 +44,46 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         super().run(tmp, task_vars)
         self._vars = task_vars or {}
         args = plain(self._task.args)
-        new = {
+        builds = {
             name: entry
             for name, entry in args["builds"].items()
-            if entry["current"] and entry["current"] != entry["release"]
+            if entry["current"] and (entry["current"] != entry["release"] or entry["still_served"])
         }
-        # What a run left that died after it had made a release current, and before the restart.
-        owed = {
-            name: entry
-            for name, entry in args["builds"].items()
-            if name not in new and entry["current"] and entry["still_served"]
-        }
-        if not new and not owed:
-            self._say("nothing new: every build runs the release that the inventory asks for")
-            return {"changed": False, "verdicts": {}}
-        if self._task.check_mode:
-            for name, entry in owed.items():
-                self._say(
-                    f"would restart what serves with {name}: {entry['still_served'][0][:12]} still does"
-                )
-            for name, entry in new.items():
-                self._say(f"would compare {name} {entry['commit'][:12]} with {entry['current'][:12]}")
-            return {"changed": True, "verdicts": {}}
         result: dict[str, Any] = {"changed": False, "verdicts": {}}
+        if not builds:
+            self._say("nothing new: every build runs the release that the inventory asks for")
+            return result
+        new, owed, lines = dict[str, Any](), dict[str, Any](), list[str]()
+        for name, entry in builds.items():
+            if entry["without_gateway"]:  # the role has not built it either
+                lines.append(f"{name}: {entry['current'][:12]} stays: {entry['without_gateway']}")
+            elif entry["current"] != entry["release"]:
+                new[name] = entry
+            else:  # what a run left that died after it had made a release current, and before the restart
+                owed[name] = entry
+        if self._task.check_mode:
+            self._foretell(new, owed)
+            result["changed"] = bool(new or owed)
+        else:
+            lines += self._do(args, new, owed, result)
+        if lines:
+            result.update(failed=True, msg="; ".join(lines))
+        return result
+
+    def _foretell(self, new: Mapping[str, Any], owed: Mapping[str, Any]) -> None:
+        for name, entry in owed.items():
+            self._say(f"would restart what serves with {name}: {entry['still_served'][0][:12]} still does")
+        for name, entry in new.items():
+            self._say(f"would compare {name} {entry['commit'][:12]} with {entry['current'][:12]}")
+
+    def _do(
+        self,
+        args: Mapping[str, Any],
+        new: Mapping[str, Any],
+        owed: Mapping[str, Any],
+        result: dict[str, Any],
+    ) -> list[str]:
+        """Update each build, and put the outcome into `result`. Returns the lines of what failed."""
         lines = []
         for name, entry in owed.items():
             done = self._module(args, "accept", name, entry["current"])
@@ -86,9 +103,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 result["changed"] = True
                 if line:
                     lines.append(line)
-        if lines:
-            result.update(failed=True, msg="; ".join(lines))
-        return result
+        return lines
 
     def _update(self, args: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> tuple[Verdict, str]:
         """Compare one build, and keep or reject its new release. The line is that of a failure, or empty."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,20 +134,22 @@ def test_check_mode_only_looks() -> None:
         ({"current": None}, False),
     ],
 )
-def test_what_could_not_be_compared_is_refused_before_anything_is_built(
+def test_what_could_not_be_compared_is_not_built_and_the_others_are(
     change: dict[str, Any], refused: bool, check_mode: bool
 ) -> None:
     for activate in (False, True):
         probed = probe("build", ["ninja-build"])
+        other = {**probed["plan"][0], "build": "other"}
         probed["plan"][0] |= {**change, "without_gateway": "llama-vision.service …"}
-        host = Host([probed, probe("none")], [{"state": "ready"}])
-        plugin = host.plugin(check_mode, activate=activate)
-        if refused and not activate:
-            with pytest.raises(action.StepFailed, match=r"^llama-vision\.service"):
-                plugin._converge()
-            assert host.asked == ["probe"]
+        probed["plan"].append(other)
+        host = Host([probed, copy.deepcopy(probed)], [{"state": "ready"}] * 2)
+        assert host.plugin(check_mode, activate=activate)._converge()["changed"]
+        if not check_mode:
+            left = refused and not activate
+            assert ("start up" not in host.asked) == ("activate up" not in host.asked) == left
+            assert {"start other", "activate other"} <= {*host.asked}
         else:
-            assert plugin._converge()["changed"]
+            assert any("build other" in line for line in host.said)
 
 
 def test_a_first_build_installs_starts_follows_and_activates() -> None:

@@ -14,7 +14,13 @@ from scripts._verdict import Behaviour, Comparison
 from tests.unit.test_verdict import WORLDS, world
 
 OLD, NEW = f"{'a' * 40}-1", f"{'b' * 40}-2"
-ENTRY = {"commit": "b" * 40, "current": OLD, "release": NEW, "still_served": []}
+ENTRY = {
+    "commit": "b" * 40,
+    "current": OLD,
+    "release": NEW,
+    "still_served": [],
+    "without_gateway": "",
+}
 
 
 class Play:
@@ -197,6 +203,22 @@ def test_one_build_that_is_rejected_keeps_no_other_from_its_own_verdict(
     result = play.run(up=ENTRY, other=ENTRY)
     assert play.compared == ["up", "other"]
     assert "up: roll back" in result["msg"] and "other: roll back" in result["msg"]
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("more", [{}, {"current": NEW, "still_served": [OLD]}])
+def test_what_a_system_preset_runs_keeps_no_other_build_from_its_own_verdict(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], check: bool
+) -> None:
+    play = Play(monkeypatch, [world()])
+    vision = {**ENTRY, "without_gateway": "llama-vision.service of the system serves …; fix: x", **more}
+    result = play.run(check=check, vision=vision, up=ENTRY)
+    assert play.compared == ([] if check else ["up"]) and play.did == ([] if check else [("accept", NEW)])
+    assert result["failed"] and result["changed"]
+    line = f"vision: {vision['current'][:12]} stays: llama-vision.service of the system"
+    assert result["msg"].startswith(line)
+    result = play.run(check=check, vision=vision)
+    assert result["failed"] and not result["changed"] and not any("nothing new" in one for one in play.said)
 
 
 def test_with_the_play_its_comparison_dies(monkeypatch: pytest.MonkeyPatch) -> None:
