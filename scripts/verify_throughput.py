@@ -40,6 +40,7 @@ from typing import Any
 import httpx
 from llama_common.presets import Expect, Speed
 from llama_common.problems import InventoryError
+from llmbox.status import ON_TRIAL
 
 from roles.llama_cpp.library.llama_cpp_build import HostError
 from scripts import _command, _history_chart
@@ -245,10 +246,11 @@ def measure_preset(box: Box, preset: str, tell: Tell) -> tuple[list[Check], list
         tell(f"{preset}: waiting until it serves")
         meter = Meter(box.client, preset, tell)
         meter.wake()
-        seen = look(box.host, box.data)
+        seen = deployed(box)
         release = running_release([one for one in seen["servers"] if is_own(one, seen)]) or "unknown"
         for shape in kinds:
             for number, timed in enumerate(meter.series(shape, RUNS), 1):
+                deployed(box)
                 made.append(kept(preset, shape.name, release, timed, box.gpu))
                 box.history.append(made[-1])
                 tell(
@@ -264,6 +266,17 @@ def measure_preset(box: Box, preset: str, tell: Tell) -> tuple[list[Check], list
     found = figures(preset, box.data.config.llama_presets[preset].expect, made, box.history.runs())
     checks += [check for figure in found for check in figure.checks()]
     return checks + gpu_checks(preset, made, box.gpu.trouble), found
+
+
+def deployed(box: Box) -> Mapping[str, Any]:
+    """What the box says about itself. Raises NotMeasured while a preset is on trial, Unreachable.
+
+    A trial's flags or release are not those that a run would be kept under, and both only take turns.
+    """
+    seen = look(box.host, box.data)
+    if (seen["status"] or {}).get("on_trial"):
+        raise NotMeasured(f"{ON_TRIAL}, or wait for its end")
+    return seen
 
 
 def kept(preset: str, shape: str, release: str, timed: Timed, gpu: GpuWatch) -> Run:

@@ -492,7 +492,7 @@ def test_the_screen_and_the_json_tell_of_a_draft(keys: dict[str, Any], said: str
 
 
 @pytest.mark.parametrize("state", ["active", "activating", "inactive"])
-def test_the_screen_says_that_a_preset_is_on_trial(state: str) -> None:
+def test_the_screen_and_the_json_say_that_a_preset_is_on_trial(state: str) -> None:
     presets = PresetsFile.model_validate(
         {"version": 1, "user": "llm", "presets": {"coder": {**PRESET, "unit": "llama-coder.service"}}}
     )
@@ -502,6 +502,7 @@ def test_the_screen_says_that_a_preset_is_on_trial(state: str) -> None:
         seen = status.collect(presets, states, lambda _listen: status.Probe("ok"), lambda _pid: "")
         text = status.screen(seen, datetime.now(UTC))
         assert ("to end it: systemctl --user stop llmbox-trial.service" in text) is (state != "inactive")
+        assert seen.as_json().get("on_trial", False) is (state != "inactive")
 
 
 def test_the_screen_names_the_foreign_unit_that_has_the_card() -> None:

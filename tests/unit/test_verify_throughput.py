@@ -115,6 +115,7 @@ class FakeGateway:
         self.speed = {"one": 100.0, "two": 100.0}
         self.refused: set[str] = set()
         self.asked: list[str] = []
+        self.trial_from = 1000  # requests
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
@@ -147,6 +148,7 @@ def gateway(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGateway:
     def asked(_host: Host, _request: object, *, become: bool) -> dict[str, Any]:
         found = seen()
         found["status"]["active"] = fake.active
+        found["status"] |= {"on_trial": True} if len(fake.asked) >= fake.trial_from else {}
         return {"llm": found}
 
     @contextmanager
@@ -285,6 +287,18 @@ def test_a_last_preset_that_is_never_woken_is_no_way_back(
     monkeypatch.setattr(verify_throughput, "measure_preset", too_small)
     verify_throughput.main(RUN_ALL)
     assert gateway.asked[-1] == "/tokenize two" and gateway.active == "two"
+
+
+@pytest.mark.parametrize(("requests", "kept"), [(0, 0), (3, 0), (4, 1), (6, 3)])
+def test_runs_of_what_is_on_trial_are_not_kept(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], requests: int, kept: int
+) -> None:
+    """Its flags or its release are not those that the box's own past is of."""
+    gateway.trial_from = requests
+    assert verify_throughput.main([*RUN_ALL, "--preset", "two"]) == 1
+    assert len(History.of(Path("inventory/lab"), "box").runs()) == kept
+    said = capsys.readouterr()
+    assert "a measurement tries other flags or releases; to end it: systemctl" in said.out + said.err
 
 
 def test_a_host_that_cannot_be_asked_is_exit_code_2(

@@ -48,8 +48,8 @@ class Status:
     guard: report.Report | None = None
 
     def as_json(self) -> dict[str, object]:
-        """Exactly the keys that tools rely on; for a preset with a draft also that (see draft_json), and on a
-        box with a GPU guard what that says.
+        """Exactly the keys that tools rely on; for a preset with a draft also that (see draft_json), on a box
+        with a GPU guard what that says, and while a preset is on trial that it is.
         """
         draft = draft_json(self.preset, self.release)
         return {
@@ -62,6 +62,7 @@ class Status:
             "queued": self.queued,
             **({"draft": draft} if draft else {}),
             **({"gpu_guard": self.guard.as_json()} if self.guard else {}),
+            **({"on_trial": True} if self.on_trial else {}),
         }
 
 
