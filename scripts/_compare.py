@@ -28,7 +28,6 @@ PROBE_ATTEMPTS, PROBE_PAUSE_S, PROBE_TIMEOUT_S = 3, 3.0, 300.0
 # The share of a prompt's tokens that must come from the cache when it is sent a second time.
 CACHED = 0.9
 CACHE_WORDS = 800
-SIDES = ("current", "new")
 TOOL = "get_weather"
 TOOL_CALL = {
     "messages": [{"role": "user", "content": "What is the weather in Oslo, in celsius? Use the tool."}],
@@ -161,7 +160,7 @@ class Bench:
             ended = [side for side in (0, 1) if self._health[side]]
             if ended and ended == chances[:1]:
                 side = chances.pop(0)
-                self.tell(f"{self.preset}: the {SIDES[side]} release: {self._health[side]}; once more")
+                self.tell(f"{self.preset}: {self._health[side]}; once more")
                 self._behaviour.pop(side, None)
                 self._health[side], self._serving, trouble = "", None, ""
                 continue

@@ -30,6 +30,7 @@ from scripts._llm_box import LlmBox
 from scripts._verdict import Verdict, judge
 
 WATCH_S = 1.0
+AGAIN = "with that put right run this playbook again"
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -123,13 +124,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 self._say(f"{name}: {new[:12]} is current{f' and serves {served}' if served else ''}")
                 return verdict, ""
             return self._not_accepted(args, name, old, new, done)
-        if not verdict.compared:
-            return verdict, (
-                f"{name}: undecided: {old[:12]} stays, nothing is rejected: {verdict.reasons[0]}; fix: run"
-                " site.yml, which takes the new release without a comparison"
-            )
-        if not verdict.measured:
-            return verdict, left_open(name, verdict)
+        if not verdict.compared or not verdict.measured:
+            takes = "fix: run site.yml, which takes the new release without a comparison"
+            then = AGAIN if verdict.compared else takes
+            why = verdict.reasons[0]
+            return verdict, f"{name}: undecided: {old[:12]} stays, nothing is rejected: {why}; {then}"
         return self._reject(args, name, old, new, verdict)
 
     def _not_accepted(
@@ -140,8 +139,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if done.get("tried"):
             return self._reject(args, name, old, new, Verdict("roll back", (why,)))
         # The guard, another switch, a full disk: nothing that it has done.
-        verdict = Verdict("undecided", (why,), measured=False)
-        return verdict, left_open(name, verdict)
+        line = f"{name}: undecided, nothing is rejected: {why}; {AGAIN}"
+        return Verdict("undecided", (why,), measured=False), line
 
     def _reject(
         self, args: Mapping[str, Any], name: str, old: str, new: str, verdict: Verdict
@@ -202,12 +201,6 @@ def dying_with_the_play() -> Iterator[None]:
 def shown(verdict: Verdict) -> dict[str, Any]:
     """A verdict in the task's result."""
     return {"verdict": verdict.word, "reasons": list(verdict.reasons)}
-
-
-def left_open(build: str, verdict: Verdict) -> str:
-    """The line about a build of whose new release nothing was found out."""
-    why = verdict.reasons[0]
-    return f"{build}: undecided, nothing is rejected: {why}; with that put right run this playbook again"
 
 
 def stays(build: str, old: str, new: str, verdict: Verdict) -> str:

@@ -103,7 +103,7 @@ def test_what_could_not_be_measured_is_not_rejected(monkeypatch: pytest.MonkeyPa
     result = play.run()
     assert result["failed"] and play.did == [] and result["verdicts"]["up"]["verdict"] == "undecided"
     assert result["msg"] == (
-        f"up: undecided, nothing is rejected: x could not be measured: {trouble};"
+        f"up: undecided: aaaaaaaaaaaa stays, nothing is rejected: x could not be measured: {trouble};"
         " with that put right run this playbook again"
     )
 
