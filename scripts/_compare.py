@@ -143,7 +143,8 @@ class Bench:
         new one, which the same may have hit.
         """
         pairs: list[tuple[Timed, Timed]] = []
-        trouble, chances = "", [0, 1]
+        trouble = ""
+        excusable = [0, 1]  # whose end is excused, in this order: the new one's only after the old one's
         for number in range(MOST_PAIRS):
             timed: dict[int, Timed] = {}
             for side in (0, 1) if number % 2 == 0 else (1, 0):
@@ -158,8 +159,8 @@ class Bench:
                     trouble = str(error)
                     break
             ended = [side for side in (0, 1) if self._health[side]]
-            if ended and ended == chances[:1]:
-                side = chances.pop(0)
+            if ended and ended == excusable[:1]:
+                side = excusable.pop(0)
                 self.tell(f"{self.preset}: {self._health[side]}; once more")
                 self._behaviour.pop(side, None)
                 self._health[side], self._serving, trouble = "", None, ""

@@ -151,6 +151,31 @@ def test_what_happens_to_a_release_is_what_the_verdict_says(
     assert (verdict.word, verdict.reasons[0][: len(reason)]) == (word, reason)
 
 
+def ending_in_runs(
+    monkeypatch: pytest.MonkeyPatch, box: Box, ends: dict[int, str], *, seen: bool = True
+) -> None:
+    """The server of a release ends in the run of this number, and is well once it is started anew.
+
+    `seen`: the run itself comes to nothing for it.
+    """
+    runs, series, run = itertools.count(), box.series, box.run
+
+    def ending(shape: Shape, count: int) -> Iterator[Timed]:
+        if release := ends.get(next(runs)):
+            assert box.release == release
+            box.crashing.add(release)
+            if seen:
+                raise NotMeasured("HTTP 502: it ended")
+        yield from series(shape, count)
+
+    def started(command: Sequence[str] | None) -> None:
+        box.crashing.clear()
+        run(command)
+
+    monkeypatch.setattr(box, "series", ending)
+    monkeypatch.setattr(box, "run", started)
+
+
 @pytest.mark.parametrize(("speed", "word"), [(30.0, "roll back"), (100.0, "keep")])
 @pytest.mark.parametrize("busy", [True, False])
 @pytest.mark.parametrize("at", [0, 3, 4, 7])
@@ -162,22 +187,7 @@ def test_a_release_that_ended_once_is_compared_with_all_the_same(
     At each of these runs it is the old one that serves; its count stays until it is started anew.
     """
     box.speed["new"] = speed
-    runs, series, run = iter(range(99)), box.series, box.run
-
-    def ending(shape: Shape, count: int) -> Iterator[Timed]:
-        if next(runs) == at:
-            assert box.release == "old"
-            box.crashing.add("old")
-            if busy:
-                raise NotMeasured("HTTP 502: it ended")
-        yield from series(shape, count)
-
-    def started(command: Sequence[str] | None) -> None:
-        box.crashing.clear()
-        run(command)
-
-    monkeypatch.setattr(box, "series", ending)
-    monkeypatch.setattr(box, "run", started)
+    ending_in_runs(monkeypatch, box, {at: "old"}, seen=busy)
     found = box.bench().compare()
     assert judge_preset(found).word == word and len(found.generation) == 5
     assert found.old.health == found.trouble == ""
@@ -198,21 +208,7 @@ def test_what_ended_the_current_release_may_end_the_new_one_too(
     box: Box, monkeypatch: pytest.MonkeyPatch, ends: dict[int, str], word: str, why: str
 ) -> None:
     """Another process that takes the memory, say: it is no fault of the one that it hits second."""
-    runs, series, run = itertools.count(), box.series, box.run
-
-    def ending(shape: Shape, count: int) -> Iterator[Timed]:
-        if release := ends.get(next(runs)):
-            assert box.release == release
-            box.crashing.add(release)
-            raise NotMeasured("HTTP 502: it ended")
-        yield from series(shape, count)
-
-    def started(command: Sequence[str] | None) -> None:
-        box.crashing.clear()
-        run(command)
-
-    monkeypatch.setattr(box, "series", ending)
-    monkeypatch.setattr(box, "run", started)
+    ending_in_runs(monkeypatch, box, ends)
     verdict = judge_preset(box.bench().compare())
     assert verdict.word == word and verdict.reasons[0].startswith(why)
 
