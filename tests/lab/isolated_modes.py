@@ -42,7 +42,10 @@ DOWN, ENTER, CTRL_C = b"\x1b[B", b"\r", b"\x03"
 UNSEEN = re.compile(
     rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]|[\x00-\x20\x7f]"
 )
+MARK = "only-for-my-own-claude"
 OWN = {
+    ".claude/CLAUDE.md": MARK,
+    ".claude/rules/mine.md": MARK,
     ".claude/settings.json": '{"env": {"ANTHROPIC_BASE_URL": "http://192.0.2.99"}}',
     ".claude/.credentials.json": '{"claudeAiOauth": {"accessToken": "mine"}}',
     ".claude.json": '{"numStartups": 7, "hasCompletedOnboarding": true}',
@@ -238,7 +241,7 @@ def main() -> None:
     (home / "project/.claude").mkdir(parents=True)
     (home / "project/.claude/settings.json").write_text(PROJECT)
     before = digests(home)
-    found, running = {}, {}
+    found, running, told = {}, {}, []
     for name, kind, words in modes:
         there = processes()
         with played(kind) if kind else nullcontext() as server:
@@ -249,6 +252,8 @@ def main() -> None:
                 found[name] = printed(command, home / "project")
             else:
                 found[name] = typed(command, home / "project", "Hello.")
+            if server and MARK in json.dumps([body for *_, body in server.asked]):
+                told.append(name)
         running[name] = still_running(there)
     after = digests(home)
     project = re.sub("[^a-zA-Z0-9-]", "-", str((home / "project").resolve()))
@@ -259,6 +264,7 @@ def main() -> None:
             {
                 "modes": found,
                 "running": running,
+                "told": told,
                 "left": sorted(
                     path for path in before.keys() | after.keys() if before.get(path) != after.get(path)
                 ),

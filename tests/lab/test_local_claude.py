@@ -114,6 +114,7 @@ def kept_apart(found: dict[str, Any], said: str) -> None:
         assert (code, answer, found["running"][name]) == (0, expected, []), (name, answer, told)
     assert (found["sent"], found["udp"]) == (0, 0), "packets for another host, or questions to a name server"
     assert not found["left"] and found["sessions"]
+    assert not found["told"], "the instructions in ~/.claude are for the user's own claude"
 
 
 def test_the_user_s_own_stays_and_nothing_leaves(claude: Path, tmp_path: Path) -> None:

@@ -294,6 +294,22 @@ def test_fetching_a_page_tells_nobody_else_its_host(serving: Callable[..., Scrip
     assert settings["skipWebFetchPreflight"] is True and settings["model"] == "x"
 
 
+def test_the_user_s_own_instructions_are_not_sent(
+    serving: Callable[..., ScriptedLlm], world: Path, tmp_path: Path
+) -> None:
+    """Below the home folder claude would take them for the project's. What the caller excludes too."""
+    (tmp_path / "dotfiles").mkdir()
+    (world / ".claude").symlink_to(tmp_path / "dotfiles")
+    server = serving(scripted_llm.gateway())
+    given = json.dumps({"claudeMdExcludes": ["/work/CLAUDE.md"]})
+    became = started("--port", str(server.port), "--", "--settings", given)
+    assert json.loads(Path(became.command[2]).read_text())["claudeMdExcludes"] == [
+        "/work/CLAUDE.md",
+        *(f"{world}/.claude/{name}" for name in ("CLAUDE.md", "rules/**")),
+        *(f"{tmp_path}/dotfiles/{name}" for name in ("CLAUDE.md", "rules/**")),
+    ]
+
+
 def test_a_chat_gets_its_key_without_a_question_and_without_a_file(
     serving: Callable[..., ScriptedLlm], monkeypatch: pytest.MonkeyPatch, world: Path
 ) -> None:

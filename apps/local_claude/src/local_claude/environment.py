@@ -56,6 +56,8 @@ QUIET = {
 # Settings that no variable stands for: WebFetch asks Anthropic about the name of each host that it goes to.
 # What a helper prints is sent beside the token: the key of another server, which this one may even prefer.
 HELPER = "apiKeyHelper"
+# Below the home folder claude takes the CLAUDE.md and the rules of ~/.claude for those of the project.
+EXCLUDES, INSTRUCTIONS = "claudeMdExcludes", ("CLAUDE.md", "rules/**")
 SETTINGS = {"skipWebFetchPreflight": True, HELPER: ""}
 # With --bare the token does not count. In ANTHROPIC_API_KEY claude would ask about it, and keep a part of it.
 CHAT_SETTINGS = {HELPER: "printenv ANTHROPIC_AUTH_TOKEN"}
@@ -182,11 +184,18 @@ def write(path: Path, content: object) -> None:
         raise
 
 
+def own_instructions(home: Path) -> list[str]:
+    """Patterns of what the user tells their own claude, also where a link leads to it."""
+    own = home / ".claude"
+    return [f"{place}/{name}" for place in dict.fromkeys((own, own.resolve())) for name in INSTRUCTIONS]
+
+
 def settings_file(
     folder: Path,
     wanted: Mapping[str, str],
     given: Mapping[str, Any],
     *,
+    home: Path,
     chat_only: bool = False,
     printed: bool = False,
 ) -> Path:
@@ -197,10 +206,12 @@ def settings_file(
     environment alone.
     """
     own = {name: value for name, value in wanted.items() if _may_lie_on_disk(name, value)}
+    excluded = given.get(EXCLUDES)
     content = {
         **given,
         **SETTINGS,
         **(CHAT_SETTINGS if chat_only else {}),
+        EXCLUDES: [*(excluded if isinstance(excluded, list) else ()), *own_instructions(home)],
         "env": {**_strings(given.get("env")), **own},
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

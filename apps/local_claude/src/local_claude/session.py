@@ -75,7 +75,7 @@ def run(wanted: Options) -> int:
             print(launch.exports(own | variables), flush=True)
             return 0
         settings = environment.settings_file(
-            folder, variables, given, chat_only=chat_only, printed=wanted.dry_run
+            folder, variables, given, home=Path.home(), chat_only=chat_only, printed=wanted.dry_run
         )
         shared = not chat_only and launch.knows(program, launch.SHARED_PROMPT, folder)
         command = launch.compose(program, settings, words, chat_only=chat_only, shared_prompt=shared)
