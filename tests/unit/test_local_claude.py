@@ -187,6 +187,8 @@ def test_a_passed_check_is_not_repeated(serving: Callable[..., ScriptedLlm]) -> 
     server.answers["/props"] = scripted_llm.gateway(build="b11500-def")["/props"]
     started(*words)
     assert sum(path == "/v1/messages" for _, path, _ in server.asked) == 3 * asked
+    started("--model", "gemma4", *words)
+    assert sum(path == "/v1/messages" for _, path, _ in server.asked) == 4 * asked, "another model"
 
 
 @pytest.mark.parametrize("at", ['"x"', "null", "[]", "1" + "0" * 400, "NaN", "-1"])
