@@ -104,9 +104,11 @@ def place(on_host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         units = "/etc/systemd/system/llm-router.service"
         folders = "/opt/llm* /etc/llm-router /var/lib/llm* /usr/local/bin/{lmswitch,llmbox-*,gpu-guard}"
         timers = "llmbox-drift-sampled.timer llmbox-drift-full.timer"
-        on_host(support.CLIENT, f"sudo systemctl disable --now llm-router {timers}")
-        on_host(support.CLIENT, f"sudo rm -rf {folders} {units} /etc/systemd/system/llmbox-drift*")
-        on_host(support.CLIENT, "sudo systemctl daemon-reload; sudo userdel llm-router")
+        on_host(support.CLIENT, f"sudo systemctl disable --now llm-router {timers}", timeout=180)
+        on_host(
+            support.CLIENT, f"sudo rm -rf {folders} {units} /etc/systemd/system/llmbox-drift*", timeout=180
+        )
+        on_host(support.CLIENT, "sudo systemctl daemon-reload; sudo userdel llm-router", timeout=180)
         on_host(support.LLM, "sudo -u llm lmswitch off", timeout=180)
         support.run("python3", "-m", "lab", "up", "--only", support.OCR, "--fresh", support.OCR, timeout=600)
 

@@ -153,6 +153,25 @@ def test_a_failure_must_come_before_its_patch() -> None:
     assert "no failing run" in results(replace(good, runs=passed))["failure_patched"].detail
 
 
+def without(name: str) -> Recorded:
+    """The good run, in which this tool is another one that neither reads nor writes."""
+    good = recordings()["good"]
+    named, other = f'"name": "{name}"', '"name": "Glob"'
+    return replace(good, events=tuple(json.loads(json.dumps(good.events).replace(named, other))))
+
+
+def test_each_step_is_asked_for_by_itself() -> None:
+    assert results(without("Read"))["files"].detail == "no file was read"
+    unpatched = results(without("Edit"))["failure_patched"].detail
+    assert unpatched == "pytest failed and no file was changed after it"
+
+
+def test_a_token_in_the_arguments_alone_is_found() -> None:
+    bad = recordings()["leaked"]
+    clean = {name: text.replace("<|im_end|>", "") for name, text in bad.files.items()}
+    assert results(replace(bad, files=clean))["template_tokens"].detail.startswith("<|im_end|> in turn 2")
+
+
 def test_a_file_that_is_not_there_or_not_whole() -> None:
     good = recordings()["good"]
     lost = {name: text for name, text in good.files.items() if name != "main.py"}

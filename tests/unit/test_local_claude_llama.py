@@ -45,8 +45,8 @@ def file(
 CODER = file("coder-30b", 17)
 FILES = [
     CODER,
-    file("anything-0.6b", 0.4),  # its name says nothing, its header does
     file("coder-1.7b", 1.2),
+    file("anything-0.6b", 0.4),  # its name says nothing, its header does
     file("coder-tiny", 0.1, model="llama"),  # of the same family by its name, with other tokens
     file("coder-odd", 0.05, tokens=32000),
 ]

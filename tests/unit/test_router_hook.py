@@ -70,9 +70,9 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     sys.modules.pop("llm_router.hook", None)
 
 
-def request(**more: Any) -> dict[str, Any]:
+def request(call: str = "id-1", **more: Any) -> dict[str, Any]:
     body = {"model": "coder", "messages": [{"role": "user", "content": "go"}], **more}
-    return {**body, "litellm_call_id": "id-1", "proxy_server_request": {"body": dict(body)}}
+    return {**body, "litellm_call_id": call, "proxy_server_request": {"body": dict(body)}}
 
 
 def begin(world: Any, key: str = "me", call_type: str = "completion", **more: Any) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def test_a_client_that_leaves_while_an_answer_is_held_has_used_it(leaves: str, w
             came.set()
             await asyncio.sleep(60)
 
-        tools = {"tools": TOOLS} if leaves == "cancelled" else {}
+        tools: dict[str, Any] = {"tools": TOOLS} if leaves == "cancelled" else {}
         data = await world.hook.async_pre_call_hook(
             types.SimpleNamespace(key_alias="me"), None, request(**tools), "anthropic_messages"
         )
@@ -395,6 +395,9 @@ def test_a_box_is_not_asked_twice_for_a_request_and_a_lost_one_is_gone(world: An
 
     assert choose() == [one, two]
     asyncio.run(world.hook.async_pre_call_deployment_hook({**data, **one}, None))
+    for name in ("id-2", "id-3"):  # box two has more to do, and is the one left for this request
+        other = begin(world, call=name, messages=[{"role": "user", "content": name}])
+        asyncio.run(world.hook.async_pre_call_deployment_hook({**other, **two}, None))
     assert choose() == [two]
     error = type("APIConnectionError", (Exception,), {})()
     asyncio.run(world.hook.async_post_call_failure_deployment_hook(data, error))
