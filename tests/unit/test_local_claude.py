@@ -187,7 +187,7 @@ def test_a_passed_check_is_not_repeated(serving: Callable[..., ScriptedLlm]) -> 
     server.answers["/props"] = scripted_llm.gateway(build="b11500-def")["/props"]
     started(*words)
     assert sum(path == "/v1/messages" for _, path, _ in server.asked) == 3 * asked
-    started("--model", "gemma4", *words)
+    assert started("--model", "g", *words).variables["ANTHROPIC_MODEL"] == "gemma4", "its alias"
     assert sum(path == "/v1/messages" for _, path, _ in server.asked) == 4 * asked, "another model"
 
 

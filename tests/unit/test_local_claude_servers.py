@@ -461,6 +461,18 @@ def test_the_doctor_of_a_careless_model(world: Path, capsys: pytest.CaptureFixtu
     assert "tokens are left" in told
 
 
+def test_the_doctor_looks_into_lm_studio_s_own_files(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = world / ".lmstudio/.internal/user-concrete-model-default-config"
+    folder.mkdir(parents=True)
+    configuration(folder, k="q8_0", v="q8_0", context=8192)
+    for name, seen in (("LM Studio", True), ("Ollama", False)):
+        with ScriptedLlm(KINDS[name][0] | {"/v1/messages": working}) as server:
+            _, lines = doctor(capsys, "--port", str(server.port))
+        told = [line for line in lines if line.startswith("warn LM Studio's files")]
+        assert bool(told) == seen and all("coder.json" in line for line in told), lines
+        assert any("silently ignored" in line for line in told) == seen
+
+
 @pytest.mark.parametrize(
     ("answers", "code", "part"),
     [
