@@ -201,7 +201,7 @@ def test_another_key_is_refused_before_anything_is_written(
         module.the_key("http://x/k", FINGERPRINT)
 
 
-FAMILIES = [
+FAMILIES: list[dict[str, Any]] = [
     {"names": ["*nvidia*", "libcuda1*"], "version": "580.1-1"},
     {"names": ["cuda-*-13-0", "lib*-13-0"]},
 ]
@@ -906,17 +906,19 @@ def test_a_card_that_hangs_delays_the_boot_by_a_moment_only(unit: str, bar_s: in
     assert seconds["Start"] + 4 * seconds.get("Stop", 90) <= bar_s
 
 
-def reboot(folder: Path, variables: dict[str, str], **more: Any) -> tuple[PlaybookRun, list[str]]:
-    """The role's reboot, as far as it comes here: Ansible refuses to reboot the machine that it runs on."""
+def reboot(
+    folder: Path, variables: dict[str, str] | None, *words: str, **more: Any
+) -> tuple[PlaybookRun, list[str]]:
+    """The role, as far as it comes here: Ansible refuses to reboot the machine that it runs on."""
     log = folder / "log"
+    log.unlink(missing_ok=True)
     (folder / "lmswitch").write_text(
         f'#!/bin/sh\necho "$*" >> {log}\n'
         f'[ $1 != resume ] || [ -e {log}.up ] || {{ touch {log}.up; echo "{{}}"; exit 3; }}\n'
         'echo \'{"ok": true, "changed": true}\'\n'
     )
     (folder / "lmswitch").chmod(0o755)
-    tasks = {"name": "gpu_host", "tasks_from": "reboot.yml"}
-    task = {"name": "The reboot", "ansible.builtin.include_role": tasks}
+    task = {"name": "The role", "ansible.builtin.include_role": {"name": "gpu_host"}}
     play = {"hosts": "all", "gather_facts": False, "connection": "local", "tasks": [task]}
     (folder / "play.yml").write_text(yaml.safe_dump([play]))
     (folder / "inventory.yml").write_text(yaml.safe_dump({"all": {"hosts": {"box": {}}}}))
@@ -924,16 +926,27 @@ def reboot(folder: Path, variables: dict[str, str], **more: Any) -> tuple[Playbo
         "ansible_become": False,
         "ansible_connection": "local",
         "gpu_host_allow_reboot": True,
-        "__gpu_host": {"apply": []},
-        "__gpu_host_device": {"pending": "the driver"},
-        "__gpu_host_others": {"state": {"variables": variables}},
+        "__gpu_host": LOOKED,
         "_gpu_host_lmswitch": str(folder / "lmswitch"),
         **more,
     }
+    if variables is not None:
+        given["__gpu_host_device"] = {"pending": "the driver"}
+        given["__gpu_host_others"] = {"state": {"variables": variables}}
     done = ansible_playbook(
-        folder / "play.yml", "-e", json.dumps(given), inventory=folder / "inventory.yml", timeout=120
+        folder / "play.yml", "-e", json.dumps(given), *words, inventory=folder / "inventory.yml", timeout=120
     )
     return done, log.read_text().splitlines() if log.exists() else []
+
+
+# In a container there is nothing to look at beside what a test gives.
+LOOKED: dict[str, Any] = {
+    "apply": ["a reboot"],
+    "notes": [],
+    "container": "a test's",
+    "key_waits": False,
+    "clock_differs": False,
+}
 
 
 def test_what_serves_is_drained_before_a_reboot_and_serves_again(tmp_path: Path) -> None:
@@ -947,7 +960,8 @@ def with_a_reboot_that_does_nothing(folder: Path) -> None:
     copy = folder / "roles/gpu_host"
     shutil.copytree(ROLE, copy)
     tasks = copy / "tasks/reboot.yml"
-    text, stand_in = tasks.read_text(), "      ansible.builtin.command: 'true'\n      changed_when: true\n"
+    text = tasks.read_text()
+    stand_in = f"      ansible.builtin.shell: echo reboot >> {folder}/log\n      changed_when: true\n"
     task = re.compile(r"      ansible\.builtin\.reboot:\n        reboot_timeout: .*\n")
     assert len(task.findall(text)) == 1
     tasks.write_text(task.sub(stand_in, text))
@@ -998,10 +1012,121 @@ def test_a_reboot_that_has_brought_it_is_well(tmp_path: Path) -> None:
 
 
 def test_no_reboot_for_a_driver_whose_key_waits_for_a_person(tmp_path: Path) -> None:
-    done, calls = reboot(tmp_path, {}, __gpu_host={"apply": [], "key_waits": True})
+    done, calls = reboot(tmp_path, {}, __gpu_host={**LOOKED, "key_waits": True})
     assert done.rc == 0 and not calls, done.tail()
 
 
 def test_no_reboot_into_what_somebody_else_has_named_next(tmp_path: Path) -> None:
     done, calls = reboot(tmp_path, {"BootNext": "070000000100"})
     assert done.rc != 0 and "something else is to start next" in done.stdout and not calls
+
+
+# In the place of a module of the role's: says what it was asked for, and answers what the test has for it.
+STAND_IN = """#!/usr/bin/python3
+# WANT_JSON
+import json, sys
+given = json.load(open(sys.argv[1]))
+how = ["compare"] if given.get("before") else [given["phase"]] if "phase" in given else []
+asked = " ".join(["NAME", *how])
+called = asked + " (dry)" * given["_ansible_check_mode"]
+with open("FOLDER/log", "a") as log:
+    print(called, file=log)
+answers = json.load(open("FOLDER/answers"))
+print(json.dumps({"changed": False, **answers.get(called, answers.get(asked, {}))}))
+"""
+STATE = {"variables": {"BootOrder": "0700"}, "files": {}}
+
+
+def with_stand_ins(folder: Path, answers: dict[str, dict[str, Any]]) -> None:
+    """A copy of the role whose modules are stand-ins."""
+    with_a_reboot_that_does_nothing(folder)
+    names = ("boot_state", *(f"gpu_host_{name}" for name in ("packages", "device", "kernel_parameters")))
+    for name in names:
+        text = STAND_IN.replace("NAME", name.removeprefix("gpu_host_")).replace("FOLDER", str(folder))
+        (folder / f"roles/gpu_host/library/{name}.py").write_text(text)
+    (folder / "answers").write_text(json.dumps({"boot_state": {"state": STATE}, **answers}))
+
+
+def another_driver(
+    folder: Path, *words: str, answers: dict[str, dict[str, Any]] | None = None, **more: Any
+) -> tuple[PlaybookRun, list[str]]:
+    """The role on a machine that serves with driver 580.1, where 580.2 is asked for."""
+    due = {"pending": "driver 580.2 is installed, 580.1 is loaded"}
+    with_stand_ins(folder, {"packages": {"displaced": "580.1"}, "device": due, **(answers or {})})
+    looked = {**LOOKED, "apply": ["packages", "device"], "container": ""}
+    given = {
+        "__gpu_host": looked,
+        "gpu_host_driver_version": "580.2-1",
+        "_gpu_host_driver_retries": 0,
+        **more,
+    }
+    return reboot(folder, None, *words, **given)
+
+
+LOOK, STOP, START = ["boot_state", "packages (dry)"], "off --keep --json", "resume --json"
+
+
+def test_what_serves_is_stopped_before_its_driver_changes(tmp_path: Path) -> None:
+    """The packages take away the libraries that the loaded driver works with."""
+    done, calls = another_driver(tmp_path)
+    installed = ["packages", "device", "boot_state compare"]
+    before = ["kernel_parameters check (dry)", STOP]
+    assert calls[:11] == [*LOOK, *before, *installed, *before, "reboot", "device (dry)"], done.tail()
+    assert calls[-2:] == [START, START], "also when the reboot has not brought it"
+    assert done.rc != 0 and "rebooted, and still not in effect" in done.stdout
+
+
+@pytest.mark.parametrize(("key_waits", "fix"), [(False, "-e allow_reboot=true"), (True, "Secure Boot first")])
+def test_a_driver_that_serves_is_not_changed_without_the_reboot_that_it_needs(
+    tmp_path: Path, key_waits: bool, fix: str
+) -> None:
+    looked = {**LOOKED, "apply": ["packages", "device"], "container": "", "key_waits": key_waits}
+    done, calls = another_driver(tmp_path, __gpu_host=looked, gpu_host_allow_reboot=key_waits)
+    assert done.rc != 0 and calls == LOOK, done.tail()
+    said = " ".join(done.stdout.split())
+    assert "driver 580.1 is loaded, 580.2-1 is asked for" in said and fix in said
+
+
+def test_a_driver_that_is_not_loaded_is_installed_without_a_reboot(tmp_path: Path) -> None:
+    """The first one, and one whose packages are there already."""
+    done, calls = another_driver(
+        tmp_path, answers={"packages": {"displaced": ""}}, gpu_host_allow_reboot=False
+    )
+    assert done.rc == 0 and calls == [*LOOK, "packages", "device", "boot_state compare"], done.tail()
+    assert "asked for, in effect after a reboot: driver 580.2 is installed" in done.stdout
+
+
+def test_what_serves_is_left_alone_where_the_machine_would_not_come_back(tmp_path: Path) -> None:
+    refused: dict[str, dict[str, Any]] = {
+        "kernel_parameters check": {"failed": True, "msg": "no reboot: grub.cfg"}
+    }
+    done, calls = another_driver(tmp_path, answers=refused)
+    assert done.rc != 0 and calls == [*LOOK, "kernel_parameters check (dry)"], done.tail()
+
+
+def test_what_serves_is_started_again_when_its_driver_cannot_be_had(tmp_path: Path) -> None:
+    answers: dict[str, dict[str, Any]] = {
+        "packages (dry)": {"displaced": "580.1"},
+        "packages": {"failed": True, "msg": "has no 580.2"},
+    }
+    done, calls = another_driver(tmp_path, answers=answers)
+    assert done.rc != 0 and "has no 580.2" in done.stdout
+    assert calls == [*LOOK, "kernel_parameters check (dry)", STOP, "packages", START, START], done.tail()
+
+
+@of("packages")
+def test_a_driver_is_displaced_while_another_one_is_loaded(module: Any, tmp_path: Path) -> None:
+    """Not the toolkit, nor packages that follow what is loaded already, as after a reboot."""
+    loaded = tmp_path / "version"
+    families = [{**FAMILIES[0], "loaded": str(loaded)}, FAMILIES[1]]
+    assert module.displaced(families, ["nvidia-open"]) == "", "none is loaded"
+    loaded.write_text("580.0\n")
+    assert module.displaced(families, ["nvidia-open", "cuda-nvcc-13-0"]) == "580.0"
+    assert module.displaced(families, ["cuda-nvcc-13-0"]) == module.displaced(families, []) == ""
+    loaded.write_text("580.1\n")
+    assert module.displaced(families, ["nvidia-open"]) == ""
+
+
+@of("device")
+def test_the_loaded_driver_is_the_same_one_for_packages_and_device(module: Any) -> None:
+    assert f"'loaded': '{module.LOADED}'" in (ROLE / "vars/main.yml").read_text()

@@ -42,6 +42,7 @@ options:
   families:
     description:
       - C(names) (globs) that belong together and the C(version) they are pinned to; without it only held.
+        C(loaded) is the file in which the kernel tells the version of theirs that is loaded.
     type: list
     elements: dict
     default: []
@@ -59,7 +60,13 @@ EXAMPLES = r"""
     families: [{names: ["*nvidia*"], version: 580.159.03-1ubuntu1}]
 """
 
-RETURN = "held: {description: Packages that are on hold now., returned: always, type: list}"
+RETURN = r"""
+held: {description: Packages that are on hold now., returned: always, type: list}
+displaced:
+  description: The version that is loaded of a family whose packages go to another one; empty where none is.
+  returned: always
+  type: str
+"""
 
 KEY = Path("/etc/apt/keyrings/llmbox-nvidia.gpg")
 SOURCE = Path("/etc/apt/sources.list.d/llmbox-nvidia.sources")
@@ -244,6 +251,24 @@ def strays(families: Sequence[Mapping[str, Any]], there: Installed) -> dict[str,
     return {name: version for name, version in pinned.items() if candidates.get(name) == version}
 
 
+def displaced(families: Sequence[Mapping[str, Any]], changing: Iterable[str]) -> str:
+    """The version that is loaded of a family whose packages go to another one; empty where none is.
+
+    A driver of the kernel's works with libraries of its own version alone, until a boot loads another one.
+    """
+    for family in families:
+        try:
+            loaded = Path(family["loaded"]).read_text().strip()
+        except (KeyError, FileNotFoundError):
+            continue
+        # As in gpu_host_device: what follows the hyphen is the package's.
+        if loaded != family["version"].partition("-")[0] and any(
+            _named(name, family["names"]) for name in changing
+        ):
+            return loaded
+    return ""
+
+
 def to_hold(families: Sequence[Mapping[str, Any]], held: Iterable[str], there: Installed) -> list[str]:
     """Installed packages that belong on hold."""
     return sorted(
@@ -294,6 +319,7 @@ def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
     there = installed()
     packages = packages | strays(families, there) if packages else {}
     wrong = unlike(packages, there)
+    loaded = displaced(families, wrong)
     changed = [
         f"{name} {there[name][0] if name in there else '(none)'} -> {packages[name] or 'any'}"
         for name in wrong
@@ -337,7 +363,7 @@ def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
                 "after": "\n".join(after) + "\n",
             }
         )
-    return {"changed": bool(new_key or diffs), "diff": diffs, "held": holding}
+    return {"changed": bool(new_key or diffs), "diff": diffs, "held": holding, "displaced": loaded}
 
 
 def update(url: str) -> None:
