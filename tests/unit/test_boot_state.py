@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from plugins.modules import boot_state
+from tests.support import ROOT
 
 GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
 
@@ -151,3 +153,12 @@ def test_a_change_that_is_to_stay_is_the_next_beginning(
 
 def test_what_is_remembered_goes_with_a_boot() -> None:
     assert boot_state.REMEMBERED.parent == Path("/run")
+
+
+def test_role_dual_boot_looks_before_its_first_task_and_compares_after_its_last() -> None:
+    tasks = yaml.safe_load((ROOT / "roles/dual_boot/tasks/main.yml").read_text())
+    block = next(task["block"] for task in tasks if task.get("when") == "dual_boot_enabled")
+    first, last = block[0], block[-1]
+    assert first["boot_state"] is None and "when" not in first
+    assert last["boot_state"] == {"before": "{{ " + first["register"] + ".state }}"} and "when" not in last
+    assert sum("boot_state" in task for task in block) == 2

@@ -1114,6 +1114,20 @@ def test_what_serves_is_started_again_when_its_driver_cannot_be_had(tmp_path: Pa
     assert calls == [*LOOK, "kernel_parameters check (dry)", STOP, "packages", START, START], done.tail()
 
 
+def test_a_change_to_what_is_not_ours_fails_the_run_before_a_reboot(tmp_path: Path) -> None:
+    """The second look comes when the boot loader's files are written, and compares with the first."""
+    answers: dict[str, dict[str, Any]] = {
+        "kernel_parameters file": {"changed": True},
+        "kernel_parameters check": {"pending": ["+quiet"]},
+        "boot_state compare": {"failed": True, "msg": "BootOrder has changed"},
+    }
+    looked = {**LOOKED, "apply": ["kernel_parameters"], "container": ""}
+    done, calls = another_driver(tmp_path, answers=answers, __gpu_host=looked)
+    assert done.rc != 0 and "BootOrder has changed" in done.stdout
+    written = ["kernel_parameters file", "kernel_parameters generate"]
+    assert calls == ["boot_state", *written, "boot_state compare"], done.tail()
+
+
 @of("packages")
 def test_a_driver_is_displaced_while_another_one_is_loaded(module: Any, tmp_path: Path) -> None:
     """Not the toolkit, nor packages that follow what is loaded already, as after a reboot."""
