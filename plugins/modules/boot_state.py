@@ -26,6 +26,7 @@ description:
   - Looks at every boot entry, their order, the one that starts next and the timeout; and at every file
     of every mounted EFI system partition, but for the folder of this very system (O(own)), which its boot
     loader's package writes.
+  - Says, too, which entry of Windows the firmware starts before the system that runs (RV(windows_first)).
   - Changes nothing else. On a machine without EFI variables there is nothing to compare, and V(efi) is false.
 options:
   before: {description: RV(state) of the look before., type: dict}
@@ -49,6 +50,10 @@ EXAMPLES = r"""
 RETURN = r"""
 efi: {description: Whether the machine has EFI variables., type: bool, returned: always}
 state: {description: What was found; for O(before)., type: dict, returned: always}
+windows_first:
+  description: The entry of Windows that stands in BootOrder before the one that runs; empty where none does.
+  type: str
+  returned: always
 """
 
 VARIABLES = Path("/sys/firmware/efi/efivars")
@@ -57,6 +62,7 @@ OS_RELEASE = Path("/etc/os-release")
 # In memory: after a boot it is known what still starts, and Windows writes its own files whenever it runs.
 REMEMBERED = Path("/run/llmbox-boot-state.json")
 _GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
+_WINDOWS = "\\efi\\microsoft\\".encode("utf-16-le")
 _BOOT_VARIABLE = re.compile(rf"(Boot[0-9A-F]{{4}}|BootOrder|BootNext|Timeout)-{_GLOBAL}")
 
 
@@ -69,6 +75,25 @@ def variables(folder: Path) -> dict[str, str]:
         for path in sorted(folder.iterdir())
         if _BOOT_VARIABLE.fullmatch(path.name)
     }
+
+
+def windows_first(folder: Path) -> str:
+    """The entry of Windows that the firmware starts before the one that runs; empty where none does."""
+
+    def raw(name: str) -> bytes:
+        path = folder / f"{name}-{_GLOBAL}"
+        return path.read_bytes()[4:] if path.is_file() else b""
+
+    order, current = (
+        [
+            f"Boot{int.from_bytes(raw(name)[at : at + 2], 'little'):04X}"
+            for at in range(0, len(raw(name)) - 1, 2)
+        ]
+        for name in ("BootOrder", "BootCurrent")
+    )
+    before = order[:1] if not current else order[: order.index(current[0])] if current[0] in order else order
+    # By its program: the label is a person's, and another system's entry may be one that leads nowhere.
+    return next((name for name in before if _WINDOWS in raw(name).lower()), "")
 
 
 def partitions(mounts: str) -> list[Path]:
@@ -141,10 +166,11 @@ def main() -> None:
                 partitions(MOUNTS.read_text()), own_folders(OS_RELEASE.read_text()) if own is None else own
             ),
         }
+        first = windows_first(VARIABLES)
         changed = settle(module.params["before"], state, check=module.check_mode)
     except OSError as error:
         module.fail_json(msg=f"{error.filename}: {error.strerror}; fix: run it as root")
-    found = {"efi": bool(state["variables"]), "state": state}
+    found = {"efi": bool(state["variables"]), "state": state, "windows_first": first}
     if changed:
         module.fail_json(
             msg=f"what other systems need to start is not as it was: {', '.join(changed)}; the machine is "

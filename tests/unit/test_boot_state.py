@@ -24,6 +24,33 @@ def test_boot_variables_are_looked_at_and_no_others(tmp_path: Path) -> None:
     assert boot_state.variables(tmp_path / "missing") == {}
 
 
+@pytest.mark.parametrize(
+    ("order", "current", "first"),
+    [
+        ([0, 1], [0], ""),
+        ([2, 0, 1], [0], ""),
+        ([1, 0], [0], "Boot0001"),
+        ([2, 1, 0], [0], "Boot0001"),
+        ([2, 1], [0], "Boot0001"),
+        ([2, 0], [3], ""),
+        ([1, 0], [], "Boot0001"),
+        ([0, 1], [], ""),
+        ([], [0], ""),
+    ],
+)
+def test_windows_that_starts_before_the_system_that_runs_is_told(
+    tmp_path: Path, order: list[int], current: list[int], first: str
+) -> None:
+    """0 is Linux, 1 Windows, 2 the network."""
+    for name, numbers in {"BootOrder": order, "BootCurrent": current}.items():
+        content = b"\7\0\0\0" + b"".join(number.to_bytes(2, "little") for number in numbers)
+        (tmp_path / f"{name}-{GLOBAL}").write_bytes(content)
+    for number, path in enumerate(("\\EFI\\debian\\shimx64.efi", "\\EFI\\Microsoft\\Boot\\bootmgfw.efi", "")):
+        (tmp_path / f"Boot{number:04X}-{GLOBAL}").write_bytes(b"\7\0\0\0" + path.encode("utf-16-le"))
+    assert boot_state.windows_first(tmp_path) == first
+    assert boot_state.windows_first(tmp_path / "missing") == ""
+
+
 def test_a_partition_is_found_at_a_path_with_a_space(tmp_path: Path) -> None:
     """The kernel writes it as an octal number."""
     (tmp_path / "my esp/EFI").mkdir(parents=True)

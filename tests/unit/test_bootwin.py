@@ -53,6 +53,7 @@ class World:
         self.put("Boot0000", entry("debian", "\\EFI\\debian\\grubx64.efi"))
         self.put("Boot0001", entry(LABEL))
         self.put("BootOrder", struct.pack("<IHH", 7, 0, 1))
+        self.put("BootCurrent", struct.pack("<IH", 6, 0))
         self.program("efibootmgr", self.sets_next(1))
         self.program("systemctl", "")
         monkeypatch.setenv("PATH", f"{self._bin}:{os.environ['PATH']}")
@@ -147,6 +148,13 @@ def test_entries_beside_windows_own_change_nothing(world: World) -> None:
     assert world.calls()[0] == "efibootmgr --quiet --bootnext 0001"
 
 
+@pytest.mark.parametrize("order", [(2, 0, 1), (0, 1), (0,)])
+def test_another_entry_that_comes_first_is_none_of_windows(world: World, order: tuple[int, ...]) -> None:
+    """The network, say: the firmware has tried it and gone on to Linux."""
+    world.put("BootOrder", struct.pack(f"<I{len(order)}H", 7, *order))
+    assert world.run("--dry-run") == 0
+
+
 def only_one_like_it(world: World) -> None:
     world.put("Boot0001", entry(f"{LABEL} (old)"))
 
@@ -190,6 +198,20 @@ def something_else_is_next(world: World) -> None:
     world.put("BootNext", b"\7\0\0\0\0\0")
 
 
+def windows_is_first(world: World) -> None:
+    world.put("BootOrder", struct.pack("<IHH", 7, 1, 0))
+
+
+def linux_is_in_no_order(world: World) -> None:
+    """As when it was started from the firmware's menu, by its file."""
+    world.put("BootOrder", struct.pack("<IHH", 7, 3, 1))
+
+
+def windows_is_first_and_what_runs_is_not_told(world: World) -> None:
+    windows_is_first(world)
+    world.remove("BootCurrent")
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -207,6 +229,9 @@ def something_else_is_next(world: World) -> None:
         (partition_gone, f"starts from the partition {PARTITION}, which this machine does not have"),
         (loader_gone, "starts /EFI/Microsoft/Boot/bootmgfw.efi, which"),
         (something_else_is_next, "something else is to start next (BootNext = 0000"),
+        (windows_is_first, f'the firmware starts Boot0001 "{LABEL}" before the system that runs'),
+        (linux_is_in_no_order, f'starts Boot0001 "{LABEL}" before the system that runs'),
+        (windows_is_first_and_what_runs_is_not_told, "the start after it would be Windows again; fix: "),
     ],
 )
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])

@@ -1128,6 +1128,14 @@ def test_a_change_to_what_is_not_ours_fails_the_run_before_a_reboot(tmp_path: Pa
     assert calls == ["boot_state", *written, "boot_state compare"], done.tail()
 
 
+def test_no_reboot_where_the_firmware_starts_windows_first(tmp_path: Path) -> None:
+    answers: dict[str, dict[str, Any]] = {"boot_state": {"state": STATE, "windows_first": "Boot0001"}}
+    done, calls = another_driver(tmp_path, answers=answers)
+    assert done.rc != 0 and calls == LOOK, done.tail()
+    said = " ".join(done.stdout.split())
+    assert "the firmware starts Boot0001, Windows, before this system; fix: sudo efibootmgr --boot" in said
+
+
 @of("packages")
 def test_a_driver_is_displaced_while_another_one_is_loaded(module: Any, tmp_path: Path) -> None:
     """Not the toolkit, nor packages that follow what is loaded already, as after a reboot."""

@@ -91,6 +91,10 @@ WRONG_WORLDS = {
         "sudo mount -o remount,ro /sys/firmware/efi/efivars",
         "the firmware refuses BootNext = 0001 (",
     ),
+    "Windows first": (
+        "sudo efibootmgr --quiet --bootorder 0001,0002",
+        'the firmware starts Boot0001 "Windows Boot Manager" before the system that runs',
+    ),
     "ESP full": (
         "sudo sh -c 'cat /dev/zero > /boot/efi/filler 2>/dev/null'; true",
         "MiB free, less than dual_boot_esp_free_mib = 1",

@@ -80,12 +80,15 @@ def _parse_path(path: bytes) -> tuple[str | None, str | None]:
 
 
 def read_variables(folder: Path) -> dict[str, bytes]:
-    """The boot entries, their order and the next one, as bytes. Raises LlmboxError without EFI variables."""
+    """The boot entries, their order, the next and the present one, as bytes.
+
+    Raises LlmboxError without EFI variables.
+    """
     try:
         found = {
             path.name[: -len(_GLOBAL) - 1]: path.read_bytes()
             for path in folder.iterdir()
-            if re.fullmatch(rf"Boot([0-9A-F]{{4}}|Order|Next)-{_GLOBAL}", path.name)
+            if re.fullmatch(rf"Boot([0-9A-F]{{4}}|Order|Next|Current)-{_GLOBAL}", path.name)
         }
     except OSError as error:
         raise LlmboxError(f"{folder} cannot be read ({error.strerror}): {_NO_EFI}") from error
@@ -104,7 +107,7 @@ def choose(variables: Mapping[str, bytes], label: str, machine: Machine) -> Entr
     """The one entry with this label. Raises LlmboxError when there is none, or more than one."""
     entries: list[Entry] = []
     for name, content in sorted(variables.items()):
-        if name not in ("BootOrder", "BootNext"):
+        if name not in ("BootOrder", "BootNext", "BootCurrent"):
             try:
                 entries.append(parse_entry(int(name[4:], 16), content))
             except ValueError:
@@ -186,6 +189,22 @@ def check_partition(entry: Entry, machine: Machine, free_mib: int) -> None:
         )
 
 
+def check_order(entry: Entry, variables: Mapping[str, bytes]) -> None:
+    """Raises LlmboxError when the firmware starts the entry by itself, before the system that runs."""
+    order, current = (_numbers(variables.get(name, b"")) for name in ("BootOrder", "BootCurrent"))
+    before = order[:1] if not current else order[: order.index(current[0])] if current[0] in order else order
+    if entry.number in before:
+        raise LlmboxError(
+            f'the firmware starts {entry.name} "{entry.label}" before the system that runs: the start after '
+            "it would be Windows again; fix: sudo efibootmgr --bootorder NUMBERS, Linux' first (efibootmgr "
+            "shows them)"
+        )
+
+
+def _numbers(variable: bytes) -> list[int]:
+    return [int.from_bytes(variable[at : at + 2], "little") for at in range(4, len(variable) - 1, 2)]
+
+
 def prepare(machine: Machine, label: str, free_mib: int) -> tuple[Entry, dict[str, bytes]]:
     """The entry for Windows and the firmware's variables. Raises LlmboxError where Windows cannot start."""
     variables = read_variables(machine.variables)
@@ -197,6 +216,7 @@ def prepare(machine: Machine, label: str, free_mib: int) -> tuple[Entry, dict[st
             f"something else is to start next (BootNext = {number:04X}, a firmware update, say); "
             "fix: restart first, or sudo efibootmgr --delete-bootnext"
         )
+    check_order(entry, variables)
     check_partition(entry, machine, free_mib)
     return entry, variables
 
