@@ -255,7 +255,14 @@ def test_what_leaves_the_list_of_held_packages_is_let_go(
     monkeypatch.setattr(module, "installed", lambda: {name: ("1", wish) for name, wish in selections.items()})
 
     def apply(*held: str, check: bool = False) -> tuple[bool, str]:
-        wanted = {"packages": {}, "families": [], "held": held, "url": "", "fingerprint": ""}
+        wanted = {
+            "packages": {},
+            "families": [],
+            "held": held,
+            "url": "",
+            "fingerprint": "",
+            "headers": False,
+        }
         found = module.apply(wanted, check)
         return found["changed"], "".join(diff["after"] for diff in found["diff"])
 
@@ -267,6 +274,58 @@ def test_what_leaves_the_list_of_held_packages_is_let_go(
     assert module.HELD.exists()
     assert apply()[0] and selections["linux-generic"] == "install" and not module.HELD.exists()
     assert selections["bash"] == "hold", "it was on hold before"
+
+
+@of("packages")
+def test_the_driver_s_module_gets_what_it_is_built_with(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without headers DKMS skips the build and does not fail: Debian's servers have none."""
+    monkeypatch.setattr(module, "KERNEL", "6.1.0-25-amd64")
+    monkeypatch.setattr(module, "BUILD", tmp_path / "build")
+    families = [{**FAMILIES[0], "loaded": str(tmp_path / "version")}, FAMILIES[1]]
+    there = dict.fromkeys(
+        ("linux-image-amd64", "linux-image-6.1.0-25-amd64", "linux-image-amd64-dbg"), ("6.1", "install")
+    )
+    policy = " linux-headers-amd64 |  6.1.192-2 | http://deb.example bookworm/main amd64 Packages\n"
+    monkeypatch.setattr(module, "must", lambda *_argv, **_: policy)
+    (tmp_path / "build").symlink_to("nowhere")
+    both = ["linux-headers-6.1.0-25-amd64", "linux-headers-amd64"]
+    assert module.missing_headers(families, there) == both
+    (tmp_path / "version").write_text("580.1\n")
+    assert module.missing_headers(families, there) == both[1:], "its module is there, however it was built"
+    (tmp_path / "version").unlink()
+    (tmp_path / "build").unlink()
+    (tmp_path / "build").mkdir()
+    assert module.missing_headers(families, there) == both[1:]
+    assert module.missing_headers(families, there | {both[1]: ("6.1", "install")}) == []
+    monkeypatch.setattr(module, "must", lambda *_argv, **_: "")
+    with pytest.raises(
+        tools.Refused, match=r"no repository has linux-headers-6\.1\.0-25-amd64, .*; fix: upgr"
+    ):
+        module.must_exist({both[0]: ""}, "http://x/")
+
+
+@of("packages")
+def test_headers_are_installed_with_the_driver_where_they_are_asked_for(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "missing_headers", lambda *_: ["linux-headers-x"])
+    monkeypatch.setattr(module, "installed", lambda: {"nvidia-open": ("580.1-1", "hold")})
+    monkeypatch.setattr(module, "converge", lambda *_, **__: [])
+    monkeypatch.setattr(module, "key_in_place", lambda _: True)
+    wanted = {
+        "packages": {"nvidia-open": "580.1-1"},
+        "families": [],
+        "held": [],
+        "url": "",
+        "fingerprint": "",
+    }
+    for headers in (True, False):
+        found = module.apply({**wanted, "headers": headers}, True)
+        assert ("linux-headers-x (none) -> any" in str(found["diff"])) is headers is found["changed"]
+    found = module.apply({**wanted, "packages": {}, "headers": True}, True)
+    assert "linux-headers" not in str(found["diff"]), "no card, no driver"
 
 
 # --- kernel parameters ---

@@ -7,6 +7,8 @@ import base64
 import binascii
 import hashlib
 import http.client
+import os
+import re
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -47,6 +49,10 @@ options:
     elements: dict
     default: []
   held: {description: Globs of other packages that are held., type: list, elements: str, default: []}
+  headers:
+    description: With O(packages), install the headers of the kernel where they are missing; DKMS needs them.
+    type: bool
+    default: false
 author: [llmbox]
 """
 
@@ -73,6 +79,10 @@ SOURCE = Path("/etc/apt/sources.list.d/llmbox-nvidia.sources")
 PREFERENCES = Path("/etc/apt/preferences.d/llmbox-nvidia")
 # Packages that this has put on hold because the data named them, so that it can let them go again.
 HELD = Path("/var/lib/llmbox/gpu-host-held")
+KERNEL = os.uname().release
+BUILD = Path(f"/lib/modules/{KERNEL}/build")  # a link that leads nowhere until the headers are there
+# What an update of the kernel comes by, as linux-image-amd64; its headers come by a package of their own.
+UPDATED_KERNEL = re.compile(r"linux-image-(?!unsigned-)[a-z].*")
 MANAGED = "# Managed by llmbox: roles/gpu_host.\n"
 
 FETCH_TIMEOUT_S = 60
@@ -251,22 +261,44 @@ def strays(families: Sequence[Mapping[str, Any]], there: Installed) -> dict[str,
     return {name: version for name, version in pinned.items() if candidates.get(name) == version}
 
 
+def loaded(family: Mapping[str, Any]) -> str:
+    """The version of it that the kernel has loaded; empty where it has none."""
+    try:
+        return Path(family["loaded"]).read_text().strip()
+    except (KeyError, FileNotFoundError):
+        return ""
+
+
+def is_loaded(family: Mapping[str, Any]) -> bool:
+    """Whether that is the version asked for; what follows its hyphen is the package's."""
+    found = loaded(family)
+    return bool(found) and found == family["version"].partition("-")[0]
+
+
 def displaced(families: Sequence[Mapping[str, Any]], changing: Iterable[str]) -> str:
     """The version that is loaded of a family whose packages go to another one; empty where none is.
 
     A driver of the kernel's works with libraries of its own version alone, until a boot loads another one.
     """
     for family in families:
-        try:
-            loaded = Path(family["loaded"]).read_text().strip()
-        except (KeyError, FileNotFoundError):
-            continue
-        # As in gpu_host_device: what follows the hyphen is the package's.
-        if loaded != family["version"].partition("-")[0] and any(
-            _named(name, family["names"]) for name in changing
-        ):
-            return loaded
+        found = loaded(family)
+        if found and not is_loaded(family) and any(_named(name, family["names"]) for name in changing):
+            return found
     return ""
+
+
+def missing_headers(families: Sequence[Mapping[str, Any]], there: Installed) -> list[str]:
+    """Packages without which DKMS builds no module, and does not fail.
+
+    For the kernel that runs, unless a module of it is loaded that somebody has built already, and for those
+    that updates bring.
+    """
+    running = [] if BUILD.exists() or any(map(is_loaded, families)) else [f"linux-headers-{KERNEL}"]
+    coming = [name.replace("image", "headers") for name in there if UPDATED_KERNEL.fullmatch(name)]
+    if coming := [name for name in coming if name not in there]:
+        known = {line.split()[0] for line in must("apt-cache", "madison", *coming).splitlines()}
+        coming = [name for name in coming if name in known]
+    return [*running, *coming]
 
 
 def to_hold(families: Sequence[Mapping[str, Any]], held: Iterable[str], there: Installed) -> list[str]:
@@ -291,6 +323,11 @@ def must_exist(packages: Mapping[str, str], url: str) -> None:
     for name, version in packages.items():
         rows = [line.split("|") for line in must("apt-cache", "madison", name).splitlines()]
         found = list(dict.fromkeys(row[1].strip() for row in rows if len(row) == 3))
+        if not found and name.startswith("linux-headers-"):
+            raise Refused(
+                f"no repository has {name}, which the driver's module is built with: the kernel that runs is "
+                "an old one; fix: upgrade it, reboot, then run this again"
+            )
         if not found:
             raise Refused(
                 f"{url} has no package {name}; fix: gpu_host_driver_packages, gpu_host_cuda_version"
@@ -318,8 +355,10 @@ def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
     )
     there = installed()
     packages = packages | strays(families, there) if packages else {}
+    if wanted["headers"] and packages:
+        packages |= dict.fromkeys(missing_headers(families, there), "")
     wrong = unlike(packages, there)
-    loaded = displaced(families, wrong)
+    lost = displaced(families, wrong)
     changed = [
         f"{name} {there[name][0] if name in there else '(none)'} -> {packages[name] or 'any'}"
         for name in wrong
@@ -363,7 +402,7 @@ def apply(wanted: Mapping[str, Any], check: bool) -> dict[str, Any]:
                 "after": "\n".join(after) + "\n",
             }
         )
-    return {"changed": bool(new_key or diffs), "diff": diffs, "held": holding, "displaced": loaded}
+    return {"changed": bool(new_key or diffs), "diff": diffs, "held": holding, "displaced": lost}
 
 
 def update(url: str) -> None:
@@ -400,6 +439,7 @@ def main() -> None:
             "packages": {"type": "dict", "default": {}},
             "families": {"type": "list", "elements": "dict", "default": []},
             "held": {"type": "list", "elements": "str", "default": []},
+            "headers": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
