@@ -1020,7 +1020,9 @@ def with_a_reboot_that_does_nothing(folder: Path) -> None:
     shutil.copytree(ROLE, copy)
     tasks = copy / "tasks/reboot.yml"
     text = tasks.read_text()
-    stand_in = f"      ansible.builtin.shell: echo reboot >> {folder}/log\n      changed_when: true\n"
+    # Ansible's own says in a dry run, too, that it has rebooted.
+    lines = (f"ansible.builtin.shell: echo reboot >> {folder}/log", "changed_when: true", "check_mode: false")
+    stand_in = "".join(f"      {line}\n" for line in lines)
     task = re.compile(r"      ansible\.builtin\.reboot:\n        reboot_timeout: .*\n")
     assert len(task.findall(text)) == 1
     tasks.write_text(task.sub(stand_in, text))
@@ -1193,6 +1195,24 @@ def test_no_reboot_where_the_firmware_starts_windows_first(tmp_path: Path) -> No
     assert done.rc != 0 and calls == LOOK, done.tail()
     said = " ".join(done.stdout.split())
     assert "the firmware starts Boot0001, Windows, before this system; fix: sudo efibootmgr --boot" in said
+
+
+def parameters_due(folder: Path, *words: str) -> tuple[PlaybookRun, list[str]]:
+    """The role where a parameter is not in effect, and no reboot brings it."""
+    looked = {**LOOKED, "apply": ["kernel_parameters"], "container": ""}
+    due: dict[str, dict[str, Any]] = {"kernel_parameters check": {"pending": ["+quiet"]}}
+    return another_driver(folder, *words, answers=due, __gpu_host=looked)
+
+
+def test_a_reboot_that_has_not_brought_a_parameter_is_a_failure_with_its_fix(tmp_path: Path) -> None:
+    done, calls = parameters_due(tmp_path)
+    assert done.rc != 0 and calls[-4:] == ["reboot", "kernel_parameters check", START, START]
+    assert "rebooted, and still not in effect: +quiet; fix: " in " ".join(done.stdout.split())
+
+
+def test_a_dry_run_does_not_look_for_what_its_reboot_has_brought(tmp_path: Path) -> None:
+    done, calls = parameters_due(tmp_path, "--check")
+    assert done.rc == 0 and calls[-1] == "reboot" and STOP not in calls, done.tail()
 
 
 @of("packages")
