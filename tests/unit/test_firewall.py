@@ -106,6 +106,12 @@ def test_the_same_port_for_tcp_and_udp_is_none_twice() -> None:
     assert firewall.problems(variables(**changes)) == []
 
 
+def test_the_page_names_every_service_that_has_a_port_by_itself() -> None:
+    services = yaml.safe_load((ROLE / "defaults/main.yml").read_text())["firewall_services"]
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/firewall.md").read_text(), re.M)
+    assert rows == list(services)
+
+
 def test_the_specification_repeats_the_defaults_and_knows_the_limits() -> None:
     specs = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text())
     options = specs["argument_specs"]["main"]["options"]
