@@ -90,7 +90,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             done = self._module(args, "accept", name, entry["current"])
             if done.get("failed"):
                 old = entry["still_served"][0]
-                verdict, line = self._not_accepted(args, name, old, entry["current"], done)
+                verdict, line = self._not_accepted(name, old, entry["current"], done)
                 result["verdicts"][name] = shown(verdict)
                 result["changed"] = True
                 lines.append(line)
@@ -123,7 +123,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 served = done.get("restarted")
                 self._say(f"{name}: {new[:12]} is current{f' and serves {served}' if served else ''}")
                 return verdict, ""
-            return self._not_accepted(args, name, old, new, done)
+            return self._not_accepted(name, old, new, done)
         if not verdict.compared or not verdict.measured:
             takes = "fix: run site.yml, which takes the new release without a comparison"
             then = AGAIN if verdict.compared else takes
@@ -131,13 +131,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return verdict, f"{name}: undecided: {old[:12]} stays, nothing is rejected: {why}; {then}"
         return self._reject(args, name, old, new, verdict)
 
-    def _not_accepted(
-        self, args: Mapping[str, Any], name: str, old: str, new: str, done: Mapping[str, Any]
-    ) -> tuple[Verdict, str]:
-        """What comes of a release that was to be current and to serve, and did not; as _update."""
+    def _not_accepted(self, name: str, old: str, new: str, done: Mapping[str, Any]) -> tuple[Verdict, str]:
+        """What came of a release that was to be current and to serve, and did not; as _update."""
         why = str(done["msg"])
-        if done.get("tried"):
-            return self._reject(args, name, old, new, Verdict("roll back", (why,)))
+        if done.get("tried"):  # the box has rejected it
+            verdict = Verdict("roll back", (why,))
+            return verdict, stays(name, old, new, verdict)
         # The guard, another switch, a full disk: nothing that it has done.
         line = f"{name}: undecided, nothing is rejected: {why}; {AGAIN}"
         return Verdict("undecided", (why,), measured=False), line

@@ -696,10 +696,26 @@ def test_only_a_server_counts_as_serving(tmp_path: Path) -> None:
 
 def test_a_release_that_does_not_serve_is_taken_back(two: module.Host) -> None:
     two.broken = {"new"}  # type: ignore[attr-defined]
-    with pytest.raises(module.HostError, match="new does not serve: coder failed; old is current again"):
+    said = "new does not serve: coder failed; old is current again"
+    with pytest.raises(module.HostError, match=said):
         two.accept("up", "new")
     assert links(two) == ("old", "older")
     assert two.restarts == ["new", "old"]  # type: ignore[attr-defined]
+    # By the same step: a play that ends meanwhile could not, and site.yml would make it current again.
+    assert str(module.rejection(two.root / "up", "new")).endswith(f": {said}")
+
+
+def test_a_rejection_that_cannot_be_written_is_told_beside_its_reason(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.broken = {"new"}  # type: ignore[attr-defined]
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/opt/x")
+    monkeypatch.setattr(module, "reject", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(
+        module.DoesNotServe,
+        match="coder failed; old is current again; it could not be marked: /opt/x: No space",
+    ):
+        two.accept("up", "new")
 
 
 @pytest.mark.parametrize(
@@ -723,6 +739,7 @@ def test_what_the_box_refuses_is_not_the_release_s_fault(
     words = "does not serve" if tried else "cannot take over"
     why = "coder failed" if "new" in broken else "coder is refused"
     assert str(error.value) == f"new {words}: {why}; old is current again{left}"
+    assert (module.rejection(two.root / "up", "new") is not None) == tried
     assert links(two) == ("old", "older")
     assert two.restarts == ["new", "old"]  # type: ignore[attr-defined]
 

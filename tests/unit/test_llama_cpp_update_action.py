@@ -124,8 +124,8 @@ def test_a_release_that_fails_when_it_takes_over_is_rejected(monkeypatch: pytest
     said = "new does not serve: x; old is current again"
     play.answers["accept"] = {"failed": True, "tried": True, "msg": said}
     result = play.run()
-    assert result["failed"] and play.did == [("accept", NEW), ("reject", NEW)]
-    assert "new does not serve: x" in result["msg"]
+    assert result["failed"] and play.did == [("accept", NEW)]  # the box rejects it in the same step
+    assert f"aaaaaaaaaaaa stays, bbbbbbbbbbbb is rejected: {said}; fix: put" in result["msg"]
 
 
 @pytest.mark.parametrize("more", [{"tried": False}, {}])
@@ -178,7 +178,7 @@ def test_a_release_that_is_taken_back_after_a_kill_is_rejected_and_what_the_box_
     said = "new does not serve: coder failed; old is current again"
     play.answers["accept"] = {"failed": True, "tried": True, "msg": said}
     result = play.run(up=owed)
-    assert play.did == [("accept", NEW), ("reject", NEW)] and play.phases[1]["reason"] == said
+    assert play.did == [("accept", NEW)]
     assert f"up: roll back: aaaaaaaaaaaa stays, bbbbbbbbbbbb is rejected: {said}; fix: put" in result["msg"]
     assert result["changed"] and result["verdicts"] == {"up": {"verdict": "roll back", "reasons": [said]}}
     play.phases.clear()

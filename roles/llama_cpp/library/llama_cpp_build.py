@@ -932,7 +932,8 @@ class Host:
     def accept(self, name: str, release: str) -> dict[str, Any]:
         """Make a release current after a comparison, and restart what serves with its build.
 
-        One that is current already is what a run left that died between the two.
+        One that is current already is what a run left that died between the two. Raises DoesNotServe when
+        it was taken back, and rejected.
         """
         directory = self.root / name
         with one_play():
@@ -942,7 +943,15 @@ class Host:
             (directory / "rejected" / release).unlink(missing_ok=True)
             settle(directory)
             former = link_target(directory / "current")
-            restarted = self._change(directory, release, former)
+            try:
+                restarted = self._change(directory, release, former)
+            except DoesNotServe as error:
+                # Here, for the play may be gone by now, and site.yml would make the release current again.
+                try:
+                    reject(directory, release, str(error))
+                except OSError as unmarked:
+                    raise DoesNotServe(f"{error}; it could not be marked: {told(unmarked)}") from None
+                raise
             removed = self._prune(directory, release)
             renew_record(directory)
         changed = former != release or restarted is not None
