@@ -22,22 +22,27 @@ from scripts._verdict import Behaviour, Comparison, judge_preset
 OLD, NEW = ["/r/old/llama-server", "-c", "1"], ["/r/new/llama-server", "-c", "1"]
 NOTHING = "smol: nothing to compare with: the current release"
 SHAPE = Shape("short", 1536, 400)
+ANEW = 64  # tokens of a prompt's end that are read again whatever the cache holds
 
 
 class Box:
-    """A box on trial. `speed` is tokens per second by release; what is named `failing` does not start."""
+    """A box on trial that does what its requests ask for, and no more.
+
+    `speed` and `prefill` are tokens per second by release; what is named `failing` does not start.
+    """
 
     def __init__(self) -> None:
         self.log: list[str] = []
         self.now = ""
         self.speed = {"old": 100.0, "new": 100.0}
+        self.prefill = {"old": 1000.0, "new": 1000.0}
         self.failing: dict[str, list[str]] = {}
         self.crashing: set[str] = set()
         self.foreign = ""
         self.busy: set[str] = set()
         self.no_tools: set[str] = set()
         self.no_cache: set[str] = set()
-        self.caches = 0
+        self.cached = ""
 
     @property
     def release(self) -> str:
@@ -49,7 +54,7 @@ class Box:
         self.log.append(f"start {name}")
         if name in self.failing:
             raise TrialFailed("smol failed after 0.6 s", self.failing[name])
-        self.now, self.caches = command[0], 0
+        self.now, self.cached = command[0], ""
 
     def serving(self) -> Serving:
         return Serving(self.foreign or self.now, int(self.release in self.crashing))
@@ -58,21 +63,30 @@ class Box:
         if self.release in self.busy:
             raise NotMeasured("no run of 10 was undisturbed")
         self.log.append(f"run {self.release}")
-        speed = self.speed[self.release] * (1 + 0.001 * (len(self.log) % 3))
-        yield Timed(shape.prompt, 10 * speed, shape.generate, speed, 0.0, 1.0)
+        noise = 1 + 0.001 * (len(self.log) % 3)
+        read, written = noise * self.prefill[self.release], noise * self.speed[self.release]
+        yield Timed(shape.prompt, read, shape.generate, written, 0.0, 1.0)
 
     def http(self, request: httpx.Request) -> httpx.Response:
         assert "x-llmbox-alone" in request.headers
         body = json.loads(request.content)
         assert body["model"] == "smol"
         if request.url.path == "/completion":
-            self.caches += 1
-            hit = self.caches > 1 and self.release not in self.no_cache
-            timings = {"cache_n": 990 if hit else 0, "prompt_n": 10 if hit else 1000}
-            return httpx.Response(200, json={"timings": timings})
+            return httpx.Response(200, json={"timings": self.timings(body["prompt"], body["cache_prompt"])})
         if self.release in self.no_tools:
             return httpx.Response(500, json={"error": {"message": "cannot parse"}})
-        return httpx.Response(200, json=answered())
+        offered = [tool["function"]["name"] for tool in body.get("tools", [])]
+        called = module.TOOL in offered and body.get("tool_choice") == "required"
+        words = {"choices": [{"message": {"content": "4 °C"}}]}
+        return httpx.Response(200, json=answered() if called else words)
+
+    def timings(self, text: str, cache: bool) -> dict[str, int]:
+        """How much of a prompt is read, and how much was kept of the last one."""
+        tokens = 1 + len(text.split())
+        known = cache and text == self.cached and self.release not in self.no_cache
+        self.cached = text
+        read = min(tokens, ANEW) if known else tokens
+        return {"cache_n": tokens - read, "prompt_n": read}
 
     def bench(self) -> Bench:
         client = httpx.Client(transport=httpx.MockTransport(self.http), base_url="http://box")
@@ -93,7 +107,7 @@ def box() -> Box:
 
 def test_pairs_are_interleaved_and_a_server_is_started_once_for_two_runs(box: Box) -> None:
     found = box.bench().compare()
-    assert judge_preset(found).word == "keep"
+    assert judge_preset(found).word == "keep" and found.old == found.new == Behaviour()
     assert len(found.generation) == len(found.prefill) == 5
     a, b = ["start old", "run old"], ["start new", "run new"]
     assert box.log == [*a, *b, b[1], *a, a[1], *b, b[1], *a, a[1], *b]
@@ -104,6 +118,7 @@ def test_pairs_are_interleaved_and_a_server_is_started_once_for_two_runs(box: Bo
     [
         (lambda b: None, "keep", "smol: generation 100."),
         (lambda b: b.speed.update(new=70.0), "roll back", "smol: generation 100."),
+        (lambda b: b.prefill.update(new=700.0), "roll back", "smol: prefill 100"),
         (lambda b: b.failing.update(new=["invalid argument: -x"]), "roll back", "smol does not start: inv"),
         (lambda b: b.no_tools.add("new"), "roll back", "smol: the new release breaks tool calls: HTTP 500"),
         (lambda b: b.no_cache.add("new"), "roll back", "smol: the new release loses the prompt cache: of"),
