@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,9 +64,9 @@ def wheels(folder: Path, python: str, tell: Tell) -> None:
     """Download what the lane imports, pinned as the controller's own environment. Raises NotPrepared."""
     tell("downloading wheels")
     shutil.rmtree(folder, ignore_errors=True)
-    pins = [
-        line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in "#" and line
-    ]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    # A constraint may have no extras, as psycopg[binary] has them.
+    pins = [re.sub(r"\[.*?\]", "", line) for line in lines if line[:1] not in "#" and line]
     with tempfile.TemporaryDirectory() as temporary:
         constraints = Path(temporary) / "constraints.txt"
         constraints.write_text("\n".join(pins) + "\n")

@@ -237,7 +237,14 @@ def test_why_a_server_ended(tmp_path: Path) -> None:
     assert error.memory and str(error) == "0.1 E could not load"
 
 
-# --- the build ---
+# --- the inputs and the build ---
+
+
+def test_pip_takes_the_controllers_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real pip, without an index: it has read all of them when it finds no package."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(NotPrepared, match="ERROR: ResolutionImpossible"):
+        _gpu_inputs.wheels(tmp_path / "wheels", "3.12", lambda _: None)
 
 
 @pytest.fixture
