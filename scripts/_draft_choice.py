@@ -73,11 +73,18 @@ def judge(found: Comparison, shape: Shape) -> Judged:
         f"an answer comes {ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f} in {count} "
         f"pairs), generation {generation.without:.1f} -> {generation.drafted:.1f} tok/s"
     )
+    both = "".join(
+        f"; without it too the preset {words}: {said}"
+        for probe, words in PROBES.items()
+        if (said := getattr(old, probe)) and getattr(new, probe)
+    )
     if ratio.high < WORTH:
-        return Judged("rejected", f"{times}; at least {WORTH:g} times is worth its memory", figures, count)
+        return Judged(
+            "rejected", f"{times}; at least {WORTH:g} times is worth its memory{both}", figures, count
+        )
     if ratio.low > 1:
-        return Judged("kept", times, figures, count)
-    return Judged("undecided", f"{times}; the runs vary too much", figures, count)
+        return Judged("kept", f"{times}{both}", figures, count)
+    return Judged("undecided", f"{times}; the runs vary too much{both}", figures, count)
 
 
 def _figures(found: Comparison, shape: Shape) -> tuple[dict[Figure, DraftFigure], Ratio | None]:

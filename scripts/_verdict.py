@@ -92,8 +92,13 @@ def judge_preset(found: Comparison) -> Verdict:
     slower = tuple(
         f"{name}: {told(figure, ratios[figure], found)}" for figure in ratios if is_slower(ratios[figure])
     )
+    known = tuple(
+        f"{name}: the current release {words}{' too' if getattr(new, probe) else ''}: {said}"
+        for probe, words in PROBES.items()
+        if (said := getattr(old, probe))
+    )
     if broken or slower:
-        return Verdict("roll back", broken + slower)
+        return Verdict("roll back", broken + slower + known)
     if old.health and not found.generation:
         return without_old(found, f"is not healthy: {old.health}")
     if found.trouble or not ratios:
@@ -105,12 +110,7 @@ def judge_preset(found: Comparison) -> Verdict:
     lines = tuple(f"{name}: {told(figure, ratio, found)}" for figure, ratio in ratios.items())
     if unsure:
         why = f"{name}: the runs vary too much to tell whether {' and '.join(unsure)} stayed as fast"
-        return Verdict("undecided", (why, *lines))
-    known = tuple(
-        f"{name}: the current release {words} too: {getattr(old, probe)}"
-        for probe, words in PROBES.items()
-        if getattr(old, probe)
-    )
+        return Verdict("undecided", (why, *lines, *known))
     return Verdict("keep", lines + known)
 
 

@@ -79,6 +79,17 @@ def test_a_draft_is_kept_only_where_it_was_measured_to_be_faster(
         assert set(judged.figures) == {"answer", "generation", "prefill"}
 
 
+@pytest.mark.parametrize("case", [found(150), found(100), found(110, noise=0.25)])
+def test_what_the_preset_cannot_do_without_the_draft_either_is_told(case: Comparison) -> None:
+    broken = Behaviour(tool_call="no template")
+    plain, told, better = (
+        judge(replace(case, old=old, new=new), SHAPE)
+        for old, new in ((Behaviour(), Behaviour()), (broken, broken), (broken, Behaviour()))
+    )
+    also = "; without it too the preset breaks tool calls: no template"
+    assert told == replace(plain, reason=plain.reason + also) and better == plain
+
+
 def test_more_pairs_are_made_only_while_they_could_decide_it() -> None:
     assert not _draft_choice.is_open(found(150), SHAPE)
     assert not _draft_choice.is_open(found(60), SHAPE)
