@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -399,26 +401,37 @@ def test_the_chart(box: Box, points: Points) -> None:
 
 
 class Gateway(Box):
-    """The same box behind HTTP: `one` has threads and ubatch, two threads are twice as fast."""
+    """The same box behind HTTP: `one` has threads and ubatch, two threads are twice as fast.
+
+    A run takes 10 s, and a start 20. `more`: variables of the host, and what it runs.
+    """
 
     def __init__(self) -> None:
         super().__init__(lambda setting: 40.0 * setting["threads"])
+        self.prefill: Callable[[Setting], float] = lambda _: 500.0
+        self.more: dict[str, Any] = {}
+        self.models: dict[str, Model] = {}
+        self.gpu: dict[str, Any] = {"absent": True}
+        self.keys: set[str | None] = set()
+        self.prompts: list[int] = []  # words
         self.held = ""
         self.ended = 0
 
     def run(self, command: Sequence[str] | None) -> None:
         assert command is not None
-        words = list(command)
-        value = words[words.index("--threads") + 1] if "--threads" in words else "1"
-        super().run([f"threads={value}"])
+        words = dict(itertools.pairwise(command))
+        super().run([f"threads={words.get('--threads', 1)}", f"n_cpu_moe={words.get('--n-cpu-moe', 0)}"])
 
     def http(self, request: httpx.Request) -> httpx.Response:
+        self.keys.add(request.headers.get("authorization"))
         body = json.loads(request.content)
         if request.url.path == "/tokenize":
             return httpx.Response(200, json={"tokens": body["content"].split()})
+        self.now += 10
+        self.prompts.append(len(body["prompt"].split()))
         timings = {
-            "cache_n": 0, "prompt_n": 900, "prompt_per_second": 500.0, "predicted_n": body["n_predict"],
-            "predicted_per_second": self.surface(self.serves),
+            "cache_n": 0, "prompt_n": 900, "prompt_per_second": self.prefill(self.serves),
+            "predicted_n": body["n_predict"], "predicted_per_second": self.surface(self.serves),
         }  # fmt: skip
         return httpx.Response(200, json={"timings": timings}, headers={"X-Llmbox-Alone": str(self.started)})
 
@@ -439,13 +452,13 @@ def gateway(inventory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     def read(*_: object, **__: object) -> list[Host]:
         text = (inventory / "group_vars/llm_servers.yml").read_text()
         return [
-            Host("box", frozenset({"llm_servers"}), {**VARIABLES, **yaml.safe_load(text)}), Host("other"),
+            Host("box", frozenset({"llm_servers"}), {**VARIABLES, **yaml.safe_load(text), **fake.more}),
+            Host("other"),
         ][: 1 if __.get("limit") else 2]  # fmt: skip
 
     def asked(*_: object, **__: object) -> dict[str, Any]:
         found = seen()
-        one = LlmBox.of(VARIABLES)
-        command = Commands(one, "one", "")({})
+        command = Commands(LlmBox.of({**VARIABLES, **fake.more}), "one", "")({})
         found["presets"]["presets"]["one"]["command"] = command
         return {"llm": found}
 
@@ -467,15 +480,15 @@ def gateway(inventory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         yield "http://box"
 
     @contextmanager
-    def no_gpu(_: Host) -> Iterator[GpuWatch]:
+    def watched(_: Host) -> Iterator[GpuWatch]:
         watch = GpuWatch()
-        watch.add(0.0, {"absent": True})
+        watch.add(0.0, fake.gpu)
         yield watch
 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     for name, value in {
-        "load": read, "ask": asked, "run": ran, "trial": held, "reach": reached, "watched": no_gpu,
-        "headers": lambda _: {},
+        "load": read, "ask": asked, "run": ran, "trial": held, "reach": reached, "watched": watched,
+        "headers": lambda _: fake.models,
     }.items():  # fmt: skip
         monkeypatch.setattr(tune_moe, name, value)
     made = httpx.MockTransport(fake.http)
@@ -562,6 +575,69 @@ def test_the_box_goes_back_whatever_ends_the_search(
     with pytest.raises(KeyboardInterrupt):
         tune(inventory)
     assert gateway.ended == 1
+
+
+@pytest.mark.parametrize(("words", "depth"), [((), 3840), (("--depth", "200"), 200)])
+def test_a_point_is_measured_at_the_presets_depth_and_kept_under_all_that_decides_it(
+    gateway: Gateway, inventory: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], depth: int
+) -> None:
+    monkeypatch.setenv("LLMBOX_KEY", "k")
+    gateway.gpu = {"driver": "580.95"}
+    assert tune(inventory, "--axis", "threads", *words) == 0
+    base = Commands(LlmBox.of(VARIABLES), "one", "").base(["threads"])
+    case = Case("one", RELEASE, "580.95", "0" * 64, base, prompt=depth, generate=128)
+    assert len(Points.of(inventory, "box").of_case(case)) == len(gateway.started) > 0
+    assert all(0 <= count - depth < 10 for count in gateway.prompts), "the nonce and the question on top"
+    assert gateway.keys == {"Bearer k"}
+    gateway.started.clear()
+    assert tune(inventory, "--axis", "threads", *words) == 0 and gateway.started == [], "all is known"
+
+
+@pytest.mark.parametrize(("goal", "changes"), [("turn", {}), ("generation", {}), ("prefill", {"threads": 1})])
+def test_what_is_to_be_fast_decides(
+    gateway: Gateway,
+    inventory: Path,
+    capsys: pytest.CaptureFixture[str],
+    goal: str,
+    changes: dict[str, int],
+) -> None:
+    """A second thread writes twice as fast here, and reads half as fast."""
+    gateway.prefill = lambda setting: 1000.0 / setting["threads"]
+    assert tune(inventory, "--axis", "threads", "--goal", goal, "--json", "-") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["goal"], report["changes"]) == (goal, changes)
+
+
+@pytest.mark.parametrize(("minutes", "points", "code"), [("3.9", 1, 1), ("4", 2, 0)])
+def test_a_budget_is_minutes(
+    gateway: Gateway, inventory: Path, monkeypatch: pytest.MonkeyPatch, minutes: str, points: int, code: int
+) -> None:
+    """A point takes one here: a start and four runs; the next one is begun only with room for three."""
+    monkeypatch.setattr(tune_moe, "time", SimpleNamespace(monotonic=lambda: gateway.now))
+    assert tune(inventory, "--axis", "threads", "--budget", minutes) == code
+    assert len(gateway.started) == points
+
+
+@pytest.mark.parametrize(("faster", "best"), [(1, 5), (-1, 3)])
+def test_what_neither_memory_has_room_for_is_not_started(
+    gateway: Gateway,
+    inventory: Path,
+    moe: Model,
+    capsys: pytest.CaptureFixture[str],
+    faster: int,
+    best: int,
+) -> None:
+    """The card has room from three layers of experts on the CPU on, main memory up to five of the six."""
+    gateway.models, gateway.surface = {"small": moe}, lambda setting: 50.0 + 5 * faster * setting["n_cpu_moe"]
+    gateway.more = {
+        "llama_presets": {"one": {**VARIABLES["llama_presets"]["one"], "n_cpu_moe": 4}},
+        "llama_presets_gpu_memory_mib": 1024 + 100,
+        "llama_presets_main_memory_mib": 50,
+        "llama_presets_main_reserved_mib": 0,
+    }
+    assert tune(inventory, "--axis", "n_cpu_moe", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["changes"] == {"n_cpu_moe": best}
+    assert {setting["n_cpu_moe"] for setting in gateway.started} <= {3, 4, 5}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -108,9 +109,15 @@ def test_what_the_gpu_did_is_information() -> None:
 
 
 class FakeGateway:
-    """Serves the preset that was asked for last, each at its own speed."""
+    """Serves the preset that was asked for last, each at its own speed.
+
+    `gpu` is what is seen of a card in a run; it becomes 1 °C cooler by each. Without it there is none.
+    """
 
     def __init__(self) -> None:
+        self.gpu: dict[str, Any] = {}
+        self.watch = GpuWatch()
+        self.keys: set[str | None] = set()
         self.active: str | None = "two"
         self.speed = {"one": 100.0, "two": 100.0}
         self.refused: set[str] = set()
@@ -120,12 +127,16 @@ class FakeGateway:
     def __call__(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
         preset = body["model"]
+        self.keys.add(request.headers.get("authorization"))
         self.asked.append(f"{request.url.path} {preset}")
         if preset in self.refused:
             return httpx.Response(503, json={"error": {"message": f"{preset} does not start"}})
         self.active = preset
         if request.url.path == "/tokenize":
             return httpx.Response(200, json={"tokens": body["content"].split()})
+        if self.gpu:
+            self.gpu["temperature_c"] -= 1
+            self.watch.add(time.monotonic(), dict(self.gpu))
         timings = {
             "cache_n": 0,
             "prompt_n": 1550,
@@ -156,16 +167,16 @@ def gateway(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGateway:
         yield "http://box"
 
     @contextmanager
-    def no_gpu(_: Host) -> Iterator[GpuWatch]:
-        watch = GpuWatch()
-        watch.add(0.0, {"absent": True})
-        yield watch
+    def watched(_: Host) -> Iterator[GpuWatch]:
+        fake.watch = GpuWatch()
+        fake.watch.add(0.0, dict(fake.gpu) or {"absent": True})
+        yield fake.watch
 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(verify_throughput, "load", lambda *_, **__: [host, Host("other")])
     monkeypatch.setattr(verify_throughput, "ask", asked)
     monkeypatch.setattr(verify_throughput, "reach", reached)
-    monkeypatch.setattr(verify_throughput, "watched", no_gpu)
+    monkeypatch.setattr(verify_throughput, "watched", watched)
     monkeypatch.setattr("scripts._measure.PAUSE_S", 0.0)
     monkeypatch.setattr(
         httpx,
@@ -222,6 +233,45 @@ def test_a_slowdown_since_earlier_runs_is_exit_code_1(
     gateway.speed["one"] = 90.0
     assert verify_throughput.main(only) == 1
     assert "slower -10.0%" in capsys.readouterr().out
+
+
+CARD = {
+    "driver": "580.95.05",
+    "utilization_percent": 96.0,
+    "power_w": 281.5,
+    "temperature_c": 60.0,
+    "memory_mib": 14012.0,
+}
+
+
+def test_what_the_card_did_is_kept_with_its_run_and_shown(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMBOX_KEY", "k")
+    gateway.gpu = dict(CARD)
+    assert verify_throughput.main([*RUN_ALL, "--preset", "one"]) == 0
+    assert gateway.keys == {"Bearer k"}
+    kept = History.of(Path("inventory/lab"), "box").runs()
+    assert {run.driver for run in kept} == {"580.95.05"}
+    seen = [dict(run.gpu or {}) for run in kept]
+    heat = [gpu.pop("temperature_c") for gpu in seen]
+    assert heat == [58.0 - run for run in range(2 * RUNS)], "the first run was warm-up"
+    assert seen == [{"utilization_percent": 96.0, "power_w": 281.5, "memory_mib": 14012.0}] * (2 * RUNS)
+    line = "box: one: GPU: utilization 96.0 %, power 281.5 W, temperature 53.5 °C, memory 14012.0 MiB"
+    assert line in capsys.readouterr().out
+
+
+def test_a_new_driver_begins_a_new_past(gateway: FakeGateway) -> None:
+    """It is no fault of the box what another driver makes of it."""
+    only = [*RUN_ALL, "--preset", "one"]
+    gateway.gpu = dict(CARD)
+    for _ in range(BASELINE_LEAST // RUNS + 1):
+        assert verify_throughput.main(only) == 0
+    gateway.speed["one"] = 90.0
+    gateway.gpu["driver"] = "590.10"
+    assert verify_throughput.main(only) == 0
+    gateway.gpu["driver"] = CARD["driver"]
+    assert verify_throughput.main(only) == 1
 
 
 def test_only_the_presets_that_were_named(gateway: FakeGateway) -> None:
