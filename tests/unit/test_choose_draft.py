@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,17 @@ from llama_common.presets import DraftChoice, HostConfig
 from llama_common.rules import LOCK_COMMAND
 
 from scripts import _draft_choice, choose_draft
+from scripts._compare import MOST_PAIRS
 from scripts._draft_choice import Judged, answers, judge, path_of, write
+from scripts._gpu_watch import GpuWatch
 from scripts._inventory import Host, InventoryUnreadable
 from scripts._llm_box import LlmBox
-from scripts._measure import NotMeasured, Shape
+from scripts._measure import NotMeasured, Shape, Timed
 from scripts._verdict import Behaviour, Comparison
 from scripts.verify_health import Check, HostReport
-from tests.unit.test_draft import BOTH, HELP, OLD_HELP, SIZES, choice, config, header
+from tests.unit.test_compare import Box
+from tests.unit.test_draft import BOTH, HELP, OLD_HELP, SIZES, choice, config, header, variables
+from tests.unit.test_verify_health import VARIABLES
 
 SHAPE = Shape("short", 1536, 400)
 RELEASE = f"{'b' * 40}-abc"
@@ -270,6 +276,114 @@ def test_fixes_of_a_report_can_be_typed_as_they_stand() -> None:
     for report in (HostReport("box", error=fix), HostReport("box", (open_yet,))):
         (line,) = choose_draft.told([choose_draft.typed(report, Path("boxes"))])
         assert line.endswith(": run scripts/lock_models.py --inventory boxes")
+
+
+# --- the whole command, with a box that does what it is asked ---
+
+
+class Drafted(Box):
+    """A box on trial whose "new" side is the preset with its draft."""
+
+    preset = "p"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver = "580.95"
+        self.held: list[str] = []
+        self.keys: set[str | None] = set()
+
+    def which(self, command: Sequence[str]) -> str:
+        return "new" if "--spec-type" in command else "old"
+
+    def series(self, shape: Shape, count: int) -> Iterator[Timed]:
+        assert shape == SHAPE
+        return super().series(shape, count)
+
+    def http(self, request: httpx.Request) -> httpx.Response:
+        self.keys.add(request.headers.get("authorization"))
+        return super().http(request)
+
+
+@pytest.fixture
+def drafted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Drafted:
+    """What goes over ssh is answered here; the inventory has what was decided."""
+    fake, client = Drafted(), httpx.Client
+
+    def read(*_: object, **__: object) -> list[Host]:
+        file = path_of(tmp_path, "box")
+        decided = yaml.safe_load(file.read_text()) if file.exists() else {}
+        of = {**VARIABLES, **variables(BOTH, SIZES), "gguf_models_dir": "/m", **decided}
+        return [Host("box", frozenset({"llm_servers"}), of)]
+
+    def asked(host: Host, _request: object, *, become: bool) -> dict[str, Any]:
+        return {"llm": box(LlmBox.of(host.variables).config).seen}
+
+    def watched(_: Host) -> AbstractContextManager[GpuWatch]:
+        watch = GpuWatch()
+        watch.add(0.0, {"driver": fake.driver})
+        return nullcontext(watch)
+
+    def held(_: Host, preset: str) -> AbstractContextManager[Drafted]:
+        fake.held.append(preset)
+        return nullcontext(fake)
+
+    for name, value in {
+        "load": read, "ask": asked, "watched": watched, "trial": held,
+        "run_on": lambda _, command: {"cat /opt/llama.cpp/b/current/help.txt": HELP}[command],
+        "reach": lambda *_: nullcontext("http://box"),
+        "Meter": lambda *_: fake,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(choose_draft, name, value)
+    transport = httpx.MockTransport(fake.http)
+    monkeypatch.setattr(httpx, "Client", lambda **options: client(transport=transport, **options))
+    return fake
+
+
+def run(inventory: Path, *words: str) -> tuple[int, DraftChoice]:
+    """The command's exit code, and what the inventory has now."""
+    code = choose_draft.main(["--inventory", str(inventory), *words])
+    written = yaml.safe_load(path_of(inventory, "box").read_text())["llama_drafts"]
+    return code, DraftChoice.model_validate(written["p"])
+
+
+def test_without_and_with_the_draft_in_turn_and_what_came_of_it_is_kept(
+    drafted: Drafted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LLMBOX_KEY", "k")
+    drafted.speed["new"] = 150.0
+    code, made = run(tmp_path)
+    assert (code, made.verdict, made.pairs) == (0, "kept", 5)
+    assert (made.draft, made.release, made.driver) == ("small", RELEASE, "580.95")
+    assert made.model_sha256 == BOTH["big"]["sha256"] and made.draft_sha256 == BOTH["small"]["sha256"]
+    figures = {name: (one.without, one.drafted) for name, one in made.figures.items()}
+    assert figures["generation"] == pytest.approx((100, 150), rel=0.01)
+    assert figures["prefill"] == pytest.approx((1000, 1000), rel=0.01)
+    assert drafted.held == ["p"] and drafted.keys == {"Bearer k"}
+
+
+def test_a_decision_is_measured_again_for_another_driver_or_when_asked(
+    drafted: Drafted, tmp_path: Path
+) -> None:
+    for words, driver, measured in (
+        ((), "580.95", 1), ((), "580.95", 1), ((), "590.10", 2), (("--again",), "590.10", 3),
+    ):  # fmt: skip
+        drafted.driver = driver
+        code, made = run(tmp_path, *words)
+        assert (code, made.verdict, made.driver, len(drafted.held)) == (0, "rejected", driver, measured)
+
+
+def test_more_pairs_are_made_while_it_is_open_whether_the_draft_is_worth_it(
+    drafted: Drafted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As an update of llama.cpp these would have been settled: nowhere slower."""
+    speeds = itertools.cycle((97.0, 125.0))
+
+    def series(_shape: Shape, _count: int) -> Iterator[Timed]:
+        yield Timed(1536, 1000.0, 400, 100.0 if drafted.release == "old" else next(speeds), 0.0, 1.0)
+
+    monkeypatch.setattr(drafted, "series", series)
+    code, made = run(tmp_path)
+    assert (code, made.verdict, made.pairs) == (1, "undecided", MOST_PAIRS)
 
 
 # --- the file ---

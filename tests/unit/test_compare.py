@@ -31,9 +31,11 @@ class Box:
     `speed` and `prefill` are tokens per second by release; what is named `failing` does not start.
     """
 
+    preset = "smol"
+
     def __init__(self) -> None:
         self.log: list[str] = []
-        self.now = ""
+        self.now = self.release = ""
         self.speed = {"old": 100.0, "new": 100.0}
         self.prefill = {"old": 1000.0, "new": 1000.0}
         self.failing: dict[str, list[str]] = {}
@@ -44,17 +46,17 @@ class Box:
         self.no_cache: set[str] = set()
         self.cached = ""
 
-    @property
-    def release(self) -> str:
-        return self.now.split("/")[2] if self.now else ""
+    def which(self, command: Sequence[str]) -> str:
+        """The release that a command line is of: "old" or "new"."""
+        return command[0].split("/")[2]
 
     def run(self, command: Sequence[str] | None) -> None:
         assert command is not None
-        name = command[0].split("/")[2]
+        name = self.which(command)
         self.log.append(f"start {name}")
         if name in self.failing:
             raise TrialFailed("smol failed after 0.6 s", self.failing[name])
-        self.now, self.cached = command[0], ""
+        self.now, self.release, self.cached = command[0], name, ""
 
     def serving(self) -> Serving:
         return Serving(self.foreign or self.now, int(self.release in self.crashing))
@@ -70,7 +72,7 @@ class Box:
     def http(self, request: httpx.Request) -> httpx.Response:
         assert "x-llmbox-alone" in request.headers
         body = json.loads(request.content)
-        assert body["model"] == "smol"
+        assert body["model"] == self.preset
         if request.url.path == "/completion":
             return httpx.Response(200, json={"timings": self.timings(body["prompt"], body["cache_prompt"])})
         if self.release in self.no_tools:

@@ -45,21 +45,24 @@ def header(name: str, *blocks: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def config(headers: dict[str, Any], sizes: dict[str, int], **more: Any) -> HostConfig:
-    """A box with these models, whose preset `p` runs the model `big`."""
+def variables(headers: dict[str, Any], sizes: dict[str, int], **more: Any) -> dict[str, Any]:
+    """The variables of a box with these models, whose preset `p` runs the model `big`."""
     preset = {"description": "d", "build": "b", "model": "big", "context": 65_536, "kv_cache_type": "f16"}
-    return HostConfig.load(
-        {
-            "llama_cpp_builds": {"b": {"repo": "https://x.invalid/a.git", "commit": "b" * 40}},
-            "gguf_models": {
-                name: {"url": f"http://x.invalid/{name}.gguf", "sha256": sha(name), "size": size}
-                for name, size in sizes.items()
-            },
-            "llama_presets": {"p": {**preset, "draft": more.pop("draft", "auto"), **more.pop("preset", {})}},
-            "llama_lock": {"headers": headers},
-            **more,
-        }
-    )
+    return {
+        "llama_cpp_builds": {"b": {"repo": "https://x.invalid/a.git", "commit": "b" * 40}},
+        "gguf_models": {
+            name: {"url": f"http://x.invalid/{name}.gguf", "sha256": sha(name), "size": size}
+            for name, size in sizes.items()
+        },
+        "llama_presets": {"p": {**preset, "draft": more.pop("draft", "auto"), **more.pop("preset", {})}},
+        "llama_lock": {"headers": headers},
+        **more,
+    }
+
+
+def config(headers: dict[str, Any], sizes: dict[str, int], **more: Any) -> HostConfig:
+    """The same, read."""
+    return HostConfig.load(variables(headers, sizes, **more))
 
 
 def choice(verdict: str = "kept", **changes: Any) -> dict[str, Any]:
