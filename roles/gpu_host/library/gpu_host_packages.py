@@ -326,7 +326,7 @@ def must_exist(packages: Mapping[str, str], url: str) -> None:
         if not found and name.startswith("linux-headers-"):
             raise Refused(
                 f"no repository has {name}, which the driver's module is built with: the kernel that runs is "
-                "an old one; fix: upgrade it, reboot, then run this again"
+                "not the distribution's present one; fix: upgrade, reboot into that, then run this again"
             )
         if not found:
             raise Refused(
