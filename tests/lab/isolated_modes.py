@@ -5,10 +5,10 @@
 MODES is JSON: a list of [name, kind of server that is played here or "", words of local-claude]. One whose
 words have no `-p` is typed at a terminal: the folder is trusted, the question asked, Ctrl-C pressed twice.
 HOME is a new folder. Prints a JSON object: `modes` (exit code, what it said, what it told), `running` (what
-was still there after a mode), `left` (files of the user's own that were changed, made or removed), `sessions`
-(how many Claude Code kept elsewhere, where SpecStory would look for them below ~/.claude), `sent` (bytes for
-any other host), `udp` (datagrams, as questions to a name server are). Where no server is played it needs the
-standard library alone.
+was still there after a mode), `told` (modes whose server got the user's own instructions), `left` (files of
+the user's own that were changed, made or removed), `sessions` (how many Claude Code kept elsewhere, where
+SpecStory would look for them below ~/.claude), `sent` (packets for any other host), `udp` (datagrams, as
+questions to a name server are). Where no server is played it needs the standard library alone.
 """
 
 from __future__ import annotations
