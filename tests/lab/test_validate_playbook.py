@@ -6,6 +6,7 @@ calls: both must see nothing. Needs no lab. How long a run takes is reported, ne
 
 from __future__ import annotations
 
+import re
 import resource
 import shutil
 import socket
@@ -18,6 +19,7 @@ import pytest
 from tests.support import BIN, ROOT, PlaybookRun, ansible_playbook, keep_figures
 from tests.support import run as execute
 from tests.unit import broken_inventories as broken
+from tests.unit.test_fit import header
 
 PLAYBOOK = "playbooks/validate.yml"
 BAR_S = 2.0
@@ -241,6 +243,25 @@ def test_every_host_s_role_variables_are_checked_with_the_defaults_at_hand(
     (line,) = refusals(validate(tmp_path, files, bait))
     assert f'refused: {clients}:1: base_packages = "acl": must be a list' in line
     assert bait.touched() == []
+
+
+def test_a_preset_that_the_card_has_no_room_for_is_refused_with_what_would_fit(
+    tmp_path: Path, bait: Bait
+) -> None:
+    """And what it says is enough."""
+    files = broken.inventory()
+    files["lock"]["llama_lock"]["headers"] = {"qwen-coder-q4": header("qwen3moe", tmp_path)}
+    broken.role("llama_presets_gpu_memory_mib", 1024 + 300)(files)
+    broken.preset("draft", "none")(files)
+    broken.preset("n_cpu_moe", 0)(files)
+    run = validate(tmp_path / "inventory", files, bait)
+    (line,) = refusals(run)
+    assert run.rc != 0 and bait.touched() == []
+    assert "llama_presets.coder.context = 98304: " in line and "GiB of the GPU" in line
+    found = re.search(r"; fix: write n_cpu_moe: (\d)", line)
+    assert found, line
+    broken.preset("n_cpu_moe", int(found[1]))(files)
+    validate(tmp_path / "inventory", files, bait).check()
 
 
 def test_a_router_that_does_not_fit_the_boxes_is_refused(tmp_path: Path, bait: Bait) -> None:
