@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from llmbox import gate
 
 from roles.llama_cpp.files import llama_build as tool
 from roles.llama_cpp.library import llama_cpp_build as module
+from tests.unit.test_llmbox_gate import model, preset
 
 GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "init.defaultBranch=master"]
 
@@ -168,6 +170,24 @@ def test_a_release_is_finished_whole_and_recognized_by_the_module(
         "install",
         "smoke test",
     ]
+
+
+@pytest.mark.usefixtures("any_version")
+def test_the_gate_before_a_switch_finds_the_tensor_types_of_a_release(
+    spec: tool.Spec, repository: Path
+) -> None:
+    (repository / "ggml/include").mkdir(parents=True)
+    commit = commit_file(
+        repository, "ggml/include/ggml.h", "    GGML_TYPE_F32 = 0,\n    GGML_TYPE_COUNT = 1,\n"
+    )
+    tool.build(replace(spec, commit=commit))
+    assert "types.json" in json.loads((spec.final / "release.json").read_text(encoding="utf-8"))["files"]
+    known, unknown = (
+        gate.refusal(preset([str(spec.final / "bin/llama-server")], models=[model("m", kind)]))
+        for kind in (0, 46)
+    )
+    assert known == ""
+    assert unknown.startswith("m has tensors of type 46, which the build upstream does not know; use a build")
 
 
 @pytest.mark.usefixtures("any_version")
