@@ -390,6 +390,17 @@ def test_what_the_estimator_cannot_tell_is_worked_out_from_the_header_or_named(
         assert said.pop() == f"box: p: {error}; using the header"
 
 
+@pytest.mark.parametrize("card", [0, 480, 600])
+def test_a_plan_from_the_header_is_for_the_card_that_the_host_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, card: int
+) -> None:
+    made = config(card, header("qwen3moe", folder))
+    monkeypatch.setattr(LlmBox, "of", lambda _: SimpleNamespace(config=made))
+    (plan,) = plan_vram.plan_host(Host("box", variables={}), offline=True, tell=pytest.fail)
+    assert plan.taken == fit.estimate_of(made, "p", fit.models(made), gpu=bool(card))
+    assert (plan.taken.gpu.total > 480 * MIB, plan.fits) == (card > 0, card != 480)
+
+
 @pytest.mark.parametrize(
     ("gpus", "code"), [([1], 0), ([], 0), ([1, 601], 1), ([1, None], 2), ([601, None], 2)]
 )
