@@ -82,6 +82,34 @@ def test_two_numbers_from_one_place_are_for_a_person(texts: list[str], shared: l
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "sure", "told"),
+    [
+        ("elo_fusivel", "5H", 0.84, ["low_confidence"]),
+        ("elo_fusivel", "5H", 0.86, []),
+        ("numero_serie", "123456", 0.89, ["low_confidence"]),
+        ("numero_serie", "123456", 0.91, []),
+        ("potencia_kva", 75.0, 0.69, ["low_confidence"]),
+        ("potencia_kva", 75.0, 0.71, []),
+        ("potencia_kva", 76.0, 0.84, ["out_of_domain", "low_confidence"]),  # no rated one
+        ("potencia_kva", 76.0, 0.86, ["out_of_domain"]),
+    ],
+)
+def test_how_sure_a_value_must_be(name: str, value: Any, sure: float, told: list[str]) -> None:
+    values, reasons = grounding.settle(
+        Extraction({name: Candidate(value, confidence=sure)}), [Line("5H"), Line("123456"), Line("75 76 kVA")]
+    )
+    assert values[name] == value
+    assert reasons == [f"{reason}:{name}" for reason in told]
+
+
+def test_values_that_contradict_each_other_mark_the_reading() -> None:
+    found = Extraction({"fases": Candidate(1), "tensao_secundaria": Candidate("220/127")})
+    values, reasons = grounding.settle(found, [Line("FASES: 1"), Line("220/127 V")])
+    assert (values["fases"], values["tensao_secundaria"]) == (1, "220/127")
+    assert reasons == ["inconsistent:fases"]
+
+
+@pytest.mark.parametrize(
     ("name", "value", "text", "there"),
     [
         ("potencia_kva", 45.0, "Nº DE SÉRIE 984512", False),
