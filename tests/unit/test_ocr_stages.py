@@ -160,6 +160,29 @@ def test_a_plate_at_the_edge_and_a_second_one_are_told() -> None:
     assert {"partial_plate", "several_plates"} <= set(reasons)
 
 
+@pytest.mark.parametrize(
+    ("plates", "told"),
+    [
+        ([Plate(IDENTIFICATION, Box(50, 50, 550, 350), 0.9)], ("no_text_found",)),
+        ([Plate(None, Box(50, 50, 550, 350), 0.9)], ("no_plate_found", "no_text_found")),  # a cluster of text
+        ([], ("no_plate_found", "no_text_found")),
+    ],
+)
+def test_a_photo_of_which_nothing_is_read_is_for_a_person(plates: list[Plate], told: tuple[str, ...]) -> None:
+    reading = pipeline(Reads(), *plates).read(encoded(size=(600, 400)))
+    assert (reading.needs_review, reading.reasons) == (True, told)
+    assert set(reading.fields.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [Plate(TRANSFORMER, Box(310, 50, 590, 250), 0.9), Plate(IDENTIFICATION, Box(400, 50, 500, 150), 0.9)],
+)
+def test_a_utilitys_plate_and_a_small_one_in_the_background_are_no_second_one(beside: Plate) -> None:
+    plate = Plate(IDENTIFICATION, Box(50, 50, 300, 250), 0.9)
+    assert pipeline(Reads("WEG"), plate, beside).read(encoded(size=(600, 400))).reasons == ()
+
+
 @pytest.mark.parametrize(("touched", "told"), [((True, False, False, False), True), ((False,) * 4, False)])
 def test_a_plate_at_the_edge_is_whole_where_its_text_ends_before(
     touched: tuple[bool, bool, bool, bool], told: bool
@@ -233,6 +256,14 @@ def test_a_utilitys_plate_counts_for_a_bank_where_it_can_be_read(text: str, coun
     assert found.tags == ("placa_identificacao", "placa_transformador")
     made.vision = Reads(*[text] if text else [])
     assert ("placa_transformador" in made.confirmed_tags(found)) is counts
+
+
+@pytest.mark.parametrize(("text", "counts"), [("112,5 kVA", True), ("MEDIDOR kWh", False), ("", False)])
+def test_a_utilitys_plate_that_was_chosen_counts_by_what_was_read_then(text: str, counts: bool) -> None:
+    made = pipeline(Reads(*[text] if text else []), Plate(TRANSFORMER, Box(50, 50, 550, 350), 0.9))
+    found = made.inspect(encoded(size=(600, 400)))
+    made.vision = Reads("" if counts else "75 kVA")  # a second reading would say the contrary
+    assert made.confirmed_tags(found) == (("placa_transformador",) if counts else ())
 
 
 def reading(text: str, sure: float) -> Recognised:
