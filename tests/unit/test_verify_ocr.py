@@ -94,6 +94,37 @@ def test_easy_and_medium_are_held_to_one_bar(wrong: int, told: list[str]) -> Non
     assert verify_ocr.missed_bars(verify_ocr.report(photos)) == told
 
 
+def test_hard_photos_have_a_bar_of_their_own() -> None:
+    for wrong, told in ((15, []), (16, ["hard: 84.0% of printed fields, bar 85%"])):
+        photos = [outcome(plate, right=plate >= wrong, difficulty="hard") for plate in range(100)]
+        assert verify_ocr.missed_bars(verify_ocr.report(photos), folder_bar=0) == told
+
+
+def test_no_field_that_a_plate_lacks_may_be_filled_though_a_person_looks() -> None:
+    photo = verify_ocr.Labelled("a.jpg", "a", "all", {"fases": 3})
+    answer = {"fases": 3, "matricula": "1234", "_needs_review": True}
+    found = verify_ocr.report([verify_ocr.judge(photo, answer, 0.1)])
+    assert verify_ocr.missed_bars(found) == ["1 absent fields filled, bar 0"]
+
+
+@pytest.mark.parametrize(
+    ("reviewed", "told"), [(3, []), (4, ["4 of 20 correct plates sent to review, bar 15%"])]
+)
+def test_few_correct_plates_may_be_sent_to_review(reviewed: int, told: list[str]) -> None:
+    photos = [outcome(plate, review=plate < reviewed) for plate in range(20)]
+    photos += [outcome(plate, right=False, review=True) for plate in range(20, 23)]  # are none
+    assert verify_ocr.missed_bars(verify_ocr.report(photos), folder_bar=0) == told
+
+
+@pytest.mark.parametrize(("silent", "missed"), [(1, False), (2, True)])
+def test_one_field_in_200_may_be_wrong_and_not_marked(silent: int, missed: bool) -> None:
+    photo = verify_ocr.Labelled("a.jpg", "a", "all", {"fases": 3})
+    photos = [outcome(plate) for plate in range(200 - silent)]
+    photos += [verify_ocr.judge(photo, {"fases": 1}, 0.1)] * silent
+    told = [f"{silent} silent errors in 200 printed fields, bar 0.5%"] * missed
+    assert verify_ocr.missed_bars(verify_ocr.report(photos)) == told
+
+
 def test_a_folder_in_which_nothing_is_printed_meets_no_bar() -> None:
     photo = verify_ocr.Labelled("a.jpg", "a", "all", {})
     told = verify_ocr.missed_bars(verify_ocr.report([verify_ocr.judge(photo, {}, 0.1)]))
