@@ -75,6 +75,13 @@ def test_a_number_sign_is_no_serial_number_below_another_label_or_beside_a_seria
         assert values["numero_serie"] in (None, "998877")
 
 
+def test_a_number_sign_names_nothing_where_another_label_does_or_where_it_stands_twice() -> None:
+    values, reasons = parsed(*column(*USUAL, "Nº DE SÉRIE: 998877", "Nº 445566"))
+    assert values["numero_serie"] == "998877"
+    assert "ambiguous:numero_serie" not in reasons
+    assert parsed(*column(*USUAL, "Nº 445566", "Nº 778899"))[0]["numero_serie"] is None
+
+
 def test_a_maker_in_no_template_signs_below_the_plate_and_is_for_a_person() -> None:
     values, reasons = parsed(*column(*USUAL, "Montanha Transformadores Ltda. - Itu - SP"))
     assert values["fabricante"] == "MONTANHA"
