@@ -378,6 +378,14 @@ def test_a_manufacturer_in_no_template_is_read_for_a_person(heading: str, name: 
 
 
 @pytest.mark.parametrize(
+    ("last", "told"), [("ROMAGNOLE", ["ambiguous:fabricante"]), ("WEG EQUIPAMENTOS ELÉTRICOS", [])]
+)
+def test_two_manufacturers_on_a_plate_are_told(last: str, told: list[str]) -> None:
+    values, reasons = parsed(*column("WEG", "POTÊNCIA: 75 kVA", "SÉRIE: 123456", last))
+    assert (values["fabricante"], reasons) == ("WEG", told)
+
+
+@pytest.mark.parametrize(
     ("heading", "name"), [("TRANS", None), ("MADOR", None), ("FORMADOR TRIFA", None), ("ROMAGNI", "ROMAGNI")]
 )
 def test_what_a_spot_leaves_of_a_title_is_no_manufacturer(heading: str, name: str | None) -> None:
