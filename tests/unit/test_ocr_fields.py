@@ -458,6 +458,14 @@ def test_a_meter_in_the_crop_gives_no_serial_number() -> None:
     assert [line.kind for line in filters.classify(meter, PoleIdContext.NAMEPLATE)] == [LineClass.METER] * 2
 
 
+def test_a_foreign_word_in_the_midst_of_a_nameplate_is_kept_out_alone() -> None:
+    lines = column("POTÊNCIA: 75 kVA", "Nº DE SÉRIE:", "FIBRA 987654", "TENSÃO: 13800 V", "FASES: 3")
+    own, telecom = LineClass.NAMEPLATE, LineClass.TELECOM
+    kinds = [line.kind for line in filters.classify(lines, PoleIdContext.NAMEPLATE)]
+    assert kinds == [own, own, telecom, own, own]
+    assert parsed(*lines)[0]["numero_serie"] is None
+
+
 def test_a_template_names_its_mistake() -> None:
     with pytest.raises(SettingsError, match=r"x\.yml: patterns.*no regular expression"):
         templates._parse("x.yml", "name: X\npatterns: {numero_serie: '('}")
