@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,13 @@ def test_a_label_without_a_value_is_told_and_stays_null() -> None:
 def test_two_values_for_one_field_are_told() -> None:
     _, reasons = parsed(*column("Nº DE SÉRIE: 1234567", "SÉRIE: 7654321"))
     assert "ambiguous:numero_serie" in reasons
+
+
+def test_a_value_that_only_a_second_reading_gives_is_for_a_person() -> None:
+    value = replace(at("/2015", 500, 0), second="03/2015")
+    values, reasons = parsed(at("DATA DE FABRICAÇÃO", 0, 0), value)
+    assert values["data_fabricacao"] == "2015-03"
+    assert reasons == ["low_confidence:data_fabricacao"]
 
 
 def test_the_end_of_a_label_that_the_photo_cut_off_still_names_its_field() -> None:
