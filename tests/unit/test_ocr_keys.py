@@ -144,6 +144,25 @@ def test_no_key_and_no_password_in_a_log(line: str) -> None:
     assert "***" in told
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "GET /v1/models?alt=sse&key=SECRET&x=1",
+        "GET /v1/models?api_key=SECRET",
+        "{'x-goog-api-key': 'SECRET'}",
+        "(b'x-goog-api-key', b'SECRET')",
+        "Authorization: Basic SECRET",
+        "it said bearer SECRET",
+        "postgresql://ocr:SECRET@db/records",
+        "password=SECRET",
+    ],
+)
+def test_a_secret_of_another_service_is_kept_out_by_where_it_stands(line: str) -> None:
+    """A client that asked a cloud before sends its old key, which has no form of ours."""
+    told = redact.redact(line.replace("SECRET", "AIza-of-a-cloud"))
+    assert told == line.replace("SECRET", "***")
+
+
 def test_a_traceback_is_redacted_too() -> None:
     formatter = redact.RedactingFormatter("%(message)s")
     try:
