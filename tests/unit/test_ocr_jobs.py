@@ -236,6 +236,17 @@ def test_a_former_claim_of_the_same_worker_is_no_claim(store: JobStore, clock: C
     assert not store.complete(late, "w1", "{}")
 
 
+def test_a_photo_that_was_put_off_is_its_next_worker_s(store: JobStore) -> None:
+    """Being put off costs no attempt: both claims have the same number."""
+    store.submit(Kind.ALT, "me", photos(1))
+    former = claim(store, "w1")
+    assert store.put_off(former, "w1", "GPU_BUSY", "busy", delay_s=0, patience_s=60)
+    current = claim(store, "w2")
+    assert current.attempts == former.attempts
+    assert not store.complete(former, "w1", '"late"')
+    assert store.complete(current, "w2", '"good"')
+
+
 def test_a_photo_that_kills_its_worker_three_times_fails(store: JobStore, clock: Clock) -> None:
     job = store.submit(Kind.ALT, "me", photos(1))
     for _ in range(3):
