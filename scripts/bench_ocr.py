@@ -42,6 +42,7 @@ import cv2
 from ocr_pipeline import build, images, settings
 from ocr_pipeline.errors import OcrError
 from ocr_pipeline.pipeline import CROP_SIDE, WHOLE_PHOTO, Pipeline, cut, shrunk
+from ocr_pipeline.reading import FIELDS
 from ocr_pipeline.stages import Deadline, PlateClass
 from ocr_pipeline.synthetic import dataset, plates
 from ocr_pipeline.synthetic.scene import sample
@@ -457,8 +458,8 @@ def charted(parts: dict[str, dict[str, Any]]) -> bytes:
     ]
     rows += [
         Bar(name, (100 * part["right"] / part["printed"],))
-        for name, part in found["by_field"].items()
-        if part["printed"]
+        for name in FIELDS
+        if (part := found["by_field"][name])["printed"]
     ]
     for name in ("second", "third"):
         if other := parts.get(name):

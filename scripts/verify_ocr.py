@@ -338,7 +338,8 @@ def table(found: dict[str, Any]) -> str:
         ]
         rows.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     rows += ["", "| field | printed | right | wrong | missed | invented |", "|---|---:|---:|---:|---:|---:|"]
-    for name, part in found["by_field"].items():
+    for name in FIELDS:  # in this order, whatever a file of figures made of it
+        part = found["by_field"][name]
         counts = [part[what] for what in ("printed", "right", "wrong", "missed", "invented")]
         rows.append(f"| `{name}` | {' | '.join(str(count) for count in counts)} |")
     if failed := found["all"].get("failed"):
