@@ -11,6 +11,7 @@ from ocr_pipeline.synthetic import dataset, scene
 
 from lab import packages
 from scripts import _second_plates, _third_plates, bench_ocr, verify_ocr
+from tests.support import ROOT
 
 
 def measured(wrong: int, *, difficulty: str = "easy", review: bool = False) -> dict[str, Any]:
@@ -133,3 +134,9 @@ def test_a_page_is_the_same_from_its_file_of_figures() -> None:
     filed = json.loads(json.dumps(fresh, sort_keys=True))
     assert bench_ocr.page(filed) == bench_ocr.page(fresh)
     assert bench_ocr.charted(filed) == bench_ocr.charted(fresh)
+
+
+def test_the_published_page_has_all_parts_and_says_what_its_figures_say() -> None:
+    figures = json.loads((ROOT / "docs/benchmarks/ocr.json").read_text(encoding="utf-8"))
+    assert set(figures) == set(bench_ocr.PARTS)
+    assert (ROOT / "docs/benchmarks/ocr.md").read_text(encoding="utf-8") == bench_ocr.page(figures)
