@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,19 @@ def test_a_plate_at_the_edge_is_whole_where_its_text_ends_before(
     photo = Photo(np.zeros((400, 600, 3), np.uint8), "JPEG")
     assert cut_off(Box(1, 50, 300, 250), photo, Seen((), touched=touched)) is told
     assert not cut_off(Box(100, 50, 300, 250), photo, Seen((), touched=(True,) * 4))
+
+
+@pytest.mark.parametrize("side", range(4))
+def test_a_plate_may_be_cut_off_at_each_side_of_the_photo(side: int) -> None:
+    photo = Photo(np.zeros((400, 600, 3), np.uint8), "JPEG")
+    within = Box(10, 10, 590, 390)
+    name, at_edge = (("left", 1), ("top", 1), ("right", 599), ("bottom", 399))[side]
+    box = replace(within, **{name: at_edge})
+    for touched in range(4):
+        seen = Seen((), touched=(touched == 0, touched == 1, touched == 2, touched == 3))
+        assert cut_off(box, photo, seen) is (touched == side)
+    assert cut_off(box, photo, Seen(()))
+    assert not cut_off(within, photo, Seen(()))
 
 
 def test_text_at_the_side_of_the_crop_is_noticed_whichever_way_it_runs() -> None:
