@@ -282,13 +282,14 @@ def tool_call_trouble(ask: Ask) -> str:
 def prompt_cache_trouble(ask: Ask) -> str:
     """What is wrong when a long prompt is sent again; "" when it is not read anew. Raises NotMeasured.
 
-    A client in between may take the cache: so it is tried more than once.
+    A client in between may take the cache: so it is tried more than once. As clients do, it does not ask for
+    the cache: a release that keeps one only when asked has lost it for them.
     """
     text = prompt(CACHE_WORDS, "cache")
     said = ""
     try:
         for _ in range(PROBE_ATTEMPTS):
-            body = {"prompt": text, "n_predict": 1, "temperature": 0.0, "cache_prompt": True}
+            body = {"prompt": text, "n_predict": 1, "temperature": 0.0}
             timings = ask("/completion", body)["timings"]
             cached, read = int(timings["cache_n"]), int(timings["prompt_n"])
             if cached >= CACHED * (cached + read):

@@ -74,7 +74,7 @@ class Box:
         body = json.loads(request.content)
         assert body["model"] == self.preset
         if request.url.path == "/completion":
-            return httpx.Response(200, json={"timings": self.timings(body["prompt"], body["cache_prompt"])})
+            return httpx.Response(200, json={"timings": self.timings(**body)})
         if self.release in self.no_tools:
             return httpx.Response(500, json={"error": {"message": "cannot parse"}})
         offered = [tool["function"]["name"] for tool in body.get("tools", [])]
@@ -82,12 +82,12 @@ class Box:
         words = {"choices": [{"message": {"content": "4 °C"}}]}
         return httpx.Response(200, json=answered() if called else words)
 
-    def timings(self, text: str, cache: bool) -> dict[str, int]:
-        """How much of a prompt is read, and how much was kept of the last one."""
-        tokens = 1 + len(text.split())
-        known = cache and text == self.cached and self.release not in self.no_cache
-        self.cached = text
-        read = min(tokens, ANEW) if known else tokens
+    def timings(self, prompt: str, cache_prompt: bool | None = None, **_: object) -> dict[str, int]:
+        """How much of a prompt is read, and how much was kept of the last one: by default, or as asked."""
+        tokens = 1 + len(prompt.split())
+        caches = self.release not in self.no_cache if cache_prompt is None else cache_prompt
+        read = min(tokens, ANEW) if caches and prompt == self.cached else tokens
+        self.cached = prompt
         return {"cache_n": tokens - read, "prompt_n": read}
 
     def bench(self) -> Bench:
