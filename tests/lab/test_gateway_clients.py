@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 
+from scripts._compare import prompt_cache_trouble, tool_call_trouble
 from tests import support
 from tests.lab.test_lmswitch import Box
 from tests.lab.tool_template import CHOOSES, ONLY_TOOLS, tool_template
@@ -114,6 +116,17 @@ def caller(url: str, on_host: Callable[..., support.Run], lab_hostvars: dict[str
     preset = next(name for name, data in presets.items() if data.agent)
     with tool_template(Box(on_host, lab_hostvars[support.LLM]), preset, CHOOSES, *ONLY_TOOLS):
         yield preset
+
+
+@pytest.mark.long
+def test_what_an_update_asks_of_a_release_is_answered_by_one_that_works(url: str, caller: str) -> None:
+    """Else both releases would fail there, and that is held against neither."""
+
+    def ask(path: str, body: Mapping[str, Any]) -> Any:
+        reply = httpx.post(f"{url}{path}", json={"model": caller, **body}, timeout=TIMEOUT_S)
+        return reply.raise_for_status().json()
+
+    assert tool_call_trouble(ask) == prompt_cache_trouble(ask) == ""
 
 
 @pytest.mark.parametrize("stream", [False, True])

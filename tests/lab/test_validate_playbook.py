@@ -1,7 +1,8 @@
 """The real playbooks/validate.yml on every broken inventory: refused in one line, and no host is contacted.
 
 The hosts point at a listening socket of this test, and Ansible's ssh program is a script that writes down its
-calls: both must see nothing. Needs no lab. How long a run takes is reported, never asserted.
+calls: both must see nothing. Needs no lab but for the lab's own inventory, whose key `make lab` makes. How
+long a run takes is reported, never asserted.
 """
 
 from __future__ import annotations
