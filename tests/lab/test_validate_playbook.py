@@ -214,6 +214,17 @@ def test_a_run_checks_the_data_once(tmp_path: Path, bait: Bait) -> None:
         assert (counts["ok"], counts["skipped"]) == (1, 2), run.tail()
 
 
+def test_a_second_inventory_is_not_left_unverified(tmp_path: Path, bait: Bait) -> None:
+    """verify.yml hands one on to the script that looks at its hosts."""
+    both = [tmp_path / name for name in ("one", "two")]
+    for folder in both:
+        broken.write(broken.inventory(), folder, bait.variables)
+    run = ansible_playbook("playbooks/verify.yml", "-i", both[1], inventory=both[0], timeout=TIMEOUT_S)
+    assert run.rc != 0 and bait.touched() == []
+    line = f"-i {both[0]} -i {both[1]}: only one inventory can be verified at a time; fix: run it for each"
+    assert line in run.stdout
+
+
 def test_extra_variables_are_checked_and_named(tmp_path: Path, bait: Bait) -> None:
     """What -e brings in has no file; the line says where it came from."""
     run = validate(tmp_path, broken.inventory(), bait, "-e", '{"llama_presets_listen": "everywhere"}')
