@@ -125,3 +125,55 @@ def test_a_model_s_values_are_as_sure_as_their_lines_and_the_plate_s_doubts_are_
     alone = Parser(templates.load()).extract(lines, PoleIdContext.NAMEPLATE, Deadline(10)).reasons
     assert {"ambiguous:numero_serie", "value_without_label"} <= {*alone}
     assert {"ambiguous:numero_serie", "value_without_label"} <= {*found.reasons}
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "marked"),
+    [
+        ("12 345 678", "12345678", False),
+        ("12 345 678-9", "12345678-9", False),
+        ("123 456", "123456", True),
+        ("77 280", "77280", True),
+        ("301 4567", "301", True),
+        ("2019 12345", "2019", True),
+        ("12345 2015", "12345", True),
+        ("12345 / 2015", "12345", True),
+        ("12345 - 678", "12345", True),
+        ("123456 A", "123456", True),
+        ("123456 / A", "123456", True),
+        ("12345 6", "12345", True),
+        ("12345 - 6", "12345-6", False),
+        ("22 - 12345", "22-12345", False),
+        ("A 12345", "A12345", False),
+        ("COPEL Nº 12345", "12345", False),
+        ("12345 10/2015", "12345", False),
+        ("12345 MAR/2015", "12345", False),
+        ("12345 DE", "12345", False),
+        ("INTERNO 12345", "12345", False),
+    ],
+)
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [("Nº DE SÉRIE", "numero_serie"), ("PATRIMÔNIO", "patrimonio"), ("MATRÍCULA", "matricula")],
+)
+@pytest.mark.parametrize("layout", ["{label}: {text}", "{label}\n{text}"])
+def test_a_number_in_several_groups_is_whole_or_for_a_person(
+    text: str, value: str, marked: bool, label: str, name: str, layout: str
+) -> None:
+    told = layout.format(label=label, text=text).split("\n")
+    values, reasons = parsed(*column("POTÊNCIA: 75 kVA", "FASES: 3", *told))
+    assert values[name] == value
+    assert (f"ambiguous:{name}" in reasons) is marked
+
+
+def test_a_model_s_part_of_a_number_is_for_a_person_too() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(
+            200, json={"choices": [{"message": {"content": '{"numero_serie": "301 4567"}'}}]}
+        )
+
+    settings = ReasoningSettings(backend="openai")
+    reasoner = ServerReasoner(settings, templates.load(), transport=httpx.MockTransport(answer))
+    found = reasoner.extract([Line("Nº DE SÉRIE: 301 4567")], PoleIdContext.NAMEPLATE, Deadline(10))
+    assert found.candidates["numero_serie"].value == "301"
+    assert "ambiguous:numero_serie" in found.reasons

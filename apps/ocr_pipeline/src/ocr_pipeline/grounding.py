@@ -24,7 +24,6 @@ from ocr_pipeline.words import fold, squeezed
 
 log = logging.getLogger(__name__)
 
-CODE = re.compile(r"[0-9A-Z]+(?:[./\-][0-9A-Z]+)*")
 NUMBER_SIGN = re.compile(
     r"(?<![0-9A-Z])N(?:[O0][.:]*|RO?[.:]*|UM[.:]*|[.:]+)(?=[0-9])"
 )  # `Nº12345`, `No.12345`
@@ -144,7 +143,7 @@ def codes(text: str) -> list[str]:
 
 
 def _runs(text: str) -> list[str]:
-    words = CODE.findall(NUMBER_SIGN.sub(" ", fold(text)))
+    words = normal.CODE.findall(NUMBER_SIGN.sub(" ", fold(text)))
     return [
         squeezed("".join(words[begin:end]))
         for begin in range(len(words))

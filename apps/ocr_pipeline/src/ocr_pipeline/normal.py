@@ -34,7 +34,7 @@ MONTHS = {name: month for month, name in enumerate(_NAMES, 1)} | _FOREIGN
 _PHASES = {3: "TRIF TRIPH THREEPH", 2: "BIFA BIFS TWOPH", 1: "MONOF SINGLEPH ONEPH"}
 PHASE_WORDS = {stem: count for count, stems in _PHASES.items() for stem in stems.split()}
 FIRST_YEAR = 1940
-_MONTH_AND_YEAR = r"(?:[0-3]?[0-9]/)?[01]?[0-9]/(?:19|20)[0-9]{2}"  # beside a label that was cut: no number
+MONTH_AND_YEAR = re.compile(r"(?:[0-3]?[0-9]/)?[01]?[0-9]/(?:19|20)[0-9]{2}")
 # `MAR/2019`, `12 DE MARÇO DE 2019`, `MAR 12, 2019`.
 NAMED_MONTH = re.compile(
     r"(?:(?<![0-9/.,\-])(?P<before>[0-3]?[0-9])\s*[/\-. ]?\s*(?:DE\s*)?)?"
@@ -47,6 +47,11 @@ NUMBER_SIGN = re.compile(r"^\s*[Nn](?:[º°ª]|[oO0]?[.:]|[oODQ0]\s)[\s.:]*")  #
 # `7. 967`: an OCR engine sets a space behind a comma.
 VOLTAGE = r"(?<![0-9.,/])[1-9][0-9]? [0-9]{3}(?=\s*(?:V|[/\-]))|"  # `34 500 V`: the dot was not read
 VOLTAGE += r"[0-9][0-9OISB]{0,2}[.,] [0-9OISB]{1,3}(?![0-9OISB])|[0-9][0-9OISB]*(?:[.,][0-9OISB]+)*"
+CODE = re.compile(r"[0-9A-Z]+(?:[./\-][0-9A-Z]+)*")
+BEFORE_CODE = re.compile(r"(?<![0-9A-Z])(?:(?!N[O0R] |D[EOA] |EM )[A-Z]{1,3}[ \-]|[0-9A-Z]{1,3} ?- ?)$")
+CHECK_DIGIT = re.compile(r" ?- ?[0-9A-Z]{1,2}(?![0-9A-Z])")
+LETTERS_BEHIND = re.compile(r"\W*(?!D[EOA]\b|EM\b)[A-Z]{1,2}(?![0-9A-Z])")
+IN_THREES = re.compile(r"[0-9]{1,3} [0-9]{3}(?P<more>(?: [0-9]{3})+)?(?: ?- ?[0-9A-Z]{1,2})?")
 MEASURED = re.compile(r"[0-9]\s*(?:K[VU]A?|KG|HZ|%)\W*$|[0-9]\sV\W*$")  # no serial number
 FIRST_TAP = re.compile(r"^\W*1[\s.:)|\-]+(?=[0-9]{4,5}(?![0-9]))")  # `1 - 13800`
 # `13800 ± 2 x 2,5 %`, its sign misread or not.
@@ -267,22 +272,47 @@ def self_protected(text: str) -> bool | None:
 
 
 def code(text: str) -> str | None:
-    """A serial number, asset tag or registration: one word with at least three digits, as printed."""
-    if MEASURED.search(fold(text)):
-        return None
-    cleaned = fold(NUMBER_SIGN.sub("", text)).strip(" .:;,=_*|'\"")
-    best = ""
-    for word in re.findall(r"[0-9A-Z]+(?:[./\-][0-9A-Z]+)*", cleaned):
-        if sum(sign.isdigit() for sign in word) >= 3 and not re.fullmatch(_MONTH_AND_YEAR, word):
-            best = word
-            break
-    if best:
-        # `A 12345`, `22 - 12345`, `12345 - 6`: what stands before it or a check digit behind it.
-        before, behind = r"([A-Z]{1,3}[ \-]|[0-9A-Z]{1,3} ?- ?)?", "( ?- ?[0-9A-Z]{1,2})?"
-        joined = re.search(rf"(?<![0-9A-Z]){before}{re.escape(best)}{behind}(?![0-9A-Z])", cleaned)
-        if joined and joined.group(0) != best:
-            best = re.sub(r"\s*-\s*", "-", joined.group(0)).replace(" ", "")
+    """A serial number, asset tag or registration: one word with at least three digits, as printed; one in
+    groups of three, `12 345 678`, without its blanks.
+    """
+    best = _code(text)[0]
     return best if best.strip("0.-/") else None  # `000000` is a form that nobody filled in
+
+
+def goes_on(text: str) -> bool:
+    """Whether a text has more than its code, maybe the rest of that number: other digits, `301 4567`, or
+    letters behind it, `123456 A`. A month and year beside it are none of it.
+    """
+    _, before, behind = _code(text)
+    digits = [word for word in CODE.findall(f"{before} {behind}") if re.search("[0-9]", word)]
+    return not all(_dated(word) for word in digits) or LETTERS_BEHIND.match(behind) is not None
+
+
+def _code(text: str) -> tuple[str, str, str]:
+    """The code in a text, or "", and what stands before and behind it."""
+    if MEASURED.search(fold(text)):
+        return "", "", ""
+    cleaned = fold(NUMBER_SIGN.sub("", text)).strip(" .:;,=_*|'\"")
+    if groups := IN_THREES.fullmatch(cleaned):
+        # Two may also be what a spot leaves of one number, or the numbers of two columns.
+        return cleaned.replace(" ", ""), "", "" if groups["more"] else cleaned
+    for word in CODE.finditer(cleaned):
+        if sum(sign.isdigit() for sign in word.group()) >= 3 and not _dated(word.group()):
+            # `A 12345`, `22 - 12345`, `12345 - 6`: what stands before it or a check digit behind it.
+            begin = BEFORE_CODE.search(cleaned[: word.start()]) or word
+            end = CHECK_DIGIT.match(cleaned, word.end()) or word
+            whole = cleaned[begin.start() : end.end()]
+            joined = re.sub(r"\s*-\s*", "-", whole).replace(" ", "")
+            return joined, cleaned[: begin.start()], cleaned[end.end() :]
+    return "", "", ""
+
+
+def _dated(word: str) -> bool:
+    """Whether a word is a month with its year: beside a label that was cut, no number."""
+    if MONTH_AND_YEAR.fullmatch(word):
+        return True
+    named = NAMED_MONTH.fullmatch(word)
+    return named is not None and month_of(named["name"]) is not None
 
 
 def problem(name: str, value: Any, today: datetime.date | None = None) -> bool:

@@ -596,7 +596,8 @@ def _choose(
 ) -> None:
     values.sort(key=lambda value: (-beside(value.candidate), value.cost, -value.candidate.confidence))
     best = values[0].candidate
-    if any(other.candidate.value != best.value for other in values[1:]):
+    more = name in CODES and normal.goes_on(best.raw)
+    if more or any(other.candidate.value != best.value for other in values[1:]):
         extraction.reasons.append(f"{Reason.AMBIGUOUS}:{name}")
     if name in CODES:
         pattern = template.patterns.get(name)  # type: ignore[call-overload]
