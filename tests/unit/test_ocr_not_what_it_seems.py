@@ -177,3 +177,22 @@ def test_a_model_s_part_of_a_number_is_for_a_person_too() -> None:
     found = reasoner.extract([Line("Nº DE SÉRIE: 301 4567")], PoleIdContext.NAMEPLATE, Deadline(10))
     assert found.candidates["numero_serie"].value == "301"
     assert "ambiguous:numero_serie" in found.reasons
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("FABRICADO EM JUNDIAÍ 05/2015", "2015-05"),
+        ("FAB. MARÍLIA 05/15", "2015-05"),
+        ("DATA MARINGÁ 05/2015", "2015-05"),
+        ("DATA SÃO PAULO, 15 DE MARÇO DE 2015", "2015-03-15"),
+        ("DATA JUNDIAÍ MAI/2015", "2015-05"),
+        ("DATA SETEMBR 2015", "2015-09"),
+        ("DATA SEPT 2015", "2015-09"),
+        ("DATA JUIHO/2015", None),
+        ("DATA 12 DE MARÇODE2019", "2019-03-12"),
+    ],
+)
+def test_a_town_is_no_month(text: str, value: str | None) -> None:
+    values, _ = parsed(*column(text, "FASES: 3", "Nº DE SÉRIE: 998877"))
+    assert values["data_fabricacao"] == value

@@ -33,7 +33,7 @@ VALUE = re.compile(r"[2-9]|[0-9]{2}")  # digits that no letter was misread for
 NUMBER_BEFORE = re.compile(r"[0-9][OIl|]{0,2}\s*\W?\s*$")  # `75 kVA`: a unit, no label
 VALUE_BEFORE = re.compile(r"[0-9]\s*[kK]?VA?$")  # `300 kVASÉRIE`
 # `(kV)`, `(MÊS/ANO)`: the label's; `( )` and `(X)` are boxes of its values.
-MONTH = re.compile(r"(?<![A-Z0-9])([A-Z0-9]{3})[A-Z]*\.?\s*[/\-. ]?\s*(?:DE\s*)?[0-9]{2}")
+MONTH = re.compile(r"(?<![A-Z0-9])([A-Z0-9]{3}[A-Z]*?)\.?\s*[/\-. ]?\s*(?:DE\s*)?[0-9]{2}")
 IN_BRACKETS = re.compile(r"[\s.:]*[(\[](?!\s*[Xx]?\s*[)\]])[^()\[\]0-9]{0,14}(?:[)\]]|$)")
 TO_THE_VALUE = re.compile(r"(?:[\s:;.,=_)\]·•…*|]|-(?![0-9]))*")  # `-2010`: the month is covered
 JOINING = re.compile(

@@ -7,9 +7,10 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-from ocr_pipeline.words import as_digits, fold
+from ocr_pipeline.words import alike, as_digits, fold
 
 # Rated powers of distribution transformers in kVA: the usual steps, older ones still in use, larger ones.
 _POWERS = """3 5 7.5 10 15 20 25 30 37.5 45 50 60 75 88 100 112.5 120 138 150 167 175 200 225 250 300 333 400
@@ -28,9 +29,10 @@ _SECONDARIES = """220/127 380/220 230/115 240/120 254/127 440/254 440/220 230/13
 208/120 480/277 460/230 400/230 415/240 433/250 600/347 400 208 480 115 120 127 220 230 240 254 380 440"""
 SECONDARIES = frozenset(_SECONDARIES.split())
 FUSE = re.compile(r"^(0\.5|[1-9][0-9]?|1[0-9]{2}|200)(H|K|T|EF)$")
-_NAMES = ("JAN", "FEV", "MAR", "ABR", "MAI", "JUN", "JUL", "AGO", "SET", "OUT", "NOV", "DEZ")
-_FOREIGN = {"ENE": 1, "FEB": 2, "APR": 4, "MAY": 5, "AUG": 8, "SEP": 9, "OCT": 10, "DEC": 12, "DIC": 12}
-MONTHS = {name: month for month, name in enumerate(_NAMES, 1)} | _FOREIGN
+_MONTHS = """JANEIRO JANUARY ENERO, FEVEREIRO FEBRUARY FEBRERO, MARCO MARCH MARZO, ABRIL APRIL, MAIO MAY MAYO,
+JUNHO JUNE JUNIO, JULHO JULY JULIO, AGOSTO AUGUST, SETEMBRO SEPTEMBER SEPTIEMBRE SETIEMBRE, OUTUBRO OCTOBER
+OCTUBRE, NOVEMBRO NOVEMBER NOVIEMBRE, DEZEMBRO DECEMBER DICIEMBRE"""
+MONTHS = {name: month for month, names in enumerate(_MONTHS.split(","), 1) for name in names.split()}
 _PHASES = {3: "TRIF TRIPH THREEPH", 2: "BIFA BIFS TWOPH", 1: "MONOF SINGLEPH ONEPH"}
 PHASE_WORDS = {stem: count for count, stems in _PHASES.items() for stem in stems.split()}
 FIRST_YEAR = 1940
@@ -38,7 +40,7 @@ MONTH_AND_YEAR = re.compile(r"(?:[0-3]?[0-9]/)?[01]?[0-9]/(?:19|20)[0-9]{2}")
 # `MAR/2019`, `12 DE MARÇO DE 2019`, `MAR 12, 2019`.
 NAMED_MONTH = re.compile(
     r"(?:(?<![0-9/.,\-])(?P<before>[0-3]?[0-9])\s*[/\-. ]?\s*(?:DE\s*)?)?"
-    r"(?<![A-Z])(?P<name>[A-Z0-9]{3})[A-Z]*\.?"
+    r"(?<![A-Z])(?P<name>[A-Z0-9]{3}[A-Z]*?)\.?"
     r"\s*(?:(?P<after>[0-3]?[0-9])(?:ST|ND|RD|TH)?\s*[, ]\s*(?=(?:19|20)[0-9]{2}))?"
     r"[/\-. ,]?\s*(?:DEL?\s*)?(?P<year>(?:19|20)[0-9]{2}|(?<![0-9])[0-9]{2})(?![0-9])"
 )
@@ -160,11 +162,13 @@ def secondary(text: str) -> str | None:
 def date(text: str) -> str | None:
     """`2015`, `2015-03`, `2015-03-09`, as precise as printed."""
     folded = fold(text)
-    for named in NAMED_MONTH.finditer(folded):
+    place = 0
+    while named := NAMED_MONTH.search(folded, place):
         if month := month_of(named["name"]):
             day = named["before"] or named["after"]
             year = _year(named["year"])
             return _day(year, month, int(day)) if day else f"{year}-{month:02d}"
+        place = named.end("name")
     digits = ones(re.sub(r"(?<=[0-9/.\-])[OQ]|[OQ](?=[0-9/.\-])", "0", folded))
     digits = re.sub(r"\s*([/.\-])\s*", r"\1", digits)
     if found := re.search(
@@ -185,11 +189,17 @@ def date(text: str) -> str | None:
     return None
 
 
-def month_of(name: str) -> int | None:
-    """The month that three signs name, one of them maybe a digit that was misread for a letter: `N0V`."""
-    if sum(sign.isalpha() for sign in name) < 2:
+@lru_cache(maxsize=1024)
+def month_of(word: str) -> int | None:
+    """The month that a word is the name of or the beginning of one, `SET`, a letter maybe misread, `N0V`;
+    None for a town's, `JUNDIAI`, and for what may be two, `JUIHO`.
+    """
+    if sum(sign.isalpha() for sign in word) < 2:
         return None
-    return MONTHS.get("JUL" if name == "JU1" else name.translate(_LETTERS_FOR))
+    read = "JUL" if word == "JU1" else word.translate(_LETTERS_FOR)
+    found = {month for name, month in MONTHS.items() if name.startswith(read)}
+    found = found or {month for name, month in MONTHS.items() if alike(read, name)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _year(text: str) -> int:
