@@ -166,6 +166,19 @@ def test_a_number_in_several_groups_is_whole_or_for_a_person(
     assert (f"ambiguous:{name}" in reasons) is marked
 
 
+@pytest.mark.parametrize(
+    ("gap", "text", "marked"),
+    [(25, "4567", True), (25, "4567 A", True), (100, "4567", False), (25, "CST", False), (25, "3~", False)],
+)
+def test_digits_a_wide_blank_beside_a_number_may_be_its_rest(gap: int, text: str, marked: bool) -> None:
+    number = at("Nº SÉRIE 301", 0, 0)
+    assert number.box
+    lines = [number, at(text, number.box.right + gap, 0), at("POTÊNCIA: 75 kVA", 0, 60)]
+    values, reasons = parsed(*lines)
+    assert values["numero_serie"] == "301"
+    assert ("ambiguous:numero_serie" in reasons) is marked
+
+
 def test_a_model_s_part_of_a_number_is_for_a_person_too() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(
