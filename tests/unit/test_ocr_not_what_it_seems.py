@@ -209,3 +209,48 @@ def test_a_model_s_part_of_a_number_is_for_a_person_too() -> None:
 def test_a_town_is_no_month(text: str, value: str | None) -> None:
     values, _ = parsed(*column(text, "FASES: 3", "Nº DE SÉRIE: 998877"))
     assert values["data_fabricacao"] == value
+
+
+@pytest.mark.parametrize(
+    ("label", "text", "value"),
+    [
+        ("SEM/ANO", "10/15", "2015"),
+        ("SEM/ANO", "42/15", "2015"),
+        ("SEMANA/ANO", "10/2015", "2015"),
+        ("SEMANA / ANO", "42/2015", "2015"),
+        ("SEMANA", "10/2015", "2015"),
+        ("ANO/SEMANA", "2015/10", "2015"),
+        ("ANO/SEM", "15/10", "2015"),
+        ("SEMANA DE FABRICAÇÃO", "10/2015", "2015"),
+        ("SEM/ANO DE FABRICAÇÃO", "10/2015", "2015"),
+        ("DATA FABRICAÇÃO (SEM/ANO)", "10/15", "2015"),
+        ("DATA DE FABRICAÇÃO", "SEM 10/2015", "2015"),
+        ("DATA", "SEMANA 10 DE 2015", "2015"),
+        ("DATA", "10ª SEMANA/2015", "2015"),
+        ("DATA", "W10/2015", "2015"),
+        ("DATA", "WK 10/15", "2015"),
+        ("DATA", "2015-W10", "2015"),
+        ("DATA", "1º TRIM. 03/2015", "2015"),
+        ("WEEK/YEAR", "10/2015", "2015"),
+        ("WEEK", "10/2015", "2015"),
+        ("TRIM/ANO", "03/2015", "2015"),
+        ("MÊS/ANO", "10/15", "2015-10"),
+        ("FABR./ANO", "10/2015", "2015-10"),
+        ("DATA", "SEM 10 - 05/03/2015", "2015-03-05"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["{label}: {text}", "{label}\n{text}"])
+def test_a_week_is_no_month(label: str, text: str, value: str, layout: str) -> None:
+    told = layout.format(label=label, text=text).split("\n")
+    values, reasons = parsed(*column("POTÊNCIA: 75 kVA", *told, "FASES: 3"))
+    assert (values["data_fabricacao"], reasons) == (value, [])
+
+
+@pytest.mark.parametrize("text", ["LOTE/ANO: 10/15", "SEMAMA/ANO 10/15"])
+def test_what_stands_beside_a_year_by_any_other_name_is_no_month(text: str) -> None:
+    assert parsed(*column("POTÊNCIA: 75 kVA", text, "FASES: 3"))[0]["data_fabricacao"] == "2015"
+
+
+@pytest.mark.parametrize(("value", "there"), [("2015", True), ("2015-10", False)])
+def test_a_model_s_month_is_not_grounded_in_a_week(value: str, there: bool) -> None:
+    assert grounded("data_fabricacao", value, [Line("FABRICADO SEM 10/2015")]) is there

@@ -72,7 +72,10 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
         case "data_fabricacao":
             if not raw:
                 return any(str(value) == date for text in texts for date in _dates(text))
-            read = any(str(value) == normal.date(text) for text in [*texts, raw])
+            shown = [*texts, raw]
+            # That it is a week's year, its label tells.
+            shown += [f"{order} {one}" for one in shown for order in (normal.WEEK_YEAR, normal.YEAR_WEEK)]
+            read = any(str(value) == normal.date(text) for text in shown)
             return read and str(value)[2:4] in _digits(joined)
         case "fases":
             return any(normal.phases(text) == value for text in texts)
@@ -114,6 +117,9 @@ def _numbers(text: str) -> str:
 def _dates(text: str) -> Iterator[str | None]:
     """What whole words of a text give as a date: a part of a number, `07/19` of `5193-07/19`, is none."""
     folded = fold(text)
+    if normal.WEEK.search(folded):
+        yield normal.date(text)
+        return
     for spaced in (folded, re.sub(r"\s*([/.\-])\s*", r"\1", folded)):
         for run in _neighbours(re.findall(r"[^\s:;=()\[\]]+", spaced)):
             shown = " ".join(run).strip(" .,-/|")

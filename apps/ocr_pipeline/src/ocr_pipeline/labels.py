@@ -18,14 +18,16 @@ from itertools import product
 import yaml
 
 from ocr_pipeline.geometry import Box
-from ocr_pipeline.normal import month_of
+from ocr_pipeline.normal import WEEK_YEAR, YEAR_WEEK, month_of
 from ocr_pipeline.stages import Line
 from ocr_pipeline.templates import Template
 from ocr_pipeline.words import distance, fold, squeezed
 
 OTHER = "_other"
-BOTH_VOLTAGES, SIDES, WORDS = "_both_voltages", "_sides", "_words"
+BOTH_VOLTAGES, SIDES, WORDS, WEEKS = "_both_voltages", "_sides", "_words", "_weeks"
 VOLTAGES = ("tensao_primaria", "tensao_secundaria")
+DATE = "data_fabricacao"
+FIELDS_OF = {BOTH_VOLTAGES: VOLTAGES, WEEKS: (DATE,), OTHER: ()}
 UNIT = r"KVA|KV|V|VOLTS?|A|HZ|KG|L|%"
 BARE = re.compile(rf"^[\s\W]*(?:\(?\s*(?:{UNIT})\s*\)?)?[\s\W]*$")  # nothing, or only a unit
 ANSWERS = ("SIM", "NAO", "YES")  # values, never a label's words: `AUTOPROT. NÃO   FASES: 3`
@@ -41,9 +43,11 @@ JOINING = re.compile(
 )  # never a label's first word: `DE FABRICAÇÃO` is no `Nº FABRICAÇÃO`
 TOGETHER = re.compile(r"[\s.,/\-]*(?:\b(?:D[EOA]|OF)\b\s*)?", re.IGNORECASE)  # between words of one label
 LETTER_FOR = {"0": "O", "1": "I", "5": "S"}  # in a word of a label
+OF_A_YEAR = re.compile(r"[^\W\d]{3}\W*/\s*$")  # `LOTE/` before `ANO`: what stands beside the year is no month
 SHORTEST_END, LONGEST_END = 4, 20  # letters of a label that is left where its beginning is cut off
 WRONG = 3  # letters of a wording that one wrong letter outweighs: `PATRIMONIAL TR-1` has no misread `Nº`
 SHORT = 2  # letters: behind a number they are its unit
+YEAR = ("ANO", "YEAR")
 HEAD = 3  # letters by which a misread label is looked up
 
 
@@ -51,7 +55,8 @@ HEAD = 3  # letters by which a misread label is looked up
 class Label:
     """A label in a line: from `start` to `end` of its text; `rest` is what follows up to the next label.
 
-    `fields` are those that it may name, none for `OTHER`; `unit` what stands behind it in brackets.
+    `fields` are those that it may name, none for `OTHER`; `unit` what stands behind it in brackets, and
+    `SEM/ANO` where its value is a week and year.
     """
 
     fields: tuple[str, ...]
@@ -168,7 +173,7 @@ def _lexicon(own: tuple[tuple[str, str], ...]) -> Lexicon:
     for name, phrases in known().items():
         if name not in (SIDES, "_company", "_title"):
             for phrase in phrases:
-                fields[phrase] += VOLTAGES if name == BOTH_VOLTAGES else () if name == OTHER else (name,)
+                fields[phrase] += FIELDS_OF.get(name, (name,))
     wordings = {phrase: tuple(dict.fromkeys(names)) for phrase, names in fields.items()}
     return Lexicon(wordings | {squeezed(phrase): (name,) for name, phrase in own}, known()[SIDES])
 
@@ -218,6 +223,10 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
         end, told = signs[start + length - 1][0] + 1, ""
         if bracket := IN_BRACKETS.match(text, end):
             end, told = bracket.end(), bracket.group(0).strip(" ()[]")
+        if phrase in known()[WEEKS]:
+            told += f" {YEAR_WEEK if phrase.startswith(YEAR) else WEEK_YEAR}"
+        elif phrase in YEAR and OF_A_YEAR.search(text[:place]) and not (spans and DATE in spans[-1].fields):
+            told += f" {WEEK_YEAR}"
         begin = 0 if JOINING.fullmatch(text[:place].strip()) else place
         spans.append(_Span(begin, end, fields, phrase, told))
         start += length

@@ -44,6 +44,13 @@ NAMED_MONTH = re.compile(
     r"\s*(?:(?P<after>[0-3]?[0-9])(?:ST|ND|RD|TH)?\s*[, ]\s*(?=(?:19|20)[0-9]{2}))?"
     r"[/\-. ,]?\s*(?:DEL?\s*)?(?P<year>(?:19|20)[0-9]{2}|(?<![0-9])[0-9]{2})(?![0-9])"
 )
+# `SEM/ANO 10/15`, `WEEK 10/2015`, `W10/2015`: what stands beside the year is no month.
+WEEK = re.compile(
+    r"(?<![A-Z])(?:SEM(?:ANA|ESTRE)?|WEEK|WK|TRIM(?:ESTRE)?|BIM(?:ESTRE)?|QUARTER|QTR)(?![A-Z])"
+    r"|(?<![A-Z0-9])WW? ?[0-5]?[0-9](?![0-9])|(?<![A-Z0-9/.\-])S ?[0-5]?[0-9](?![0-9])"
+)
+WEEK_YEAR, YEAR_WEEK = "SEM/ANO", "ANO/SEM"
+YEAR_FIRST = re.compile(r"(?:ANO|YEAR)\W*(?:E )?(?:SEM|WEEK|TRIM)")
 _LETTERS_FOR = str.maketrans({"0": "O", "1": "I", "2": "Z", "5": "S", "8": "B"})
 NUMBER_SIGN = re.compile(r"^\s*[Nn](?:[º°ª]|[oO0]?[.:]|[oODQ0]\s)[\s.:]*")  # `PATRIM. Nº 12345`
 # `7. 967`: an OCR engine sets a space behind a comma.
@@ -172,10 +179,13 @@ def date(text: str) -> str | None:
     digits = ones(re.sub(r"(?<=[0-9/.\-])[OQ]|[OQ](?=[0-9/.\-])", "0", folded))
     digits = re.sub(r"\s*([/.\-])\s*", r"\1", digits)
     if found := re.search(
-        r"(?<![0-9])([0-9]{1,2})[/.\-]([0-9]{1,2})[/.\-]((?:19|20)?[0-9]{2})(?![0-9])", digits
+        r"(?<![0-9])([0-9]{1,2})[/.\-]([0-9]{1,2})[/.\-]((?:19|20)?[0-9]{2})(?![/.\-]?[0-9])",
+        digits,
     ):
         day, month = int(found.group(1)), int(found.group(2))
         return _day(_year(found.group(3)), month, day)
+    if WEEK.search(folded):
+        return _year_of_week(digits, YEAR_FIRST.search(folded) is not None)
     if found := re.search(
         r"(?<![0-9])((?:19|20)[0-9]{2})[/.\-]([0-9]{1,2})(?:[/.\-]([0-9]{1,2}))?(?![0-9])", digits
     ):
@@ -200,6 +210,14 @@ def month_of(word: str) -> int | None:
     found = {month for name, month in MONTHS.items() if name.startswith(read)}
     found = found or {month for name, month in MONTHS.items() if alike(read, name)}
     return found.pop() if len(found) == 1 else None
+
+
+def _year_of_week(digits: str, first: bool) -> str | None:
+    """The year beside a week; of two short numbers the `first` one or the last."""
+    if found := re.search(r"(?<![0-9A-Z])(?:19|20)[0-9]{2}(?![0-9])", digits):
+        return found.group()
+    found = re.search(r"(?<![0-9])([0-9]+)[/.\-]([0-9]{2})(?![0-9])", digits)
+    return str(_year(found[1 if first else 2])) if found else None
 
 
 def _year(text: str) -> int:

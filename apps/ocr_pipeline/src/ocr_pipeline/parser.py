@@ -720,10 +720,12 @@ def _cell_end(label: Label, sheet: _Sheet) -> float:
 
 
 def _value(name: str, text: str, unit: str = "") -> Any:
-    """What a text gives for a field; `unit` stands beside the label: `TENSÃO (kV) 13,8`."""
+    """What a text gives for a field; `unit` stands beside the label: `(kV) 13,8`, `(SEM/ANO) 10/15`."""
     if name not in PARSERS:
         return None
     text = LEADERS.sub("", text)
+    if name == "data_fabricacao" and normal.WEEK.search(fold(unit)):
+        return PARSERS[name](f"{unit} {text}")
     kilovolts = name in VOLTAGES and re.search(r"KV(?!A)", fold(unit)) is not None
     return PARSERS[name](f"{text} kV" if kilovolts else text)
 
