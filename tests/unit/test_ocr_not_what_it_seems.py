@@ -149,7 +149,7 @@ def test_a_model_s_values_are_as_sure_as_their_lines_and_the_plate_s_doubts_are_
         ("12345 10/2015", "12345", False),
         ("12345 MAR/2015", "12345", False),
         ("12345 DE", "12345", False),
-        ("INTERNO 12345", "12345", False),
+        ("INTERNO 12345", "12345", True),
     ],
 )
 @pytest.mark.parametrize(
@@ -254,3 +254,87 @@ def test_what_stands_beside_a_year_by_any_other_name_is_no_month(text: str) -> N
 @pytest.mark.parametrize(("value", "there"), [("2015", True), ("2015-10", False)])
 def test_a_model_s_month_is_not_grounded_in_a_week(value: str, there: bool) -> None:
     assert grounded("data_fabricacao", value, [Line("FABRICADO SEM 10/2015")]) is there
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CÓD. MAT. 10004567",
+        "CÓDIGO DO MATERIAL: 10004567",
+        "MATERIAL Nº 10004567",
+        "REG. ANEEL 12345",
+        "REGISTRO DE OBJETO 001234/2014",
+        "Nº REGISTRO DE OBJETO 001234/2014",
+        "REG. INMETRO 001234/2014",
+        "REGISTRO CREA 12345",
+        "REG. OCP 0012",
+        "REGISTRO DE PRODUTO 123456",
+        "CADASTRO ICMS 123456",
+        "Nº OF 123456",
+        "Nº O.S. 123456",
+        "Nº DA OP 123456",
+        "ORDEM DE FABRICAÇÃO 123456",
+        "ORDEM FABRICAÇÃO Nº 123456",
+        "Nº DE ORDEM DE FABRICAÇÃO 123456",
+        "ORDEM DE SERVIÇO 123456",
+        "ORDEM INTERNA 123456",
+        "ORDEM DE VENDA 123456",
+        "NOTA FISCAL 123456",
+        "MATRÍCULA DO EMPREGADO 99887",
+        "MATR. RESP. 99887",
+        "PATRIMÔNIO ANTERIOR 123456",
+        "PATR. ANT. 123456",
+        "Nº DE SÉRIE ORIGINAL 123456",
+        "MATRÍCULA ANTERIOR 123456",
+        "DATA MANUTENÇÃO 03/2018",
+        "DATA DA ÚLTIMA MANUTENÇÃO: 03/18",
+        "DATA REBOBINAGEM 03/18",
+        "DATA RECOND. 03/2018",
+        "ANO RECUP. 2018",
+        "DATA PINTURA 03/18",
+        "DATA DE VALIDADE 05/2020",
+        "DATA CALIBRAÇÃO 03/2018",
+        "DATA DE ENERGIZAÇÃO 03/18",
+        "DATA TROCA DE ÓLEO 03/2018",
+        "REBOBINADO EM 03/2018",
+        "TEST DATE 03/2018",
+        "DATE OF TEST 03/2018",
+        "POTÊNCIA ANTIGA 45 kVA",
+        "TENSÃO ORIGINAL 13200 V",
+        "REBOBINADO POR TRAFOMINAS",
+        "RECONDICIONADO POR TRAEL",
+        "MANUTENÇÃO: WEG",
+        "ASSISTÊNCIA TÉCNICA WEG",
+        "SOB LICENÇA WESTINGHOUSE",
+        "FABRICANTE DO ÓLEO: WEG",
+        "ITAIPU BINACIONAL",
+    ],
+)
+@pytest.mark.parametrize("below", [False, True])
+def test_what_a_label_says_of_another_thing_fills_no_field(text: str, below: bool) -> None:
+    """Its value beside the label or, where that is a number, in the cell below."""
+    words = text.rpartition(" ")
+    told = [words[0], words[2]] if below and any(sign.isdigit() for sign in words[2]) else [text]
+    values, reasons = parsed(*column("FASES: 3", *told, "ELO FUSÍVEL: 5H"))
+    given = {name: value for name, value in values.items() if value is not None}
+    assert (given, reasons) == ({"fases": 3, "elo_fusivel": "5H"}, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value", "marked"),
+    [
+        ("DATA DA COLETA 03/2018", "data_fabricacao", "2018-03", True),
+        ("DATA DE FABRICAÇÃO MAR/2018", "data_fabricacao", "2018-03", False),
+        ("MATRÍCULA DO ZELADOR 12345", "matricula", "12345", True),
+        ("PATRIMÔNIO COPEL 12345", "patrimonio", "12345", False),
+        ("PATRIMÔNIO DA EMPRESA: 12345", "patrimonio", "12345", False),
+        ("POTÊNCIA MÁXIMA 100 kVA", "potencia_kva", 100.0, True),
+        ("POTÊNCIA EM REGIME CONTÍNUO 100 kVA", "potencia_kva", 100.0, False),
+    ],
+)
+def test_a_word_that_nobody_wrote_down_before_a_value_is_for_a_person(
+    text: str, name: str, value: Any, marked: bool
+) -> None:
+    values, reasons = parsed(*column("FASES: 3", text, "ELO FUSÍVEL: 5H"))
+    assert values[name] == value
+    assert (f"ambiguous:{name}" in reasons) is marked

@@ -25,9 +25,10 @@ from ocr_pipeline.words import distance, fold, squeezed
 
 OTHER = "_other"
 BOTH_VOLTAGES, SIDES, WORDS, WEEKS = "_both_voltages", "_sides", "_words", "_weeks"
+ANOTHER = "_another"
 VOLTAGES = ("tensao_primaria", "tensao_secundaria")
-DATE = "data_fabricacao"
-FIELDS_OF = {BOTH_VOLTAGES: VOLTAGES, WEEKS: (DATE,), OTHER: ()}
+DATE, MAKER = "data_fabricacao", "fabricante"
+FIELDS_OF = {BOTH_VOLTAGES: VOLTAGES, WEEKS: (DATE,), OTHER: (), ANOTHER: ()}
 UNIT = r"KVA|KV|V|VOLTS?|A|HZ|KG|L|%"
 BARE = re.compile(rf"^[\s\W]*(?:\(?\s*(?:{UNIT})\s*\)?)?[\s\W]*$")  # nothing, or only a unit
 ANSWERS = ("SIM", "NAO", "YES")  # values, never a label's words: `AUTOPROT. NÃO   FASES: 3`
@@ -171,7 +172,7 @@ def known() -> dict[str, tuple[str, ...]]:
 def _lexicon(own: tuple[tuple[str, str], ...]) -> Lexicon:
     fields: dict[str, list[str]] = defaultdict(list)
     for name, phrases in known().items():
-        if name not in (SIDES, "_company", "_title"):
+        if name not in (SIDES, "_rest", "_company", "_title"):
             for phrase in phrases:
                 fields[phrase] += FIELDS_OF.get(name, (name,))
     wordings = {phrase: tuple(dict.fromkeys(names)) for phrase, names in fields.items()}
@@ -250,9 +251,12 @@ def _together(spans: Sequence[_Span], text: str, sides: frozenset[str]) -> list[
     for span in spans:
         before = joined[-1] if joined else None
         if before is not None and TOGETHER.fullmatch(text, before.end, span.begin):
-            slash = "/" in text[before.end : span.begin]
+            between = text[before.end : span.begin]
+            slash = "/" in between
             both = slash and {*before.fields, *span.fields} == {*VOLTAGES}  # `AT/BT`
             fields = VOLTAGES if both else _in_common(before, span, sides)
+            if before.fields == (MAKER,) and not span.fields and JOINING.match(between.strip()):
+                fields = ()  # `FABRICANTE DO ÓLEO`
             if fields is not None:
                 phrase = before.phrase + span.phrase
                 joined[-1] = _Span(before.begin, span.end, fields, phrase, span.unit or before.unit)
@@ -268,6 +272,9 @@ def _in_common(one: _Span, other: _Span, sides: frozenset[str]) -> tuple[str, ..
     """
     if one.fields == other.fields:
         return one.fields
+    another = known()[ANOTHER]
+    if other.phrase in another or (one.phrase in another and other.fields == (DATE,)):
+        return ()
     if (one.phrase in sides) == (other.phrase in sides):
         return None
     side, named = (one, other) if one.phrase in sides else (other, one)

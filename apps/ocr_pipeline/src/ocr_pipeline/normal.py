@@ -316,6 +316,11 @@ def goes_on(text: str) -> bool:
     return not all(_dated(word) for word in digits) or LETTERS_BEHIND.match(behind) is not None
 
 
+def before_code(text: str) -> str:
+    """What stands before the code in a text."""
+    return _code(text)[1]
+
+
 def _code(text: str) -> tuple[str, str, str]:
     """The code in a text, or "", and what stands before and behind it."""
     if MEASURED.search(fold(text)):

@@ -22,13 +22,12 @@ from typing import Any
 from ocr_pipeline import labels, normal
 from ocr_pipeline.filters import clusters
 from ocr_pipeline.geometry import Box
-from ocr_pipeline.labels import BARE, VOLTAGES, Label, find_labels, part_of
+from ocr_pipeline.labels import BARE, DATE, MAKER, VOLTAGES, Label, find_labels, part_of
 from ocr_pipeline.reading import Reason
 from ocr_pipeline.stages import Candidate, Deadline, Extraction, Line, PoleIdContext
 from ocr_pipeline.templates import CODES, Template, Templates
 from ocr_pipeline.words import distance, fold
 
-MAKER = "fabricante"
 PARSERS: dict[str, Callable[[str], Any]] = {
     "potencia_kva": normal.power,
     "numero_serie": normal.code,
@@ -49,6 +48,7 @@ COLUMN = 4.0  # of a label's height: labels that begin less than that apart are 
 LONGEST_TAIL = 20  # signs: `NOMINAL`, `CONTÍNUA`, the rest of a label's own words
 NUMBERS = frozenset(PARSERS) - {"fases", "autoprotegido"}  # a word alone is no value of these
 LEADERS = re.compile(r"^[\s.]{2,}")  # dots up to a value
+WORDED = (*CODES, DATE, "potencia_kva")  # what other things have too
 GROUP = re.compile(r"\W*[0-9]{2,}(?:\W+[0-9]+)*(?:\W*[A-Z])?\W*")
 CODE_ALONE = re.compile(r"[A-Z]{0,3}[0-9]{5,9}(?:-[0-9])?")
 BARE_NUMBER = re.compile(
@@ -610,7 +610,7 @@ def _choose(
 ) -> None:
     values.sort(key=lambda value: (-beside(value.candidate), value.cost, -value.candidate.confidence))
     best = values[0].candidate
-    more = name in CODES and normal.goes_on(best.raw)
+    more = (name in CODES and normal.goes_on(best.raw)) or (name in WORDED and _worded(name, best.raw))
     if more or any(other.candidate.value != best.value for other in values[1:]):
         extraction.reasons.append(f"{Reason.AMBIGUOUS}:{name}")
     if name in CODES:
@@ -620,6 +620,15 @@ def _choose(
     if name in template.absent:
         extraction.reasons.append(f"{Reason.FILTERS_DISAGREE}:{name}")
     extraction.candidates[name] = best
+
+
+def _worded(name: str, text: str) -> bool:
+    """Whether a word that nobody wrote down stands between a label and its value: it may name another thing,
+    `DATA MANUTENÇÃO 03/2018`.
+    """
+    before = normal.before_code(text) if name in CODES else re.split("[0-9]", fold(text), maxsplit=1)[0]
+    words = (word for word in _words(before) if len(word) >= WORD and not normal.month_of(word))
+    return not all(any(_one_of(word, known) for known in ("_title", "_company", "_rest")) for word in words)
 
 
 # --- where and how ---
@@ -724,7 +733,7 @@ def _value(name: str, text: str, unit: str = "") -> Any:
     if name not in PARSERS:
         return None
     text = LEADERS.sub("", text)
-    if name == "data_fabricacao" and normal.WEEK.search(fold(unit)):
+    if name == DATE and normal.WEEK.search(fold(unit)):
         return PARSERS[name](f"{unit} {text}")
     kilovolts = name in VOLTAGES and re.search(r"KV(?!A)", fold(unit)) is not None
     return PARSERS[name](f"{text} kV" if kilovolts else text)
