@@ -338,3 +338,13 @@ def test_a_word_that_nobody_wrote_down_before_a_value_is_for_a_person(
     values, reasons = parsed(*column("FASES: 3", text, "ELO FUSÍVEL: 5H"))
     assert values[name] == value
     assert (f"ambiguous:{name}" in reasons) is marked
+
+
+@pytest.mark.parametrize(
+    "label", ["CONTRATO", "PEDIDO", "DESENHO", "MODELO", "LOTE", "CLIENTE", "CERTIFICADO", "PROJETO"]
+)
+@pytest.mark.parametrize("below", [False, True])
+def test_a_number_sign_before_another_label_is_that_label_s(label: str, below: bool) -> None:
+    told = [f"Nº {label}", "4600070696"] if below else [f"Nº {label}: 4600070696"]
+    values, reasons = parsed(*column("FASES: 3", *told, "ELO FUSÍVEL: 5H"))
+    assert (values["numero_serie"], reasons) == (None, [])

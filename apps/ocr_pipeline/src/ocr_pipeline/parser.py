@@ -281,6 +281,8 @@ def _bare_number(lines: Sequence[Line], found: Sequence[Label]) -> Label | None:
         sign = BARE_NUMBER.fullmatch(line.text[:first])
         if not sign or any(_waits_above(label, line, lines) for label in found):
             continue
+        if not sign["rest"] and first < len(line.text):
+            continue  # `Nº CONTRATO`: the sign is that label's
         end = sign.end("sign")
         box = part_of(line, 0, max(1, end))
         rest, begin = sign["rest"] or "", max(end, sign.start("rest"))
