@@ -58,6 +58,29 @@ from tests.unit.test_ocr_fields import at, column, parsed
         ("POTÊNCIA: 3 x 37,5 kVA", "potencia_kva", None),
         ("MAT. ENROLAMENTO: ALUMÍNIO 1350", "matricula", None),
         ("MAT. 135067", "matricula", "135067"),
+        ("( ) AUTOPROTEGIDO", "autoprotegido", None),
+        ("(X) AUTOPROTEGIDO", "autoprotegido", True),
+        ("(X) CONVENCIONAL ( ) AUTOPROTEGIDO", "autoprotegido", False),
+        ("( ) CONVENCIONAL (X) AUTOPROTEGIDO", "autoprotegido", True),
+        ("CONVENCIONAL (X) AUTOPROTEGIDO ( )", "autoprotegido", False),
+        ("CONVENCIONAL [ ] AUTOPROTEGIDO [X]", "autoprotegido", True),
+        ("CONVENCIONAL [X] AUTOPROTEGIDO [X]", "autoprotegido", None),
+        ("TIPO: CONVENCIONAL / AUTOPROTEGIDO", "autoprotegido", None),
+        ("POTÊNCIA (kVA): 45/75", "potencia_kva", None),
+        ("POTÊNCIA: 75 - 112,5 kVA", "potencia_kva", None),
+        ("POTÊNCIA: 75 kVA 45 kVA", "potencia_kva", None),
+        ("POTÊNCIA: 75 kVA / 112,5 kVA", "potencia_kva", None),
+        ("POTÊNCIA: 25 x 3 kVA", "potencia_kva", None),
+        ("75 kVA - 13800/220 V", "potencia_kva", 75.0),
+        ("POTÊNCIA: 75 / 13,8 kV", "potencia_kva", 75.0),
+        ("TENSÃO SECUNDÁRIA: 380/220-220/127 V", "tensao_secundaria", None),
+        ("TENSÃO SECUNDÁRIA: 380/220 220/127 V", "tensao_secundaria", None),
+        ("TENSÃO SECUNDÁRIA: 220/127 V OU 380/220 V", "tensao_secundaria", None),
+        ("TENSÃO SECUNDÁRIA: 380/220/127 V", "tensao_secundaria", None),
+        ("BT: FF 220 FN 127", "tensao_secundaria", None),
+        ("BT: 2 x 127 V", "tensao_secundaria", None),
+        ("BT: 220/127 V (220/127)", "tensao_secundaria", "220/127"),
+        ("DATA: 03/2015 - 05/2018", "data_fabricacao", None),
     ],
 )
 def test_a_value_is_read_for_what_it_is(text: str, name: str, value: Any) -> None:
@@ -348,3 +371,30 @@ def test_a_number_sign_before_another_label_is_that_label_s(label: str, below: b
     told = [f"Nº {label}", "4600070696"] if below else [f"Nº {label}: 4600070696"]
     values, reasons = parsed(*column("FASES: 3", *told, "ELO FUSÍVEL: 5H"))
     assert (values["numero_serie"], reasons) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("(X) MONOFÁSICO ( ) BIFÁSICO ( ) TRIFÁSICO", 1),
+        ("( ) MONOFÁSICO ( ) BIFÁSICO (X) TRIFÁSICO", 3),
+        ("MONOFÁSICO (X) TRIFÁSICO ( )", 1),
+        ("( ) MONOFÁSICO ( ) TRIFÁSICO", None),
+        ("MONOFÁSICO / TRIFÁSICO", None),
+        ("FASES: ( )1 ( )2 (X)3", 3),
+        ("FASES 1 ( ) 2 ( ) 3 (X)", 3),
+        ("FASES: 1 [X] 2 [ ] 3 [ ]", 1),
+        ("FASES: 1 / 3", None),
+        ("FASES: MONO OU TRI", None),
+        ("FASES: 3", 3),
+        ("FASES: 3 (TRÊS)", 3),
+    ],
+)
+def test_of_boxes_to_tick_the_ticked_one_says_the_phases(text: str, value: int | None) -> None:
+    values, _ = parsed(*column(text, "POTÊNCIA: 75 kVA", "Nº DE SÉRIE: 998877"))
+    assert values["fases"] == value
+
+
+def test_words_for_two_numbers_of_phases_are_for_a_person() -> None:
+    lines = column("USAR EM BANCO TRIFÁSICO", "MONOFÁSICO", "POTÊNCIA: 75 kVA", "Nº DE SÉRIE: 998877")
+    assert "ambiguous:fases" in parsed(*lines)[1]

@@ -35,6 +35,9 @@ OCTUBRE, NOVEMBRO NOVEMBER NOVIEMBRE, DEZEMBRO DECEMBER DICIEMBRE"""
 MONTHS = {name: month for month, names in enumerate(_MONTHS.split(","), 1) for name in names.split()}
 _PHASES = {3: "TRIF TRIPH THREEPH", 2: "BIFA BIFS TWOPH", 1: "MONOF SINGLEPH ONEPH"}
 PHASE_WORDS = {stem: count for count, stems in _PHASES.items() for stem in stems.split()}
+_SHORT_PHASE = "(?:[123]F?|MONO|BI|TRI)"
+SEVERAL_PHASES = re.compile(rf"(?<![0-9A-Z.,]){_SHORT_PHASE}\s*(?:/|OU|OR|E)\s*{_SHORT_PHASE}(?![0-9A-Z.,])")
+BOX = re.compile(r"[(\[]\s*([Xx]?)\s*[)\]]")  # to tick
 FIRST_YEAR = 1940
 MONTH_AND_YEAR = re.compile(r"(?:[0-3]?[0-9]/)?[01]?[0-9]/(?:19|20)[0-9]{2}")
 # `MAR/2019`, `12 DE MARÇO DE 2019`, `MAR 12, 2019`.
@@ -110,13 +113,23 @@ def power(text: str) -> float | None:
         r"(?<![0-9A-Z.,])([0-9][0-9OISB]*(?:[.,](?:[0-9OISB]+| [0-9]))?)(?![0-9A-Z%/])", folded
     )
     value = number(found.group(1)) if found else None
-    if value is None or value <= 0:
+    if found is None or value is None or value <= 0 or _rated_twice(folded, found):
         return None
     if value in POWERS:
         return value
     # A comma that was lost: 1125 is no power, 112.5 is.
     tenth = value / 10
     return tenth if tenth in POWERS and tenth != int(tenth) else value
+
+
+def _rated_twice(folded: str, found: re.Match[str]) -> bool:
+    """Whether another power stands beside the one that was found: `45/75`, `75 - 112,5 kVA`."""
+    before, behind = folded[: found.start(1)], folded[found.end() :]
+    return (
+        re.search(r"[0-9]\s*(?:K?[VU]A\b)?\s*[/X\-]\s*$", before) is not None
+        or re.match(rf"\s*[/X\-]\s*{NUMBER}\s*(?:K[VU]A\b|$)", behind) is not None
+        or re.search(rf"(?<![0-9A-Z.,]){NUMBER}\s*K[VU]A\b", behind) is not None
+    )
 
 
 def voltages(text: str) -> list[float]:
@@ -140,7 +153,7 @@ def primary(text: str) -> float | None:
 
 
 def secondary(text: str) -> str | None:
-    """`220/127`, `230`: one or two voltages below 1000 V, the higher one first."""
+    """`220/127`, `230`: one or two voltages below 1000 V, the higher one first; None for more of them."""
     if foreign(fold(text)):
         return None
     folded = fold(text)
@@ -158,6 +171,9 @@ def secondary(text: str) -> str | None:
         glued = re.fullmatch(r"\s*([1-9][0-9]{2})[1I/]?([1-9][0-9]{2})\s*", folded)
         pair = f"{glued.group(1)}/{glued.group(2)}" if glued else ""
         return pair if pair in SECONDARIES else None
+    others = re.findall(r"(?<![0-9.,])[1-9][0-9]{2}(?![0-9.,])", folded[found.end() :])
+    if {*others} - {*found.groups()} or re.search(r"\b[23]\s*X\s*$", folded[: found.start()]):
+        return None  # `380/220 - 220/127`, `2 x 127`
     first = found.group(1).replace(",", ".")
     second = (found.group(2) or "").replace(",", ".")
     if not second:
@@ -167,7 +183,7 @@ def secondary(text: str) -> str | None:
 
 
 def date(text: str) -> str | None:
-    """`2015`, `2015-03`, `2015-03-09`, as precise as printed."""
+    """`2015`, `2015-03`, `2015-03-09`, as precise as printed; None for two dates."""
     folded = fold(text)
     place = 0
     while named := NAMED_MONTH.search(folded, place):
@@ -178,6 +194,8 @@ def date(text: str) -> str | None:
         place = named.end("name")
     digits = ones(re.sub(r"(?<=[0-9/.\-])[OQ]|[OQ](?=[0-9/.\-])", "0", folded))
     digits = re.sub(r"\s*([/.\-])\s*", r"\1", digits)
+    if len(set(re.findall(r"(?<![0-9])[01]?[0-9]/(?:19|20)[0-9]{2}(?![0-9])", digits))) > 1:
+        return None  # `03/2015 - 05/2018`
     if found := re.search(
         r"(?<![0-9])([0-9]{1,2})[/.\-]([0-9]{1,2})[/.\-]((?:19|20)?[0-9]{2})(?![/.\-]?[0-9])",
         digits,
@@ -249,26 +267,47 @@ def fuse(text: str) -> str | None:
     return f"{value}{kind}" if value and value[0] != "." else None
 
 
+def chosen(text: str) -> str:
+    """What the only ticked box of a text stands for: `MONOFÁSICO` of `(X) MONOFÁSICO ( ) TRIFÁSICO`; "" where
+    none or several are ticked. A text without boxes is all there is to choose.
+    """
+    boxes = list(BOX.finditer(text))
+    if not boxes:
+        return text
+    ticked = [at for at, box in enumerate(boxes) if box[1]]
+    behind = not text[boxes[-1].end() :].strip(" .;")  # `MONOFÁSICO (X)`
+    if len(ticked) != 1 or (behind and not text[: boxes[0].start()].strip(" .:;")):
+        return ""
+    at = ticked[0]
+    if behind:
+        return text[boxes[at - 1].end() if at else 0 : boxes[at].start()]
+    return text[boxes[at].end() : boxes[at + 1].start() if at + 1 < len(boxes) else None]
+
+
 def phase_word(text: str) -> int | None:
-    """1, 2 or 3, where a text says it in words or with its unit: `TRIFÁSICO`, `THREE PHASE`, `3Ø`."""
-    folded = fold(text)
+    """1, 2 or 3, where a text says it in words or with its unit: `TRIFÁSICO`, `THREE PHASE`, `3Ø`. None where
+    it says two things.
+    """
+    folded = fold(chosen(text))
     letters = re.sub(r"[^A-Z]", "", folded)
-    for stem, count in PHASE_WORDS.items():
-        if stem in letters:
-            return count
+    if counts := {count for stem, count in PHASE_WORDS.items() if stem in letters}:
+        return counts.pop() if len(counts) == 1 else None
     found = re.search(r"(?<![0-9.,/A-Z])([123])\s*-?\s*(?:PHASES?\b|PH\b|FASES?\b|[ØΦ])", folded)
     found = found or re.fullmatch(r"\W*([123])\s*~\W*", folded)
     return int(found.group(1)) if found else None
 
 
 def phases(text: str) -> int | None:
-    """1, 2 or 3, from `3`, `TRIFASICO`, `3Ø`."""
+    """1, 2 or 3, from `3`, `TRIFASICO`, `3Ø`; None for `1 / 3`."""
     if word := phase_word(text):
         return word
-    if short := re.search(r"\b(?:(MONO|SINGLE|ONE)|(BI|TWO|DUAS)|TRI|THREE|TRES)\b", fold(text)):
+    folded = fold(chosen(text))
+    if SEVERAL_PHASES.search(folded):
+        return None
+    if short := re.search(r"\b(?:(MONO|SINGLE|ONE)|(BI|TWO|DUAS)|TRI|THREE|TRES)\b", folded):
         return short.lastindex or 3
     found = re.search(
-        r"(?<![0-9.,/A-Z])0?([123]|^I$)\s*(?:F|[Ø0OΦ~]|\(?[A-Z]{3,4}\)?)?(?![0-9A-Z.,/])", fold(text)
+        r"(?<![0-9.,/A-Z])0?([123]|^I$)\s*(?:F|[Ø0OΦ~]|\(?[A-Z]{3,4}\)?)?(?![0-9A-Z.,/])", folded
     )
     return int(as_digits(found.group(1))) if found else None
 

@@ -46,6 +46,7 @@ BLANK = 1.5  # of a number's height: digits no further beside it may be its rest
 NEAR = 2.5  # of its height: a unit no further behind a number is that number's
 COLUMN = 4.0  # of a label's height: labels that begin less than that apart are of one column
 LONGEST_TAIL = 20  # signs: `NOMINAL`, `CONTÍNUA`, the rest of a label's own words
+PROTECTED = ("autoprotegido",)
 NUMBERS = frozenset(PARSERS) - {"fases", "autoprotegido"}  # a word alone is no value of these
 LEADERS = re.compile(r"^[\s.]{2,}")  # dots up to a value
 WORDED = (*CODES, DATE, "potencia_kva")  # what other things have too
@@ -325,7 +326,7 @@ def _heading(sheet: _Sheet, extraction: Extraction) -> str | None:
     tops = [
         label.box.top
         for label in sheet.labels
-        if label.box and label.start <= 1 and label.fields not in (("fases",), ("autoprotegido",))
+        if label.box and label.start <= 1 and label.fields not in (("fases",), PROTECTED)
     ]
     if len(tops) < PLATE_LABELS:
         return None
@@ -417,7 +418,7 @@ def _one_of(word: str, name: str) -> bool:
 
 def _own_text(sheet: _Sheet) -> None:
     for label in sorted(sheet.labels, key=lambda label: label.fields == VOLTAGES):
-        if label.fields == (MAKER,):
+        if label.fields == (MAKER,) or (label.fields == PROTECTED and _two_kinds(sheet.lines[label.line])):
             continue
         if not _says_nothing(label):
             values = sheet.candidates(label, label.line, label.rest, label.rest_at)
@@ -426,6 +427,11 @@ def _own_text(sheet: _Sheet) -> None:
         if label.fields == VOLTAGES:  # only where no label says which one
             values = {name: value for name, value in values.items() if name not in sheet.found}
         sheet.add(values, 0.0)
+
+
+def _two_kinds(line: Line) -> bool:
+    """Whether a line has both kinds of transformer to choose from: `CONVENCIONAL / AUTOPROTEGIDO`."""
+    return "CONVENC" in fold(line.text)
 
 
 def _before(label: Label, sheet: _Sheet) -> dict[str, Candidate]:
@@ -510,19 +516,25 @@ def _unlabelled(sheet: _Sheet) -> None:
             if value is not None and not normal.problem(name, value):
                 sheet.add_unlabelled(name, at, text)
     _taps(sheet)
-    for at, line in enumerate(lines):
-        if "fases" not in found and normal.phase_word(line.text):
-            sheet.add_unlabelled("fases", at, line.text)
+    if "fases" not in found:
+        for at, line in enumerate(lines):
+            if normal.phase_word(line.text):
+                sheet.add_unlabelled("fases", at, line.text)
     if "autoprotegido" not in found:
         for label in sheet.labels:
             # The word alone, as a type: `TRANSFORMADOR AUTOPROTEGIDO`.
             # or before what it is: `SELF-PROTECTED DISTRIBUTION TRANSFORMER`.
             line = lines[label.line]
-            ends = label.start > 0 and BARE.match(fold(label.rest))
-            if label.fields == ("autoprotegido",) and (ends or _in_title(line.text[label.end :])):
-                sure = min(UNLABELLED, line.weakest)
-                denied = "".join(_words(line.text[: label.start])[-1:]) in DENIALS
-                found["autoprotegido"] = [_Found(Candidate(not denied, line.text, label.line, sure), 2.0)]
+            ends = label.start > 0 and BARE.match(normal.BOX.sub("", fold(label.rest)))
+            if label.fields != PROTECTED or not (ends or _in_title(line.text[label.end :])):
+                continue
+            marked = normal.chosen(line.text)
+            if not marked or (marked == line.text and _two_kinds(line)):
+                continue  # a form that nobody filled in
+            denied = "".join(_words(line.text[: label.start])[-1:]) in DENIALS
+            value = "PROT" in fold(marked) and not denied
+            sure = min(UNLABELLED, line.weakest)
+            found["autoprotegido"] = [_Found(Candidate(value, line.text, label.line, sure), 2.0)]
 
 
 # --- a table of taps ---
