@@ -190,16 +190,31 @@ def test_a_number_in_several_groups_is_whole_or_for_a_person(
 
 
 @pytest.mark.parametrize(
-    ("gap", "text", "marked"),
-    [(25, "4567", True), (25, "4567 A", True), (100, "4567", False), (25, "CST", False), (25, "3~", False)],
+    ("text", "gap", "rest", "name", "value", "marked"),
+    [
+        ("Nº SÉRIE 301", 60, "4567", "numero_serie", "301", True),
+        ("Nº SÉRIE 301", 25, "4567 A", "numero_serie", "301", True),
+        ("Nº SÉRIE 12345", 25, "6", "numero_serie", "12345", True),
+        ("Nº SÉRIE 301", 150, "4567", "numero_serie", "301", False),
+        ("Nº SÉRIE 301", 25, "CST", "numero_serie", "301", False),
+        ("Nº SÉRIE 301", 25, "3~", "numero_serie", "301", False),
+        ("TENSÃO SECUNDÁRIA 380", 60, "/ 220 V", "tensao_secundaria", "380", True),
+        ("TENSÃO SECUNDÁRIA 220", 60, "127", "tensao_secundaria", "220", True),
+        ("POTÊNCIA 15", 25, "0 kVA", "potencia_kva", 15.0, True),
+        ("DATA 05/03", 25, "/15", "data_fabricacao", "2003-05", True),
+        ("TENSÃO PRIMÁRIA 13800", 25, "13200", "tensao_primaria", 13800.0, False),
+    ],
 )
-def test_digits_a_wide_blank_beside_a_number_may_be_its_rest(gap: int, text: str, marked: bool) -> None:
-    number = at("Nº SÉRIE 301", 0, 0)
-    assert number.box
-    lines = [number, at(text, number.box.right + gap, 0), at("POTÊNCIA: 75 kVA", 0, 60)]
-    values, reasons = parsed(*lines)
-    assert values["numero_serie"] == "301"
-    assert ("ambiguous:numero_serie" in reasons) is marked
+def test_digits_a_wide_blank_beside_a_value_may_be_its_rest(
+    text: str, gap: int, rest: str, name: str, value: Any, marked: bool
+) -> None:
+    first = at(text, 0, 0)
+    assert first.box
+    values, reasons = parsed(
+        first, at(rest, first.box.right + gap, 0), *column("FASES: 3", "ELO FUSÍVEL: 5H")
+    )
+    assert values[name] == value
+    assert (f"ambiguous:{name}" in reasons) is marked
 
 
 def test_a_model_s_part_of_a_number_is_for_a_person_too() -> None:

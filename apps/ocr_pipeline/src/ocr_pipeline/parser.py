@@ -42,7 +42,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 }
 REACH_RIGHT = 16.0  # of the label's height: a value further off belongs to something else
 REACH_BELOW = 1.6
-BLANK = 1.5  # of a number's height: digits no further beside it may be its rest
+BLANK = 3.0  # of a value's height: digits no further beside it may be its rest
 NEAR = 2.5  # of its height: a unit no further behind a number is that number's
 COLUMN = 4.0  # of a label's height: labels that begin less than that apart are of one column
 LONGEST_TAIL = 20  # signs: `NOMINAL`, `CONTÍNUA`, the rest of a label's own words
@@ -50,7 +50,13 @@ PROTECTED = ("autoprotegido",)
 NUMBERS = frozenset(PARSERS) - {"fases", "autoprotegido"}  # a word alone is no value of these
 LEADERS = re.compile(r"^[\s.]{2,}")  # dots up to a value
 WORDED = (*CODES, DATE, "potencia_kva")  # what other things have too
-GROUP = re.compile(r"\W*[0-9]{2,}(?:\W+[0-9]+)*(?:\W*[A-Z])?\W*")
+GROUP = re.compile(r"[\s./\\,\-]*[0-9]+(?:[\s./\\,\-]+[0-9]+)*\s?(?:[A-Z]|K?VA?)?[.\s]*")
+BROKEN = (
+    *CODES,
+    DATE,
+    "potencia_kva",
+    "tensao_secundaria",
+)  # of several taps the first is right all the same
 CODE_ALONE = re.compile(r"[A-Z]{0,3}[0-9]{5,9}(?:-[0-9])?")
 BARE_NUMBER = re.compile(
     r"\W*(?P<sign>N ?[º°ª.:*'\"]|N[P2](?=[ .:])|N\.?[oO0]\.?(?=[\W\d]|$)|N[rR][oO]?\.?(?=[\W\d]|$)"
@@ -163,7 +169,8 @@ class Parser:
         free = set(range(len(lines))) - sheet.labelled - sheet.taken
         if any(CODE_ALONE.fullmatch(fold(lines[at].text)) for at in free):
             extraction.reasons.append(Reason.UNLABELLED_VALUE)
-        for name in CODES:
+        free -= {found.line for found in extraction.candidates.values() if found.line is not None}
+        for name in BROKEN:
             at = found.line if (found := extraction.candidates.get(name)) else None
             if at is not None and any(_next_group(lines[at], lines[other]) for other in free):
                 extraction.reasons.append(f"{Reason.AMBIGUOUS}:{name}")
@@ -314,7 +321,7 @@ def _number_before(line: Line, lines: Sequence[Line]) -> Line | None:
 
 
 def _next_group(line: Line, other: Line) -> bool:
-    """Whether digits stand in the row of a number, no further than a wide blank from it: maybe its rest."""
+    """Whether digits stand in the row of a value, no further than a wide blank from it: maybe its rest."""
     if line.box is None or other.box is None or not GROUP.fullmatch(fold(other.text)):
         return False
     gap = max(other.box.left - line.box.right, line.box.left - other.box.right)
