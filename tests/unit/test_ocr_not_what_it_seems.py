@@ -413,3 +413,32 @@ def test_of_boxes_to_tick_the_ticked_one_says_the_phases(text: str, value: int |
 def test_words_for_two_numbers_of_phases_are_for_a_person() -> None:
     lines = column("USAR EM BANCO TRIFÁSICO", "MONOFÁSICO", "POTÊNCIA: 75 kVA", "Nº DE SÉRIE: 998877")
     assert "ambiguous:fases" in parsed(*lines)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("TENSÃO PRIMÁRIA: /13200/12600 V", "tensao_primaria", None),
+        ("TENSÃO PRIMÁRIA: -13200-12600 V", "tensao_primaria", None),
+        ("TENSÃO PRIMÁRIA - 13800/13200 V", "tensao_primaria", 13800.0),
+        ("TENSÃO SECUNDÁRIA: /220 V", "tensao_secundaria", None),
+        ("TENSÃO SECUNDÁRIA: - 380/220 V", "tensao_secundaria", "380/220"),
+        ("POTÊNCIA: ,5 kVA", "potencia_kva", None),
+        ("POT.75 kVA", "potencia_kva", 75.0),
+        ("DATA: /03/2015", "data_fabricacao", "2015-03"),
+        ("Nº SÉRIE: -456", "numero_serie", "456"),
+        ("Nº SÉRIE: 123456-", "numero_serie", "123456"),
+        ("Nº SÉRIE: 123456 -", "numero_serie", "123456"),
+        ("Nº SÉRIE .234.567", "numero_serie", "234.567"),
+        ("Nº SÉRIE.234567", "numero_serie", "234567"),
+        ("Nº SÉRIE......234567", "numero_serie", "234567"),
+        ("PATRIMÔNIO: /123456", "patrimonio", "123456"),
+    ],
+)
+def test_a_value_whose_beginning_or_end_was_covered_is_none_or_for_a_person(
+    text: str, name: str, value: Any
+) -> None:
+    values, reasons = parsed(*column("FASES: 3", text, "ELO FUSÍVEL: 5H"))
+    assert values[name] == value
+    covered = any(text.endswith(end) for end in ("/03/2015", "-456", "6-", " .234.567", "/123456"))
+    assert bool(reasons) is (covered or value is None)

@@ -38,7 +38,8 @@ VALUE_BEFORE = re.compile(r"[0-9]\s*[kK]?VA?$")  # `300 kVASÉRIE`
 # `(kV)`, `(MÊS/ANO)`: the label's; `( )` and `(X)` are boxes of its values.
 MONTH = re.compile(r"(?<![A-Z0-9])([A-Z0-9]{3}[A-Z]*?)\.?\s*[/\-. ]?\s*(?:DE\s*)?[0-9]{2}")
 IN_BRACKETS = re.compile(r"[\s.:]*[(\[](?!\s*[Xx]?\s*[)\]])[^()\[\]0-9]{0,14}(?:[)\]]|$)")
-TO_THE_VALUE = re.compile(r"(?:[\s:;.,=_)\]·•…*|]|-(?![0-9]))*")  # `-2010`: the month is covered
+# `-2010`: the month is covered; ` ,5 kVA`: what stood before the comma is.
+TO_THE_VALUE = re.compile(r"(?:[\s:;=_)\]·•…*|]|[.,](?![0-9])|(?<![\s:])[.,]|-(?![0-9]))*")
 JOINING = re.compile(
     r"(?:D[EOA]|OF)\b", re.IGNORECASE
 )  # never a label's first word: `DE FABRICAÇÃO` is no `Nº FABRICAÇÃO`

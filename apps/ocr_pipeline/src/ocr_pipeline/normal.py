@@ -71,6 +71,7 @@ REGULATION = re.compile(
     r"[\s(]*(?:±|[+][\s/]*-?|-)?\s*(?<![0-9.,])[1-9]\s*[X*]\s*[0-9](?:\s?[.,]\s?[0-9]+)?\s*%.*"
     r"|[\s(]*(?:±|[+]\s*/?\s*-)\s*[0-9]+(?:[.,][0-9]+)?\s*%.*"
 )
+CUT = re.compile(r"\W*[/\\]\s*[0-9]|\s*[\-.,][0-9]")  # `/13200`, `-456`: what stood before it was covered
 NUMBER = r"[0-9OQISBZL|]+(?: ?[.,] ?[0-9OQISBZL|]+)*"
 
 
@@ -146,15 +147,15 @@ def voltages(text: str) -> list[float]:
 
 
 def primary(text: str) -> float | None:
-    """V: the first of several taps; None where the first one cannot be read (`8O0/13200`: it was covered)."""
+    """V: the first of several taps; None where the first one cannot be read (`8O0/13200`, `/13200`)."""
     text = REGULATION.sub(" ", fold(text))
-    found = [] if foreign(text) else voltages(FIRST_TAP.sub("", text))
+    found = [] if foreign(text) or CUT.match(text) else voltages(FIRST_TAP.sub("", text))
     return round(found[0], 1) if found and found[0] >= 1000 else None
 
 
 def secondary(text: str) -> str | None:
     """`220/127`, `230`: one or two voltages below 1000 V, the higher one first; None for more of them."""
-    if foreign(fold(text)):
+    if foreign(fold(text)) or CUT.match(text):
         return None
     folded = fold(text)
     if "KV" in folded:  # `0,38/0,22 kV`
@@ -353,6 +354,11 @@ def goes_on(text: str) -> bool:
     _, before, behind = _code(text)
     digits = [word for word in CODE.findall(f"{before} {behind}") if re.search("[0-9]", word)]
     return not all(_dated(word) for word in digits) or LETTERS_BEHIND.match(behind) is not None
+
+
+def cut(text: str) -> bool:
+    """Whether a text begins or ends in the middle of a value: `/03/2015`, `-456`, `123456-`."""
+    return CUT.match(text) is not None or re.search(r"[0-9A-Za-z][/\\\-]\s*$", text) is not None
 
 
 def before_code(text: str) -> str:

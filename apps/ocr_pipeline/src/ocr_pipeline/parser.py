@@ -631,8 +631,10 @@ def _choose(
 ) -> None:
     values.sort(key=lambda value: (-beside(value.candidate), value.cost, -value.candidate.confidence))
     best = values[0].candidate
-    more = (name in CODES and normal.goes_on(best.raw)) or (name in WORDED and _worded(name, best.raw))
-    if more or any(other.candidate.value != best.value for other in values[1:]):
+    doubtful = (name in CODES and normal.goes_on(best.raw)) or (name in WORDED and _worded(name, best.raw))
+    year = name == DATE and len(str(best.value)) == 4  # `/2015` behind `SEMANA`
+    doubtful = doubtful or (name in WORDED and not year and normal.cut(best.raw))
+    if doubtful or any(other.candidate.value != best.value for other in values[1:]):
         extraction.reasons.append(f"{Reason.AMBIGUOUS}:{name}")
     if name in CODES:
         pattern = template.patterns.get(name)  # type: ignore[call-overload]
