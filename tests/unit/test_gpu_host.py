@@ -966,7 +966,7 @@ def test_a_card_that_hangs_delays_the_boot_by_a_moment_only(unit: str, bar_s: in
 
 
 def reboot(
-    folder: Path, variables: dict[str, str] | None, *words: str, **more: Any
+    folder: Path, variables: dict[str, str] | None, *words: str, serves: bool = True, **more: Any
 ) -> tuple[PlaybookRun, list[str]]:
     """The role, as far as it comes here: Ansible refuses to reboot the machine that it runs on."""
     log = folder / "log"
@@ -974,7 +974,7 @@ def reboot(
     (folder / "lmswitch").write_text(
         f'#!/bin/sh\necho "$*" >> {log}\n'
         f'[ $1 != resume ] || [ -e {log}.up ] || {{ touch {log}.up; echo "{{}}"; exit 3; }}\n'
-        'echo \'{"ok": true, "changed": true}\'\n'
+        f'echo \'{{"ok": true, "changed": {json.dumps(serves)}}}\'\n'
     )
     (folder / "lmswitch").chmod(0o755)
     task = {"name": "The role", "ansible.builtin.include_role": {"name": "gpu_host"}}
@@ -1011,6 +1011,12 @@ LOOKED: dict[str, Any] = {
 def test_what_serves_is_drained_before_a_reboot_and_serves_again(tmp_path: Path) -> None:
     done, calls = reboot(tmp_path, {"BootOrder": "0700000000000100"})
     assert "would reboot the control node" in done.stdout
+    assert calls == ["off --keep --json", "resume --json", "resume --json"]
+
+
+def test_what_a_run_stopped_that_was_cut_off_serves_again_after_the_next_one(tmp_path: Path) -> None:
+    """That one finds nothing that serves; what lmswitch remembers is from the first."""
+    _, calls = reboot(tmp_path, {"BootOrder": "0700000000000100"}, serves=False)
     assert calls == ["off --keep --json", "resume --json", "resume --json"]
 
 
