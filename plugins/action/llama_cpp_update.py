@@ -75,7 +75,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         for name, entry in owed.items():
             self._say(f"would restart what serves with {name}: {entry['still_served'][0][:12]} still does")
         for name, entry in new.items():
-            self._say(f"would compare {name} {entry['commit'][:12]} with {entry['current'][:12]}")
+            asked, current = str(entry["release"] or entry["commit"]), str(entry["current"])
+            self._say(f"would compare {name} {short(asked, current)} with {short(current, asked)}")
 
     def _do(
         self,
@@ -109,26 +110,26 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def _update(self, args: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> tuple[Verdict, str]:
         """Compare one build, and keep or reject its new release. The line is that of a failure, or empty."""
         old, new = str(entry["current"]), str(entry["release"])
-        self._say(f"{name}: comparing {new[:12]} with {old[:12]}")
+        self._say(f"{name}: comparing {short(new, old)} with {short(old, new)}")
         try:
             variables = args["variables"]
             host = Host(self._vars["inventory_hostname"], variables=variables)
             verdict = judge(compare(host, LlmBox.of(variables), name, (old, new), self._say))
         except (Unreachable, InventoryError) as error:
-            return Verdict("undecided", (str(error),)), f"{name}: not compared, {old[:12]} stays: {error}"
+            return Verdict("undecided", (str(error),)), f"{name}: not compared, {short(old)} stays: {error}"
         self._tell(name, verdict)
         if verdict.word == "keep":
             done = self._module(args, "accept", name, new)
             if not done.get("failed"):
                 served = done.get("restarted")
-                self._say(f"{name}: {new[:12]} is current{f' and serves {served}' if served else ''}")
+                self._say(f"{name}: {short(new, old)} is current{f' and serves {served}' if served else ''}")
                 return verdict, ""
             return self._not_accepted(name, old, new, done)
         if not verdict.compared or not verdict.measured:
             takes = "fix: run site.yml, which takes the new release without a comparison"
             then = AGAIN if verdict.compared else takes
             why = verdict.reasons[0]
-            return verdict, f"{name}: undecided: {old[:12]} stays, nothing is rejected: {why}; {then}"
+            return verdict, f"{name}: undecided: {short(old)} stays, nothing is rejected: {why}; {then}"
         return self._reject(args, name, old, new, verdict)
 
     def _not_accepted(self, name: str, old: str, new: str, done: Mapping[str, Any]) -> tuple[Verdict, str]:
@@ -202,11 +203,20 @@ def shown(verdict: Verdict) -> dict[str, Any]:
     return {"verdict": verdict.word, "reasons": list(verdict.reasons)}
 
 
+def short(release: str, other: str = "") -> str:
+    """A release by its commit; with the hash of what it was built with, beside another one of that commit."""
+    commit, _, built_with = release.partition("-")
+    return f"{commit[:12]}-{built_with}" if commit == other.partition("-")[0] else commit[:12]
+
+
 def stays(build: str, old: str, new: str, verdict: Verdict) -> str:
     """The line about a build whose old release stays: why, and what to do with the inventory."""
     reasons: Sequence[str] = verdict.reasons[:1]
+    commit, data = old.partition("-")[0], f"llama_cpp_builds.{build}"
+    back = f"commit {commit} of {data} back"
+    if commit == new.partition("-")[0]:
+        back = f"back what was changed, cmake_options of {data} or the host's compiler, CUDA or processor"
     return (
-        f"{build}: {verdict.word}: {old[:12]} stays, {new[:12]} is rejected: {' '.join(reasons)}; fix: put"
-        f" commit {old.partition('-')[0]} of llama_cpp_builds.{build} back (site.yml refuses the new one),"
-        " or run this playbook again"
+        f"{build}: {verdict.word}: {short(old, new)} stays, {short(new, old)} is rejected:"
+        f" {' '.join(reasons)}; fix: put {back} (site.yml refuses the new one), or run this playbook again"
     )

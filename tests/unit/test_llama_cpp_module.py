@@ -705,6 +705,18 @@ def test_a_release_that_does_not_serve_is_taken_back(two: module.Host) -> None:
     assert str(module.rejection(two.root / "up", "new")).endswith(f": {said}")
 
 
+@pytest.mark.parametrize("starts", ["broken", "refused"])
+def test_the_first_new_release_that_is_taken_back_leaves_no_way_back_to_the_one_that_serves(
+    two: module.Host, starts: str
+) -> None:
+    """Nothing was before it: a link that leads to the current release would be a drift."""
+    (two.root / "up/previous").unlink()
+    setattr(two, starts, {"new"})
+    with pytest.raises(module.HostError, match="old is current again"):
+        two.accept("up", "new")
+    assert links(two) == ("old", None)
+
+
 def test_a_rejection_that_cannot_be_written_is_told_beside_its_reason(
     two: module.Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -896,6 +908,13 @@ def test_a_rejected_release_is_refused_by_name_until_it_is_compared_again(two: m
     with pytest.raises(module.HostError, match=said) as error:
         probe(two.builds["up"], False)
     assert "\n" not in str(error.value)
+    same = f"{COMMIT}-older"  # with other options: its commit is in the data already
+    (two.root / "up/releases/old").rename(two.root / "up/releases" / same)
+    module.point(two.root / "up/current", same)
+    with pytest.raises(
+        module.HostError, match=rf"put back what {same} was built with \(its release.json\), com"
+    ):
+        probe(two.builds["up"], False)
     two.params = {**two.params, "activate": False}
     assert probe(two.builds["up"], False)["action"] in ("none", "activate")
 

@@ -10,7 +10,7 @@ import pytest
 
 from plugins.action import llama_cpp_update as action
 from scripts._ask_host import Unreachable
-from scripts._verdict import Behaviour, Comparison
+from scripts._verdict import Behaviour, Comparison, Verdict
 from tests.unit.test_verdict import WORLDS, world
 
 OLD, NEW = f"{'a' * 40}-1", f"{'b' * 40}-2"
@@ -87,6 +87,16 @@ def test_in_each_world_the_right_release_is_current_and_the_play_says_why(
         assert f"aaaaaaaaaaaa stays, bbbbbbbbbbbb is rejected: {reason}" in result["msg"]
         assert f"fix: put commit {'a' * 40} of llama_cpp_builds.up back" in result["msg"]
         assert "\n" not in result["msg"]
+
+
+def test_releases_of_one_commit_are_told_apart_and_the_commit_is_not_what_to_put_back() -> None:
+    """Other cmake_options, say: the commit is in the inventory already."""
+    commit = "a" * 40
+    line = action.stays("up", f"{commit}-111", f"{commit}-222", Verdict("roll back", ("slower",)))
+    assert line.startswith(
+        "up: roll back: aaaaaaaaaaaa-111 stays, aaaaaaaaaaaa-222 is rejected: slower; fix: "
+    )
+    assert "put back what was changed, cmake_options of llama_cpp_builds.up or" in line and commit not in line
 
 
 def test_undecided_the_old_release_stays(monkeypatch: pytest.MonkeyPatch) -> None:

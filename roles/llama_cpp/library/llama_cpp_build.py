@@ -802,9 +802,12 @@ class Host:
         """Raises HostError when this host has rejected the release that the data asks for."""
         reason = rejection(self.directory(build), release)
         if reason:
+            back = (current or "the commit before").partition("-")[0]
+            if back == build.commit:  # with other options, or by another compiler
+                back = f"what {current} was built with (its {STAMP})"
             raise HostError(
                 f"llama_cpp_builds.{build.name}: commit {build.commit} was rejected on this host ({reason});"
-                f" fix: put back {(current or 'the commit before').partition('-')[0]}, compare again with"
+                f" fix: put back {back}, compare again with"
                 " playbooks/update_llama_cpp.yml, or take it nevertheless: remove"
                 f" {self.directory(build)}/rejected/{release}"
             )
@@ -1030,6 +1033,8 @@ class Host:
             try:
                 if former and link_target(directory / "current") != former:
                     swap(directory, former, release if owed else before)
+                    if not owed and not before:
+                        (directory / "previous").unlink()  # there was none
                     restart_serving(self.params["serving_user"], directory.name)
             except OSError:
                 pass
