@@ -2,7 +2,8 @@
 
 `leak`, `empty`, `unparsed`, `call`, `malformed`: what the word says, the first time only with `once`; `slow`:
 a stream whose words come apart; `think`: THINK_S before the first one; `die`: the connection breaks in the
-middle; `refuse`: 503. Anything else is answered with words, and everything is by a box called `cloud`.
+middle; `refuse`: 503; `too long`: 400. Anything else is answered with words, and everything is by a box
+called `cloud`.
 """
 
 from __future__ import annotations
@@ -103,6 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if "refuse" in asked:
             self._json({"error": {"message": "not ready", "type": "server_error"}}, 503)
+            return
+        if "too long" in asked:
+            self._json({"error": {"message": "exceeds the context", "type": "invalid_request_error"}}, 400)
             return
         messages = self.path.startswith("/v1/messages")
         if not request.get("stream"):

@@ -214,6 +214,12 @@ def test_the_cloud_is_asked_for_a_key_that_may_and_it_is_written_down(router: Ro
                     assert {**sent, "model": left["to"]} == left["content"]
     for file in ("egress.jsonl", "requests.jsonl"):
         assert "cloud-key" not in (router.folder / file).read_text()
+    for path in PATHS:  # a living box has read it: it is told to the client, and stays here
+        for stream in (False, True):
+            asked = len(router.cloud.asked), len(router.lines("egress.jsonl"))
+            said = router.ask(f"too long {path}{stream}", path, "rich", stream=stream)
+            assert said.status_code == 400 and "exceeds the context" in said.text, said.text
+            assert (len(router.cloud.asked), len(router.lines("egress.jsonl"))) == asked
     refused = router.ask("refuse always", key="me")
     assert refused.status_code == 503 and router.lines()[-1]["status"] == 503
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -43,6 +44,14 @@ def options(**more: Any) -> dict[str, Any]:
     defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
     named = {name.removeprefix("litellm_router_"): value for name, value in defaults.items()}
     return {**named, "stop_seconds": named["stop_timeout"], "state_dir": "/var/lib/llm-router", **more}
+
+
+def test_the_role_hands_on_each_of_its_settings_under_its_own_name() -> None:
+    """What the box serves without: paths of the role's own."""
+    text = (ROLE / "vars/main.yml").read_text()
+    passed = dict(re.findall(r"(\w+)=litellm_router_(\w+)", text))
+    handed = {name for name in options() if name not in ("state_dir", "stop_seconds", "path", "store")}
+    assert passed == {("stop_seconds" if name == "stop_timeout" else name): name for name in handed}
 
 
 def test_every_user_preset_of_every_box_is_there_in_both_protocols() -> None:

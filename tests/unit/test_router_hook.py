@@ -404,6 +404,36 @@ def test_a_box_is_not_asked_twice_for_a_request_and_a_lost_one_is_gone(world: An
     assert not world.hook.watch.states["one"].alive
 
 
+@pytest.mark.parametrize("status", [400, 413, 422, 401, 429, 500])
+def test_what_a_box_has_read_and_refuses_does_not_leave(status: int, world: Any) -> None:
+    """The client's own mistake is no reason to send the prompt away; a box that fails is one."""
+    data = begin(world, "cloudy")
+    asyncio.run(world.hook.async_pre_call_deployment_hook({**data, "model_info": {"box": "one"}}, None))
+    error = type("BadRequestError", (Exception,), {"status_code": status})()
+    asyncio.run(world.hook.async_post_call_failure_deployment_hook(data, error))
+    leaving = world.hook.async_pre_call_deployment_hook({**data, "model_info": {"cloud": True}}, None)
+    if status in (400, 413, 422):
+        with pytest.raises(type(error)):
+            asyncio.run(leaving)
+        assert not (world.folder / "egress.jsonl").exists()
+    else:
+        asyncio.run(leaving)
+        assert lines(world, "egress.jsonl")[0]["why"] == "no box answered"
+
+
+def test_who_asks_for_the_cloud_is_told_of_its_budget(world: Any) -> None:
+    data = begin(world, "cloudy", model="cloud")
+    asyncio.run(world.hook.async_pre_call_deployment_hook({**data, "model_info": {"cloud": True}}, None))
+    assert lines(world, "egress.jsonl")[0]["why"] == "it was asked for"
+    key = world.hook._keys["cloudy"]
+    world.hook._keys["cloudy"] = key.model_copy(update={"cloud_tokens_per_day": 5})
+    world.hook.ledger.spend("cloudy", 5, 5)
+    with pytest.raises(HTTPException, match="cloudy: cloud_tokens_per_day = 5 is used up") as refused:
+        begin(world, "cloudy", model="cloud")
+    assert refused.value.status_code == 429 and int((refused.value.headers or {})["Retry-After"]) > 0
+    assert "fallbacks" not in begin(world, "cloudy")
+
+
 @pytest.mark.parametrize(
     ("name", "alive"),
     [

@@ -33,6 +33,8 @@ from llm_router.serve import COUNT, PATHS, SETTINGS, shown_keys
 MESSAGES = "@messages"  # the same presets, asked in Anthropic's protocol
 CHAT = ("completion", "acompletion")
 LOST = frozenset({"APIConnectionError", "InternalServerError", "Timeout"})
+# A box that answers so has read the request and will not have it: the cloud is not asked then.
+REFUSED = frozenset({400, 413, 422})
 # What LiteLLM itself puts there for a request of either protocol; and what no client may say.
 KEPT = frozenset({"metadata", "litellm_metadata"})
 INSIDE = frozenset(
@@ -69,6 +71,7 @@ class Open:
     conversation: str = ""
     box: str = ""
     tried: list[str] = field(default_factory=list)
+    refused: Exception | None = None  # what a box that has read it answered
     verdict: Verdict = field(default_factory=Verdict)
 
     @property
@@ -129,6 +132,8 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         """Raises Refused for what only the router itself may say, and for a request that names no model."""
         if not model:
             raise Refused(400, "the request names no model; /v1/models lists them")
+        if model == self.settings.cloud:
+            self.ledger.admit_to_cloud(key)
         # LiteLLM takes more for a model: a deployment's own name, several at once.
         if model not in self._models and not (model == self.settings.cloud and self.ledger.may_leave(key)):
             raise Refused(404, f"{model[:100]}: no such model; /v1/models lists them")
@@ -179,13 +184,18 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         return [one for one in idle if box_of(one) == last] or idle
 
     async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any]:
-        """Write down what leaves the network, before it leaves. Raises OSError: then it does not."""
+        """Write down what leaves the network, before it leaves. Raises OSError: then it does not.
+
+        Raises what a box has answered to a request that it refuses: that one does not leave either.
+        """
         places = (kwargs, kwargs.get("litellm_metadata") or {}, kwargs.get("metadata") or {})
         info: Mapping[str, Any] = next(
             (place["model_info"] for place in places if place.get("model_info")), {}
         )
         opened = self._open.get(call_id(kwargs))
         if info.get("cloud"):
+            if opened is not None and opened.refused is not None:
+                raise opened.refused
             self._left(kwargs, opened)
         elif opened is not None:
             opened.box = str(info.get("box") or opened.box)
@@ -201,8 +211,12 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
     ) -> None:
         """A box that lost a request is looked at as gone until the next look says otherwise."""
         opened = self._open.get(call_id(request_data))
-        if opened is not None and opened.box and type(exception).__name__ in LOST:
+        if opened is None or not opened.box:
+            return
+        if type(exception).__name__ in LOST:
             self.watch.lost(opened.box)
+        elif getattr(exception, "status_code", None) in REFUSED:
+            opened.refused = exception
 
     def _left(self, kwargs: Mapping[str, Any], opened: Open | None) -> None:
         sent = {name: kwargs[name] for name in sorted(FIELDS & kwargs.keys())}
@@ -210,7 +224,9 @@ class RouterHook(CustomLogger):  # type: ignore[misc]
         if opened is not None:
             # LiteLLM's own fallback comes before the first answer is begun.
             opened.left.add(max(0, len(opened.verdict.answers) - 1))
-        why = (opened.verdict.faults[-1:] or ["no box answered"])[0] if opened else "unknown"
+        asked = opened is not None and opened.model == self.settings.cloud
+        reason = "it was asked for" if asked else "no box answered"
+        why = (opened.verdict.faults[-1:] or [reason])[0] if opened else "unknown"
         entry = {
             "time": now(),
             "key": opened.key.name if opened else None,

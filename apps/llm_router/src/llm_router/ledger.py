@@ -135,6 +135,12 @@ class Ledger:
             )
         used.recent.append(now)
 
+    def admit_to_cloud(self, key: Key) -> None:
+        """Raises Refused when a key that may ask the cloud model has used up its budget there."""
+        if key.cloud and not self.may_leave(key):
+            limit = f"cloud_tokens_per_day = {key.cloud_tokens_per_day}"
+            raise Refused(429, f"{key.name}: {limit} is used up", self._tomorrow())
+
     def may_leave(self, key: Key) -> bool:
         """Whether a request of this key may go to the cloud model."""
         used = self._of(key.name)
