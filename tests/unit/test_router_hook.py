@@ -217,7 +217,9 @@ def test_what_leaves_is_written_down_before_it_leaves(world: Any) -> None:
     asyncio.run(world.hook.async_pre_call_deployment_hook(sent, None))
     (line,) = lines(world, "egress.jsonl")
     assert (line["key"], line["to"], line["why"]) == ("cloudy", "anthropic/claude", "no box answered")
-    assert line["content"]["messages"] == data["messages"] and line["bytes"] > 0 and len(line["sha256"]) == 64
+    text = json.dumps(line["content"], ensure_ascii=False).encode()
+    assert line["content"]["messages"] == data["messages"]
+    assert (line["bytes"], line["sha256"]) == (len(text), hashlib.sha256(text).hexdigest())
     assert "s3cret" not in json.dumps(line)
     assert (world.folder / "egress.jsonl").stat().st_mode & 0o077 == 0
     whole(world, data, GOOD)
