@@ -89,12 +89,9 @@ def gateway(*, context: int = 98304, build: str = "b11434-abc") -> dict[str, Ans
 
 
 def called(*, name: str = "report", cached: int | None = 120) -> Answer:
-    """A request that forces a call is answered with one, and the second one finds the first in the cache."""
+    """Every request is answered with a call of the tool, and the second one finds the first in the cache."""
 
     def answer(body: Any) -> Answer:
-        forced = (body or {}).get("tool_choice", {}).get("name")
-        if forced not in [tool["name"] for tool in (body or {}).get("tools", [])]:
-            return says("Nobody forced me.")
         usage: dict[str, Any] = {"input_tokens": 10, "output_tokens": 5}
         if cached is not None:
             usage["cache_read_input_tokens"] = cached if body and len(body.get("messages", [])) > 1 else 0

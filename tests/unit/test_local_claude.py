@@ -189,6 +189,22 @@ def test_a_passed_check_is_not_repeated(serving: Callable[..., ScriptedLlm]) -> 
     assert sum(path == "/v1/messages" for _, path, _ in server.asked) == 3 * asked
     assert started("--model", "g", *words).variables["ANTHROPIC_MODEL"] == "gemma4", "its alias"
     assert sum(path == "/v1/messages" for _, path, _ in server.asked) == 4 * asked, "another model"
+    other = serving(scripted_llm.gateway())
+    started("--port", str(other.port), "-p", "hi")
+    assert sum(path == "/v1/messages" for _, path, _ in other.asked) == asked, "another server"
+
+
+def test_a_gateway_s_model_has_the_context_that_its_server_was_given(
+    serving: Callable[..., ScriptedLlm], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The list says what the preset asks for; what serves may have been started with less."""
+    for real, code in ((40960, 0), (8192, 75)):
+        server = serving({**scripted_llm.gateway(), "/props": scripted_llm.gateway(context=real)["/props"]})
+        words = ("--port", str(server.port), "-p", "hi")
+        if code:
+            assert cli.main(list(words)) == code and f"{real} tokens, below" in capsys.readouterr().err
+        else:
+            assert started(*words).variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == str(real)
 
 
 @pytest.mark.parametrize("at", ['"x"', "null", "[]", "1" + "0" * 400, "NaN", "-1"])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from local_claude import choose, cli, environment, launch, lmstudio, machine, servers, translator
 from local_claude.checks import Result
-from local_claude.errors import LocalClaudeError, one_line, shown
+from local_claude.errors import EXIT_CONTEXT, EXIT_TOOLS, LocalClaudeError, one_line, shown
 from local_claude.keeping import Kept, Order
 from local_claude.servers import Found
 from local_claude.wire import Server
@@ -459,6 +459,80 @@ def test_the_doctor_of_a_careless_model(world: Path, capsys: pytest.CaptureFixtu
     told = "\n".join(line for line in lines if line.startswith("warn"))
     assert code == 0 and "was cut after" in told and "has not read" in told and "CLAUDE.md" in told
     assert "tokens are left" in told
+
+
+def test_a_model_that_is_not_loaded_is_judged_by_what_it_has_once_it_is(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ollama forgets it after five minutes, and tells its context only while it is loaded."""
+    loaded: list[int] = []
+
+    def messages(body: Any) -> Answer:
+        if not (body or {}).get("model"):
+            return 400, {"error": {"message": "model is required"}}
+        loaded.append(4096)
+        answer: Any = scripted_llm.called(cached=None)
+        found: Answer = answer(body)
+        return found
+
+    def running(_: Any) -> Answer:
+        return 200, {"models": [{"name": "qwen:7b", "context_length": count} for count in loaded[:1]]}
+
+    answers: dict[str, Answer] = {
+        "/v1/models": scripted_llm.models({"id": "qwen:7b", "owned_by": "library"}),
+        "/api/version": (200, {"version": "0.14.2"}),
+        "/api/tags": (200, {"models": [{"name": "qwen:7b"}]}),
+        "/api/ps": running,
+        "/api/show": (200, {"parameters": 'stop    "x"'}),
+        "/v1/messages": messages,
+    }
+    with ScriptedLlm(answers) as server:
+        for _ in range(2):
+            assert cli.main(["--backend", "ollama", "--port", str(server.port), "-p", "x"]) == EXIT_CONTEXT
+            assert "4096 tokens, below the 32768" in capsys.readouterr().err
+            loaded.clear()
+
+
+@pytest.mark.parametrize(
+    ("unforced", "code", "said"),
+    [
+        (
+            (400, {"error": {"message": "requires --enable-auto-tool-choice"}}),
+            EXIT_TOOLS,
+            "--enable-auto-tool",
+        ),
+        (scripted_llm.says("<tool_call>{}</tool_call>"), EXIT_TOOLS, "the template leaks"),
+    ],
+)
+def test_a_vllm_that_parses_no_call_is_refused_though_it_can_be_forced(
+    unforced: Answer, code: int, said: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it forces comes from a grammar; Claude Code never forces."""
+
+    def messages(body: Any) -> Answer:
+        if not (body or {}).get("model"):
+            return 400, {"error": {"message": "field required"}}
+        return scripted_llm.called(cached=None)(body) if "tool_choice" in body else unforced  # type: ignore[operator]
+
+    answers: dict[str, Answer] = {
+        "/v1/models": scripted_llm.models({"id": "my", "owned_by": "vllm", "max_model_len": 131072}),
+        "/version": (200, {"version": "0.19.0"}),
+        "/v1/messages": messages,
+    }
+    with ScriptedLlm(answers) as server:
+        assert cli.main(["--backend", "vllm", "--port", str(server.port), "-p", "x"]) == code
+        assert said in capsys.readouterr().err
+
+
+def test_a_call_is_forced_where_that_tells_something(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, forced in (("llama-server", True), ("vLLM", False)):
+        with ScriptedLlm(KINDS[name][0] | {"/v1/messages": working}) as server:
+            doctor(capsys, "--port", str(server.port))
+        checks_ = [
+            body for _, path, body in server.asked if path == "/v1/messages" and "tools" in (body or {})
+        ]
+        reports = [body for body in checks_ if body["tools"][0]["name"] == "report"]
+        assert reports and all(("tool_choice" in body) == forced for body in reports)
 
 
 def test_the_doctor_looks_into_lm_studio_s_own_files(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Can this server and model carry Claude Code? Each check is one line, and says how to mend what fails.
 
-The round trip of a forced tool call, and the prompt cache that its second request must find, take as long as
+The round trip of a tool call, and the prompt cache that its second request must find, take as long as
 the model does: their result is kept by server, model and version.
 """
 
@@ -102,14 +102,17 @@ def context(found: Found, tokens: int | None, *, chat_only: bool) -> Result:
 
 
 def round_trip(found: Found, model: str, timeout_s: float = ANSWER_TIMEOUT_S) -> list[Result]:
-    """Force a tool call, answer it, and see that it was parsed and that the second prompt found the first."""
+    """Force a tool call, answer it, and see that it was parsed and that the second prompt found the first.
+
+    Where forcing tells nothing of the calls that Claude Code will make, the model is only told to call.
+    """
     first: dict[str, Any] = {
         "model": model,
         "max_tokens": CHECK_TOKENS,
         "system": SYSTEM,
         "messages": [{"role": "user", "content": "Report."}],
         "tools": [TOOL],
-        "tool_choice": {"type": "tool", "name": "report"},
+        **({"tool_choice": {"type": "tool", "name": "report"}} if found.kind.forces_tools else {}),
     }
     reply = _ask(found, first, timeout_s)
     tools = _judge_call(found, reply)
@@ -143,7 +146,7 @@ def _ask(found: Found, body: dict[str, Any], timeout_s: float) -> Reply:
     except Trouble as trouble:
         raise LocalClaudeError(
             EXIT_TOOLS,
-            f"{found.server.url} gave no answer to a forced tool call: {trouble}",
+            f"{found.server.url} gave no answer that calls a tool: {trouble}",
             "look into the server's own log; --skip-checks starts without this check",
         ) from None
     if reply.status in (401, 403):
@@ -186,15 +189,13 @@ def _judge_call(found: Found, reply: Reply) -> Result:
     if not calls:
         what = f"prose: {shown(text[:60])}" if text.strip() else "an empty answer"
         if not found.kind.forces_tools:
-            detail = (
-                f"none came ({what}); {found.kind.title} cannot be made to call one, so this proves little"
-            )
+            detail = f"none came ({what}), which the model was told and not made to, so this proves little"
             return Result(name, "warn", detail, fix)
         return Result(name, "fail", f"a forced tool call came back as {what}", fix, EXIT_TOOLS)
     call = calls[0]
     if call.get("name") != "report" or not isinstance(call.get("input"), dict):
         return Result(name, "fail", f"the call came back damaged: {shown(call)}", fix, EXIT_TOOLS)
-    return Result(name, "ok", "a forced call came back parsed")
+    return Result(name, "ok", f"a {'forced ' if found.kind.forces_tools else ''}call came back parsed")
 
 
 def _judge_cache(found: Found, reply: Reply) -> Result:

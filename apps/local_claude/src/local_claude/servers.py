@@ -32,7 +32,7 @@ class Kind(NamedTuple):
     name: str
     title: str
     messages: bool | None  # speaks Anthropic's /v1/messages: yes, no, or ask it
-    forces_tools: bool  # honours tool_choice
+    forces_tools: bool  # honours tool_choice, and parses what it forces as any other call
     caches: bool  # says how much of a prompt it found in its cache
     context_fix: str
     tools_fix: str
@@ -81,7 +81,7 @@ KINDS = {
             "vllm",
             "vLLM",
             messages=None,
-            forces_tools=True,
+            forces_tools=False,  # by a grammar, which needs neither its switch for tools nor its parser
             caches=False,
             context_fix="start it with --max-model-len 65536",
             tools_fix="start it with --enable-auto-tool-choice and the model family's --tool-call-parser",

@@ -240,14 +240,18 @@ def look(
         return context
     kept = checks.Kept(folder)
     key = checks.Kept.key(found, model.name, what)
-    earlier = None if wanted.recheck else kept.find(key)
-    if earlier is None:
+    # A model that is not loaded has no context yet: it is loaded by the check, and may have less than before.
+    results = None if wanted.recheck or context is None else kept.find(key)
+    fresh = results is None
+    if results is None:
         often = "once for each server, model and version" if key else "every time: it tells no version"
         say(f"checking tool calls and prompt cache ({often}) ...", wanted)
-        earlier = checks.round_trip(found, model.name)
-        kept.keep(key, earlier)
-    judge(earlier, wanted)
-    return context if context is not None else learned(found, model, wanted)
+        results = checks.round_trip(found, model.name)
+    judge(results, wanted)
+    context = context if context is not None else learned(found, model, wanted)
+    if fresh:
+        kept.keep(key, results)
+    return context
 
 
 def learned(found: Found, model: Model, wanted: Options) -> int | None:
