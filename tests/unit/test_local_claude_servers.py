@@ -465,12 +465,12 @@ def test_a_model_that_is_not_loaded_is_judged_by_what_it_has_once_it_is(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ollama forgets it after five minutes, and tells its context only while it is loaded."""
-    loaded: list[int] = []
+    given, loaded = 65536, list[int]()
 
     def messages(body: Any) -> Answer:
         if not (body or {}).get("model"):
             return 400, {"error": {"message": "model is required"}}
-        loaded.append(4096)
+        loaded.append(given)
         answer: Any = scripted_llm.called(cached=None)
         found: Answer = answer(body)
         return found
@@ -487,10 +487,13 @@ def test_a_model_that_is_not_loaded_is_judged_by_what_it_has_once_it_is(
         "/v1/messages": messages,
     }
     with ScriptedLlm(answers) as server:
+        words = ["--backend", "ollama", "--port", str(server.port), "-p", "x"]
+        assert started(*words).variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "65536"
+        given = 4096  # it was started anew, without OLLAMA_CONTEXT_LENGTH
         for _ in range(2):
-            assert cli.main(["--backend", "ollama", "--port", str(server.port), "-p", "x"]) == EXIT_CONTEXT
-            assert "4096 tokens, below the 32768" in capsys.readouterr().err
             loaded.clear()
+            assert cli.main(words) == EXIT_CONTEXT
+            assert "4096 tokens, below the 32768" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
