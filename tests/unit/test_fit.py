@@ -155,6 +155,39 @@ def test_without_flash_attention_no_quantized_cache_is_offered(folder: Path) -> 
     assert "kv_cache_type" not in least(lock, takes(lock, flash_attention=False) - 1, flash_attention=False)
 
 
+def test_where_no_key_alone_is_enough_two_are_named_before_a_smaller_model(folder: Path) -> None:
+    lock = header("qwen3moe", folder)
+    agent = {"context": 32_768}  # which keeps it
+    card = takes(lock, kv_cache_type="q4_0", n_cpu_moe=2, **agent)
+    box = config(-(-card // MIB), lock, **agent)
+    room = fit.Room(card)
+    assert not list(fit.changes(box.llama_presets["p"], ["m"], fit.models(box), room))
+    (first, *_) = fit.remedies(box.llama_presets["p"], ["m"], fit.models(box), room, "gpu")
+    assert first.startswith("kv_cache_type: q4_0 and n_cpu_moe: 2 (")
+    assert fit.check(config(card // MIB, lock, **agent))[0][0].fix.startswith(
+        "write kv_cache_type: q4_0 and n_cpu_moe: "
+    )
+    # What there is no room for in the other memory is no remedy.
+    least_cpu = fit.estimate_of(box, "p", fit.models(box)).cpu.total
+    full = fit.Room(card, least_cpu)
+    assert not any(
+        "n_cpu_moe" in one
+        for one in fit.remedies(box.llama_presets["p"], ["m"], fit.models(box), full, "gpu")
+    )
+
+
+def test_all_experts_beside_the_smallest_cache_and_a_shorter_context_are_the_last_that_is_tried(
+    folder: Path,
+) -> None:
+    lock = header("qwen3moe", folder)
+    layers = int(fit.models(config(600, lock))["m"].layers)
+    wanted = {"context": 262_144, "agent": False}
+    card = takes(lock, kv_cache_type="q4_0", n_cpu_moe=layers, **{**wanted, "context": 4096})
+    box = config(600, lock, **wanted)
+    (only,) = fit.remedies(box.llama_presets["p"], ["m"], fit.models(box), fit.Room(card), "gpu")
+    assert only.startswith(f"kv_cache_type: q4_0 and n_cpu_moe: {layers} and context: 4096 (")
+
+
 def test_what_cannot_fit_says_so(folder: Path) -> None:
     problems, _ = fit.check(config(1, header("gpt-oss", folder), n_cpu_moe=99))
     assert problems[0].fix == "choose a smaller model, or a smaller quantization of it"

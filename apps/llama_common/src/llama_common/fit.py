@@ -147,13 +147,13 @@ def check(config: HostConfig) -> tuple[list[Problem], list[Unchecked]]:
             unchecked.append(Unchecked(name, str(error)))
             continue
         for place in room.lacking(taken):
-            found = list(changes(preset, names, known, room, place))
+            found = remedies(preset, names, known, room, place)
             problems.append(
                 Problem(
                     ("llama_presets", name, "context"),
                     preset.context,
                     _excess(place, taken, room),
-                    "write " + ", or ".join(change.text for change in found)
+                    "write " + ", or ".join(found)
                     if found
                     else "choose a smaller model, or a smaller quantization of it",
                 )
@@ -169,6 +169,33 @@ def _excess(place: Place, taken: Estimate, room: Room) -> str:
         f"{gib(use.cache)}, compute buffers {gib(use.compute)}); it has {gib(room.at(place))} for "
         f"them ({key}_memory_mib without {key}_reserved_mib)"
     )
+
+
+def remedies(
+    preset: Preset, names: Sequence[str], known: Mapping[str, Model], room: Room, place: Place
+) -> list[str]:
+    """What to write, each enough by itself: one key or, where no key alone is, one beside a smaller type of
+    the KV cache, in the end with all experts in the CPU's memory.
+    """
+    before = room.lacking(preset_estimate(preset, names, known, bool(room.gpu)))
+    for given in _given_up(preset, known[names[0]], place):
+        smaller = preset.model_copy(update=given)
+        if set(room.lacking(preset_estimate(smaller, names, known, bool(room.gpu)))) <= set(before):
+            first = "".join(f"{key}: {value} and " for key, value in given.items())
+            if found := [f"{first}{change.text}" for change in changes(smaller, names, known, room, place)]:
+                return found
+    return []
+
+
+def _given_up(preset: Preset, model: Model, place: Place) -> Iterator[dict[str, int | str]]:
+    """What is changed before one more key is looked for, the least first."""
+    kinds = dict(_smaller(preset, model, place)).get("kv_cache_type", ())
+    yield {}
+    for kind in kinds:
+        yield {"kv_cache_type": kind}
+    if place == "gpu" and model.number("expert_count"):
+        last: dict[str, int | str] = {"kv_cache_type": kinds[-1]} if kinds else {}
+        yield {**last, "n_cpu_moe": model.layers}
 
 
 def changes(
