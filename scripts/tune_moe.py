@@ -367,10 +367,18 @@ def proposed(found: Found, host: Host, inventory: Path, *, write: bool) -> Found
         before = stream.read()
     after = _preset_edit.edit(before, found.case.preset, found.changes)
     if write:
+        preset, others = found.case.preset, presets_of_others(found, load(inventory, partly=True))
         put(file, after)
         try:
-            (read,) = load(inventory, limit=host.name)
-            fresh = LlmBox.of(read.variables).config
+            read = load(inventory, partly=True)
+            now = presets_of_others(found, read)
+            if also := ", ".join(name for name in sorted(now) if now[name] != others[name]):
+                raise CannotEdit(
+                    f"{file}: {preset} of {also} would change with it, where nothing was measured; fix: tell"
+                    f" the boxes apart (host_vars/{host.name}), or make the change by hand for all of them"
+                )
+            own = next(one for one in read if one.name == host.name)
+            fresh = LlmBox.of(own.variables).config
             want = changed(LlmBox.of(host.variables).config.llama_presets[found.case.preset], found.changes)
             if fresh.llama_presets[found.case.preset] != want:
                 raise CannotEdit(f"{file}: another place of the inventory overrides it; fix: change that one")
@@ -378,6 +386,16 @@ def proposed(found: Found, host: Host, inventory: Path, *, write: bool) -> Found
             put(file, before)
             raise
     return replace(found, diff=_preset_edit.diff(file, before, after), written=write)
+
+
+def presets_of_others(found: Found, hosts: Sequence[Host]) -> dict[str, Any]:
+    """What each other host has for the preset."""
+    preset = found.case.preset
+    return {
+        one.name: (one.variables.get("llama_presets") or {}).get(preset)
+        for one in hosts
+        if one.name != found.host
+    }
 
 
 def put(file: Path, text: str) -> None:

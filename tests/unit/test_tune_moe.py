@@ -565,6 +565,27 @@ def test_a_change_that_another_file_overrides_is_taken_back(
     assert file.read_text() == before
 
 
+def test_a_change_that_would_be_another_box_s_too_is_taken_back(
+    gateway: Gateway, inventory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share the file; nothing was measured on the other one."""
+    gateway.surface = lambda setting: 80.0 / setting["threads"]
+    file = inventory / "group_vars/llm_servers.yml"
+    before = file.read_text()
+    one = Host("box", frozenset({"llm_servers"}), VARIABLES)
+
+    def hosts(*_: Any, **__: Any) -> list[Host]:
+        shared = yaml.safe_load(file.read_text())["llama_presets"]
+        return [one, Host("other", frozenset({"llm_servers"}), {**VARIABLES, "llama_presets": shared})]
+
+    monkeypatch.setattr(tune_moe, "load", lambda *_, limit=None, **__: [one] if limit else hosts())
+    assert tune(inventory, "--limit", "box", "--axis", "threads", "--write") == 1
+    assert (
+        "one of other would change with it, where nothing was measured; fix: tell" in capsys.readouterr().out
+    )
+    assert file.read_text() == before
+
+
 def test_the_box_goes_back_whatever_ends_the_search(
     gateway: Gateway, inventory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
