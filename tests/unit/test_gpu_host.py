@@ -1099,6 +1099,7 @@ asked = " ".join(["NAME", *how])
 called = asked + " (dry)" * given["_ansible_check_mode"]
 with open("FOLDER/log", "a") as log:
     print(called, file=log)
+json.dump(given, open("FOLDER/NAME.given", "w"))
 answers = json.load(open("FOLDER/answers"))
 print(json.dumps({"changed": False, **answers.get(called, answers.get(asked, {}))}))
 """
@@ -1162,6 +1163,19 @@ def test_a_driver_that_is_not_loaded_is_installed_without_a_reboot(tmp_path: Pat
     )
     assert done.rc == 0 and calls == [*LOOK, "packages", "device", "boot_state compare"], done.tail()
     assert "asked for, in effect after a reboot: driver 580.2 is installed" in done.stdout
+
+
+@pytest.mark.parametrize(("container", "version"), [("", "580.2-1"), ("docker", "580.2-1"), ("", "")])
+def test_headers_come_with_a_driver_and_not_in_a_container(
+    tmp_path: Path, container: str, version: str
+) -> None:
+    looked = {**LOOKED, "apply": ["packages"], "container": container}
+    done, _ = another_driver(
+        tmp_path, answers={"packages": {}}, __gpu_host=looked, gpu_host_driver_version=version
+    )
+    assert done.rc == 0, done.tail()
+    given = json.loads((tmp_path / "packages.given").read_text())
+    assert given["headers"] is (not container and bool(version))
 
 
 def test_what_serves_is_left_alone_where_the_machine_would_not_come_back(tmp_path: Path) -> None:
