@@ -1249,6 +1249,24 @@ def test_a_driver_is_displaced_while_another_one_is_loaded(module: Any, tmp_path
     assert module.displaced(families, ["nvidia-open"]) == ""
 
 
+@of("packages")
+def test_the_module_tells_which_loaded_driver_its_packages_displace(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the dry run, by which the role stops what serves first."""
+    for name in ("HELD", "SOURCE", "PREFERENCES"):
+        monkeypatch.setattr(module, name, tmp_path / name.lower())
+    monkeypatch.setattr(module, "key_in_place", lambda _: True)
+    monkeypatch.setattr(module, "installed", lambda: {"nvidia-open": ("580.0-1", "hold")})
+    monkeypatch.setattr(module, "strays", lambda *_: {})
+    (tmp_path / "version").write_text("580.0\n")
+    families = [{**FAMILIES[0], "loaded": str(tmp_path / "version")}]
+    wanted = {"families": families, "held": [], "url": "", "fingerprint": "", "headers": False}
+    for version, lost in (("580.1-1", "580.0"), ("580.0-1", "")):
+        found = module.apply({**wanted, "packages": {"nvidia-open": version}}, True)
+        assert found["displaced"] == lost
+
+
 @of("device")
 def test_the_loaded_driver_is_the_same_one_for_packages_and_device(module: Any) -> None:
     assert f"'loaded': '{module.LOADED}'" in (ROLE / "vars/main.yml").read_text()
