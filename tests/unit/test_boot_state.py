@@ -178,6 +178,16 @@ def test_a_change_that_is_to_stay_is_the_next_beginning(
     assert "msg" not in found and not found["efi"]
 
 
+def test_the_module_tells_which_windows_starts_first(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a dry run, and when it fails."""
+    assert play(monkeypatch)["windows_first"] == ""
+    entry(machine).write_bytes(b"\7\0\0\0\1\0\0\0" + "\\EFI\\Microsoft\\".encode("utf-16-le"))
+    (machine / f"variables/BootOrder-{GLOBAL}").write_bytes(b"\7\0\0\0\1\0")
+    for check in (True, False):
+        assert play(monkeypatch, check=check)["windows_first"] == "Boot0001"
+    assert play(monkeypatch, {"variables": {}, "files": {}})["windows_first"] == "Boot0001"
+
+
 def test_what_is_remembered_goes_with_a_boot() -> None:
     assert boot_state.REMEMBERED.parent == Path("/run")
 
