@@ -1058,7 +1058,7 @@ def test_no_reboot_for_the_driver_alone_into_what_does_not_boot(tmp_path: Path) 
     assert done.rc == 0, "nothing boots: nothing is to be judged"
 
 
-DRIVER = {"_gpu_host_files": {}, "_gpu_host_enabled": [], "_gpu_host_driver_retries": 1}
+DRIVER: dict[str, Any] = {"_gpu_host_files": {}, "_gpu_host_enabled": [], "_gpu_host_driver_retries": 1}
 
 
 def test_a_reboot_that_has_not_brought_the_driver_is_a_failure_with_its_fix(tmp_path: Path) -> None:
