@@ -63,6 +63,7 @@ OS_RELEASE = Path("/etc/os-release")
 REMEMBERED = Path("/run/llmbox-boot-state.json")
 _GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
 _WINDOWS = "\\efi\\microsoft\\".encode("utf-16-le")
+_ACTIVE = 1  # of an entry's attributes: what lacks it the firmware passes over
 _BOOT_VARIABLE = re.compile(rf"(Boot[0-9A-F]{{4}}|BootOrder|BootNext|Timeout)-{_GLOBAL}")
 
 
@@ -91,6 +92,7 @@ def windows_first(folder: Path) -> str:
         ]
         for name in ("BootOrder", "BootCurrent")
     )
+    order = [name for name in order if int.from_bytes(raw(name)[:4], "little") & _ACTIVE]
     before = order[:1] if not current else order[: order.index(current[0])] if current[0] in order else order
     # By its program: the label is a person's, and another system's entry may be one that leads nowhere.
     return next((name for name in before if _WINDOWS in raw(name).lower()), "")

@@ -36,17 +36,23 @@ def test_boot_variables_are_looked_at_and_no_others(tmp_path: Path) -> None:
         ([1, 0], [], "Boot0001"),
         ([0, 1], [], ""),
         ([], [0], ""),
+        ([3, 0], [0], ""),
+        ([3, 1, 0], [0], "Boot0001"),
+        ([3, 1, 0], [], "Boot0001"),
+        ([3, 0, 1], [], ""),
     ],
 )
 def test_windows_that_starts_before_the_system_that_runs_is_told(
     tmp_path: Path, order: list[int], current: list[int], first: str
 ) -> None:
-    """0 is Linux, 1 Windows, 2 the network."""
+    """0 is Linux, 1 Windows, 2 the network, 3 a Windows that is switched off: passed over."""
     for name, numbers in {"BootOrder": order, "BootCurrent": current}.items():
         content = b"\7\0\0\0" + b"".join(number.to_bytes(2, "little") for number in numbers)
         (tmp_path / f"{name}-{GLOBAL}").write_bytes(content)
-    for number, path in enumerate(("\\EFI\\debian\\shimx64.efi", "\\EFI\\Microsoft\\Boot\\bootmgfw.efi", "")):
-        (tmp_path / f"Boot{number:04X}-{GLOBAL}").write_bytes(b"\7\0\0\0" + path.encode("utf-16-le"))
+    windows = "\\EFI\\Microsoft\\Boot\\bootmgfw.efi"
+    for number, path in enumerate(("\\EFI\\debian\\shimx64.efi", windows, "", windows)):
+        attributes = b"\7\0\0\0" + (b"\0" if number == 3 else b"\1") + b"\0\0\0"
+        (tmp_path / f"Boot{number:04X}-{GLOBAL}").write_bytes(attributes + path.encode("utf-16-le"))
     assert boot_state.windows_first(tmp_path) == first
     assert boot_state.windows_first(tmp_path / "missing") == ""
 

@@ -155,6 +155,15 @@ def test_another_entry_that_comes_first_is_none_of_windows(world: World, order: 
     assert world.run("--dry-run") == 0
 
 
+def test_a_windows_that_is_switched_off_is_not_started_first(world: World) -> None:
+    """The firmware passes over it in its order."""
+    windows_is_first(world)
+    off = bytearray(entry(LABEL))
+    off[4] = 0
+    world.put("Boot0001", bytes(off))
+    assert world.run("--dry-run") == 0
+
+
 def only_one_like_it(world: World) -> None:
     world.put("Boot0001", entry(f"{LABEL} (old)"))
 

@@ -26,6 +26,7 @@ TIMEOUT_S = 30
 _GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
 _MEDIA, _HARD_DRIVE, _FILE = 4, 1, 4  # device path: type, and its two subtypes that say where a loader is
 _SIGNATURE_IS_GUID = 2
+_ACTIVE = 1  # of an entry's attributes: what lacks it the firmware passes over
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def check_partition(entry: Entry, machine: Machine, free_mib: int) -> None:
 def check_order(entry: Entry, variables: Mapping[str, bytes]) -> None:
     """Raises LlmboxError when the firmware starts the entry by itself, before the system that runs."""
     order, current = (_numbers(variables.get(name, b"")) for name in ("BootOrder", "BootCurrent"))
+    order = [number for number in order if _is_active(variables.get(f"Boot{number:04X}", b""))]
     before = order[:1] if not current else order[: order.index(current[0])] if current[0] in order else order
     if entry.number in before:
         raise LlmboxError(
@@ -199,6 +201,10 @@ def check_order(entry: Entry, variables: Mapping[str, bytes]) -> None:
             "it would be Windows again; fix: sudo efibootmgr --bootorder NUMBERS, Linux' first (efibootmgr "
             "shows them)"
         )
+
+
+def _is_active(entry: bytes) -> bool:
+    return bool(int.from_bytes(entry[4:8], "little") & _ACTIVE)
 
 
 def _numbers(variable: bytes) -> list[int]:
