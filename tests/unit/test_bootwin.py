@@ -216,6 +216,11 @@ def linux_is_in_no_order(world: World) -> None:
     world.put("BootOrder", struct.pack("<IHH", 7, 3, 1))
 
 
+def linux_is_first_and_was_started_otherwise(world: World) -> None:
+    """As by an entry of the firmware's menu that is in no order: which one is Linux' own cannot be told."""
+    world.put("BootCurrent", struct.pack("<IH", 6, 9))
+
+
 def windows_is_first_and_what_runs_is_not_told(world: World) -> None:
     windows_is_first(world)
     world.remove("BootCurrent")
@@ -240,6 +245,7 @@ def windows_is_first_and_what_runs_is_not_told(world: World) -> None:
         (something_else_is_next, "something else is to start next (BootNext = 0000"),
         (windows_is_first, f'the firmware starts Boot0001 "{LABEL}" before the system that runs'),
         (linux_is_in_no_order, f'starts Boot0001 "{LABEL}" before the system that runs'),
+        (linux_is_first_and_was_started_otherwise, "(efibootmgr shows them); where it is already, restart"),
         (windows_is_first_and_what_runs_is_not_told, "the start after it would be Windows again; fix: "),
     ],
 )

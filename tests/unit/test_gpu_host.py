@@ -1218,6 +1218,7 @@ def test_no_reboot_where_the_firmware_starts_windows_first(tmp_path: Path) -> No
     assert done.rc != 0 and calls == LOOK, done.tail()
     said = " ".join(done.stdout.split())
     assert "the firmware starts Boot0001, Windows, before this system; fix: sudo efibootmgr --boot" in said
+    assert "where it is already, restart into it first" in said
 
 
 def parameters_due(folder: Path, *words: str) -> tuple[PlaybookRun, list[str]]:

@@ -199,7 +199,7 @@ def check_order(entry: Entry, variables: Mapping[str, bytes]) -> None:
         raise LlmboxError(
             f'the firmware starts {entry.name} "{entry.label}" before the system that runs: the start after '
             "it would be Windows again; fix: sudo efibootmgr --bootorder NUMBERS, Linux' first (efibootmgr "
-            "shows them)"
+            "shows them); where it is already, restart into it first"
         )
 
 
