@@ -7,6 +7,8 @@ afterwards; tests/lab/test_verify_agent.py plays them anew.
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from scripts import _confine
 from scripts._agent_judge import RESULTS, Result, judge, read
 from scripts._agent_run import (
     CONTRACT,
@@ -23,6 +26,7 @@ from scripts._agent_run import (
     Recorded,
     TestRun,
     final,
+    record,
     settings,
     throw_away,
 )
@@ -145,6 +149,49 @@ def test_what_lies_in_the_first_test_s_place_makes_way(kind: str) -> None:
         run = final(place, "http://127.0.0.1:9")
         assert run is not None and (run.exit, run.failed) == (1, 1)
         assert other.read_text() == MAIN and contract.read_text() == CONTRACT_TEXT
+
+
+CLIENT = """\
+#!{python}
+import socket, subprocess, sys
+subprocess.Popen(["sleep", "300"], start_new_session=True)
+for attempt in (
+    lambda: open({outside!r}, "w"),
+    lambda: socket.create_connection(("127.0.0.1", {port}), 2),
+):
+    try:
+        attempt()
+    except OSError:
+        pass
+"""
+
+
+def ours() -> set[str]:
+    """Programs that sleep as the client's child does."""
+    commands = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
+    return {text.decode() for text in commands if text == b"sleep\x00300\x00"}
+
+
+@pytest.mark.skipif(not _confine.abi(), reason="this kernel has no Landlock")
+@pytest.mark.parametrize("who", ["the client", "the model's tests"])
+def test_who_works_there_is_held_to_the_place_and_its_server_and_leaves_nothing_running(
+    who: str, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    with socket.create_server(("127.0.0.1", 0)) as other, throw_away() as place:
+        text = CLIENT.format(python=sys.executable, outside=str(outside), port=other.getsockname()[1])
+        if who == "the client":
+            program = place.root / "client"
+            program.write_text(text)
+            program.chmod(0o755)
+            record(place, program, "http://127.0.0.1:9", "m", 32768, "", Limits(seconds=30))
+        else:
+            (place.work / "main.py").write_text(text + MAIN)
+            assert final(place, "http://127.0.0.1:9") is not None
+        other.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            other.accept()
+        assert not outside.exists() and not ours()
 
 
 def test_a_failure_must_come_before_its_patch() -> None:

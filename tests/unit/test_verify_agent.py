@@ -53,6 +53,16 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     return world
 
 
+def test_a_host_without_a_preset_for_agents_is_named(
+    world: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (box, _) = world["hosts"]
+    presets = {name: {**data, "agent": False} for name, data in box.variables["llama_presets"].items()}
+    world["hosts"] = [Host(box.name, box.groups, {**box.variables, "llama_presets": presets})]
+    assert verify_agent.main(RUN) != 0 and not world["asked"]
+    assert "no preset has `agent: true`; fix: give one with --preset NAME" in "".join(capsys.readouterr())
+
+
 def test_presets_for_agents_are_tried(world: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     assert verify_agent.main([*RUN, "--json", str(file)]) == 0
