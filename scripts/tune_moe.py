@@ -374,8 +374,8 @@ def proposed(found: Found, host: Host, inventory: Path, *, write: bool) -> Found
             now = presets_of_others(found, read)
             if also := ", ".join(name for name in sorted(now) if now[name] != others[name]):
                 raise CannotEdit(
-                    f"{file}: {preset} of {also} would change with it, where nothing was measured; fix: tell"
-                    f" the boxes apart (host_vars/{host.name}), or make the change by hand for all of them"
+                    f"{file}: {preset} of {also} would change with it, where nothing was measured; fix: move"
+                    f" it to files of their own (host_vars/{host.name}), or change it by hand for all of them"
                 )
             own = next(one for one in read if one.name == host.name)
             fresh = LlmBox.of(own.variables).config
@@ -389,12 +389,12 @@ def proposed(found: Found, host: Host, inventory: Path, *, write: bool) -> Found
 
 
 def presets_of_others(found: Found, hosts: Sequence[Host]) -> dict[str, Any]:
-    """What each other host has for the preset."""
+    """What each other LLM box has for the preset."""
     preset = found.case.preset
     return {
         one.name: (one.variables.get("llama_presets") or {}).get(preset)
         for one in hosts
-        if one.name != found.host
+        if one.name != found.host and GROUP in one.groups
     }
 
 

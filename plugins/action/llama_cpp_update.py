@@ -205,8 +205,8 @@ def shown(verdict: Verdict) -> dict[str, Any]:
 
 def short(release: str, other: str = "") -> str:
     """A release by its commit; with the hash of what it was built with, beside another one of that commit."""
-    commit, _, built_with = release.partition("-")
-    return f"{commit[:12]}-{built_with}" if commit == other.partition("-")[0] else commit[:12]
+    commit, dash, built_with = release.partition("-")
+    return f"{commit[:12]}{dash}{built_with}" if commit == other.partition("-")[0] else commit[:12]
 
 
 def stays(build: str, old: str, new: str, verdict: Verdict) -> str:

@@ -576,12 +576,14 @@ def test_a_change_that_would_be_another_box_s_too_is_taken_back(
 
     def hosts(*_: Any, **__: Any) -> list[Host]:
         shared = yaml.safe_load(file.read_text())["llama_presets"]
-        return [one, Host("other", frozenset({"llm_servers"}), {**VARIABLES, "llama_presets": shared})]
+        its = {**VARIABLES, "llama_presets": shared}
+        mac = Host("mac", frozenset({"clients"}), its)  # runs none
+        return [one, Host("other", frozenset({"llm_servers"}), its), mac]
 
     monkeypatch.setattr(tune_moe, "load", lambda *_, limit=None, **__: [one] if limit else hosts())
     assert tune(inventory, "--limit", "box", "--axis", "threads", "--write") == 1
     assert (
-        "one of other would change with it, where nothing was measured; fix: tell" in capsys.readouterr().out
+        "one of other would change with it, where nothing was measured; fix: move" in capsys.readouterr().out
     )
     assert file.read_text() == before
 

@@ -1033,7 +1033,7 @@ class Host:
             try:
                 if former and link_target(directory / "current") != former:
                     swap(directory, former, release if owed else before)
-                    if not owed and not before:
+                    if not before:
                         (directory / "previous").unlink()  # there was none
                     restart_serving(self.params["serving_user"], directory.name)
             except OSError:
