@@ -319,10 +319,10 @@ def test_the_user_s_own_instructions_are_not_sent(
     (tmp_path / "dotfiles").mkdir()
     (world / ".claude").symlink_to(tmp_path / "dotfiles")
     server = serving(scripted_llm.gateway())
-    given = json.dumps({"claudeMdExcludes": ["/work/CLAUDE.md"]})
+    given = json.dumps({"claudeMdExcludes": ["/srv/team/CLAUDE.md"]})
     became = started("--port", str(server.port), "--", "--settings", given)
     assert json.loads(Path(became.command[2]).read_text())["claudeMdExcludes"] == [
-        "/work/CLAUDE.md",
+        "/srv/team/CLAUDE.md",
         *(f"{world}/.claude/{name}" for name in ("CLAUDE.md", "rules/**")),
         *(f"{tmp_path}/dotfiles/{name}" for name in ("CLAUDE.md", "rules/**")),
     ]
