@@ -39,6 +39,7 @@ from llama_common.source import Document, locked, shown
 ROOT = Path(__file__).resolve().parents[2]
 DATA = tuple(HostConfig.model_fields)
 NEEDED = ("llama_cpp_builds", "gguf_models", "llama_presets")
+UNDECRYPTABLE = "UndecryptableVaultError"  # ansible-core's own; its module is private
 
 
 class UnreadableError(Exception):
@@ -306,6 +307,8 @@ def _resolve(value: Any, path: tuple[str, ...], templar: Any) -> Any:
         try:
             resolved = templar.template(value)
         except Exception as error:
+            if type(error.__cause__).__name__ == UNDECRYPTABLE:
+                raise UnreadableError(locked(path)) from None
             words = redact(" ".join(str(getattr(error, "message", error)).split()))
             problem = Problem(
                 path,

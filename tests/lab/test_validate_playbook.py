@@ -317,11 +317,11 @@ def encrypt(*words: str | Path, password: Path) -> str:
 
 
 def test_a_vault_without_its_password_is_named(tmp_path: Path, bait: Bait) -> None:
-    """A whole file and a single value; with the password both are data like any other."""
+    """A whole file, a value, and one that a template names; with the password all are data like any other."""
     password, other = tmp_path / "password", tmp_path / "other"
     password.write_text("open\n")
     other.write_text("sesame\n")
-    for place, edit in {"all": "file", "models": "file", "token": "value"}.items():
+    for place, edit in {"all": "file", "models": "file", "token": "value", "named": "template"}.items():
         folder = tmp_path / place
         broken.write(broken.inventory(), folder, bait.variables)
         file = folder / broken.PATHS.get(place, "group_vars/all/token.yml")
@@ -330,7 +330,9 @@ def test_a_vault_without_its_password_is_named(tmp_path: Path, bait: Bait) -> No
             key = "(file)"
         else:
             key = "gguf_models_hf_token"
-            file.write_text(encrypt("encrypt_string", "hf_x", "--name", key, password=password))
+            name = "vault_token" if edit == "template" else key
+            value = encrypt("encrypt_string", "hf_x", "--name", name, password=password)
+            file.write_text(value if name == key else f'{key}: "{{{{ {name} }}}}"\n{value}')
         for given in ((), ("--vault-password-file", other)):
             run = ansible_playbook(PLAYBOOK, *given, inventory=folder, timeout=TIMEOUT_S)
             (line,) = refusals(run)

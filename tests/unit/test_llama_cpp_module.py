@@ -827,6 +827,17 @@ class FullDisk:
         return changed
 
 
+def test_a_disk_that_is_full_before_there_is_a_way_back_has_the_old_release_started_anew(
+    two: module.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The links had changed: what was started meanwhile may be of the new release."""
+    (two.root / "up/previous").unlink()
+    FullDisk(monkeypatch, 3, False)
+    with pytest.raises(module.HostError, match="old is current again"):
+        two.accept("up", "new")
+    assert links(two) == ("old", None) and two.restarts == ["old"]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("lasts", [False, True])
 @pytest.mark.parametrize("room", range(4))
 @pytest.mark.parametrize("phase", ["accept", "roll_back"])

@@ -505,6 +505,7 @@ def test_a_model_that_is_not_loaded_is_judged_by_what_it_has_once_it_is(
             "--enable-auto-tool",
         ),
         (scripted_llm.says("<tool_call>{}</tool_call>"), EXIT_TOOLS, "the template leaks"),
+        (scripted_llm.says('{"name": "report"}'), EXIT_TOOLS, "a tool call came back as prose"),
     ],
 )
 def test_a_vllm_that_parses_no_call_is_refused_though_it_can_be_forced(

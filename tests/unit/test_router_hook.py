@@ -432,6 +432,9 @@ def test_who_asks_for_the_cloud_is_told_of_its_budget(world: Any) -> None:
     world.hook.ledger.spend("cloudy", 5, 5)
     with pytest.raises(HTTPException, match="cloudy: cloud_tokens_per_day = 5 is used up") as refused:
         begin(world, "cloudy", model="cloud")
+    world.router.answers = [BAD]
+    assert whole(world, begin(world, "cloudy", tools=TOOLS), BAD) is BAD
+    assert [asked["model"] for asked in world.router.asked] == ["coder"], "nor for a better answer"
     assert refused.value.status_code == 429 and int((refused.value.headers or {})["Retry-After"]) > 0
     assert "fallbacks" not in begin(world, "cloudy")
 

@@ -1034,7 +1034,7 @@ class Host:
                 if former and link_target(directory / "current") != former:
                     swap(directory, former, release if owed else before)
                     if not before:
-                        (directory / "previous").unlink()  # there was none
+                        (directory / "previous").unlink(missing_ok=True)  # there was none
                     restart_serving(self.params["serving_user"], directory.name)
             except OSError:
                 pass

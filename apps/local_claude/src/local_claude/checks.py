@@ -41,6 +41,7 @@ LEAKED = re.compile(
     r"|<function=[\w.-]+>|</function>|<parameter=[\w.-]+>|<invoke name=\\?\"[\w.-]+\\?\">"
     r"|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
 )
+UNPARSED = re.compile(r'"name"\s*:\s*"report"')  # a call that nobody took out of the text
 TOOL = {
     "name": "report",
     "description": "Report that you are ready.",
@@ -188,10 +189,10 @@ def _judge_call(found: Found, reply: Reply) -> Result:
         )
     if not calls:
         what = f"prose: {shown(text[:60])}" if text.strip() else "an empty answer"
-        if not found.kind.forces_tools:
+        if not found.kind.forces_tools and not UNPARSED.search(text):
             detail = f"none came ({what}), which the model was told and not made to, so this proves little"
             return Result(name, "warn", detail, fix)
-        return Result(name, "fail", f"a forced tool call came back as {what}", fix, EXIT_TOOLS)
+        return Result(name, "fail", f"a tool call came back as {what}", fix, EXIT_TOOLS)
     call = calls[0]
     if call.get("name") != "report" or not isinstance(call.get("input"), dict):
         return Result(name, "fail", f"the call came back damaged: {shown(call)}", fix, EXIT_TOOLS)

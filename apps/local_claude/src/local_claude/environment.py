@@ -53,11 +53,11 @@ QUIET = {
     "CLAUDE_CODE_ENABLE_TELEMETRY": "",  # OpenTelemetry, to whatever host the shell or a project names
     "DISABLE_AUTOUPDATER": "1",
 }
+# Below the home folder claude takes the CLAUDE.md and the rules of ~/.claude for those of the project.
+EXCLUDES, INSTRUCTIONS = "claudeMdExcludes", ("CLAUDE.md", "rules/**")
 # Settings that no variable stands for: WebFetch asks Anthropic about the name of each host that it goes to.
 # What a helper prints is sent beside the token: the key of another server, which this one may even prefer.
 HELPER = "apiKeyHelper"
-# Below the home folder claude takes the CLAUDE.md and the rules of ~/.claude for those of the project.
-EXCLUDES, INSTRUCTIONS = "claudeMdExcludes", ("CLAUDE.md", "rules/**")
 SETTINGS = {"skipWebFetchPreflight": True, HELPER: ""}
 # With --bare the token does not count. In ANTHROPIC_API_KEY claude would ask about it, and keep a part of it.
 CHAT_SETTINGS = {HELPER: "printenv ANTHROPIC_AUTH_TOKEN"}

@@ -63,9 +63,8 @@ def classify(lines: Sequence[Line], context: PoleIdContext) -> list[Line]:
     """The lines with their classes, in the same order.
 
     In a crop of a plate what has no mark is the nameplate's unless it stands with a foreign label; without a
-    detected
-    plate it must stand with the nameplate's own lines; for a pole it is the pole's unless it stands with
-    others.
+    detected plate it must stand with the nameplate's own lines; for a pole it is the pole's unless it stands
+    with others.
     """
     marks = [mark(line.text) for line in lines]
     groups = clusters([line.box for line in lines])
@@ -77,11 +76,7 @@ def classify(lines: Sequence[Line], context: PoleIdContext) -> list[Line]:
         beside = [marks[other] for other in groups[at]]
         own = beside.count(LineClass.NAMEPLATE)
         foreign = max(FOREIGN, key=beside.count)
-        if found in FOREIGN and own and beside.count(found) * 3 < own and context is not PoleIdContext.POLE:
-            # One odd word in the midst of a nameplate is a misreading or an inscription, never
-            # a value: kept out.
-            kinds.append(found)
-        elif found is not None:
+        if found is not None:  # an odd word in the midst of a nameplate too: no value is lost with it
             kinds.append(found)
         elif lines[at].box is None and last in FOREIGN:
             kinds.append(last)

@@ -51,12 +51,7 @@ NUMBERS = frozenset(PARSERS) - {"fases", "autoprotegido"}  # a word alone is no 
 LEADERS = re.compile(r"^[\s.]{2,}")  # dots up to a value
 WORDED = (*CODES, DATE, "potencia_kva")  # what other things have too
 GROUP = re.compile(r"[\s./\\,\-]*[0-9]+(?:[\s./\\,\-]+[0-9]+)*\s?(?:[A-Z]|K?VA?)?[.\s]*")
-BROKEN = (
-    *CODES,
-    DATE,
-    "potencia_kva",
-    "tensao_secundaria",
-)  # of several taps the first is right all the same
+BROKEN = (*WORDED, "tensao_secundaria")  # of several taps the first is right all the same
 CODE_ALONE = re.compile(r"[A-Z]{0,3}[0-9]{5,9}(?:-[0-9])?")
 BARE_NUMBER = re.compile(
     r"\W*(?P<sign>N ?[º°ª.:*'\"]|N[P2](?=[ .:])|N\.?[oO0]\.?(?=[\W\d]|$)|N[rR][oO]?\.?(?=[\W\d]|$)"
