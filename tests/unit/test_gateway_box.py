@@ -72,11 +72,11 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 def test_a_switch_is_over_when_the_new_server_answers_and_the_old_one_is_not_asked(place: Place) -> None:
     place.manager.active = A
-    place.manager.slow[B] = 1.0  # systemd's own wait takes its time
+    place.manager.slow[B] = 60.0  # systemd's own wait takes its time
     old = place.serve(200)
     began = time.monotonic()
     moved = asyncio.run(place.box.switch("b"))
-    assert time.monotonic() - began < 0.9, "it waited for the job"
+    assert time.monotonic() - began < 30, "it waited for the job"
     assert moved.ok and moved.seen == Seen("ready", "b", place.manager.pid)
     assert set(moved.parts) == {"stop", "load", "ready"}
     assert old.asked == 0, "a connection delays the end of the old server"

@@ -8,11 +8,13 @@ import json
 import re
 import threading
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from llmbox.gateway import relay
+from llmbox.gateway.board import Ticket
 from llmbox.gateway.refusals import Refusal
 from llmbox.gateway.requests import ALONE, ROUTES, Asked, read_body
 
@@ -249,14 +251,25 @@ def test_a_waiting_stream_is_told_again_and_again_how_far_it_is(
     monkeypatch.setattr(relay, "COMMENT_INTERVAL_S", 0.1)
 
     async def body() -> None:
-        place = Place(tmp_path, stream, box=FakeBox(load_s=0.45), commit_after=0.05)
+        place = Place(tmp_path, stream, box=FakeBox(load_s=PATIENCE_S / 2), commit_after=0.05)
         place.board.load_s["b"] = 40.0
+        told: list[tuple[float, str]] = []
+        position = place.relay._position
+
+        def tell(ticket: Ticket) -> str:
+            told.append((place.board.clock(), position(ticket)))
+            if len(told) == 3:
+                leaves.set()
+            return told[-1][1]
+
+        leaves = asyncio.Event()
+        monkeypatch.setattr(place.relay, "_position", tell)
         async with place.running():
-            _, _, said = await place.ask({"stream": True, "model": "b"})
-        comments = re.findall(rb"^: (.*)$", said, re.MULTILINE)
-        assert 2 <= len(comments) <= 20 and all(
-            re.fullmatch(rb"queue position 1, estimate (3[0-9]|40) s", one) for one in comments
-        )
+            said = (await place.ask({"stream": True, "model": "b"}, leaves=leaves)).body
+        assert len(told) >= 3
+        assert re.findall(rb"^: (.*)$", said, re.MULTILINE) == [words.encode() for _, words in told]
+        for (then, words), (now, _) in pairwise(told):
+            assert re.fullmatch(r"queue position 1, estimate (3[0-9]|40) s", words) and now - then >= 0.1
 
     run(body)
 

@@ -180,10 +180,10 @@ def test_a_refusal_is_in_systemd_s_own_words(manager: FakeManager, tmp_path: Pat
 
 
 def test_start_has_a_deadline(manager: FakeManager, tmp_path: Path) -> None:
-    manager.slow["a"] = 1
+    manager.slow["a"] = 60.0
     began = time.monotonic()
     assert "did not end in" in Systemd(tmp_path).start("a", timeout_s=0.2)
-    assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < 30
 
 
 def test_an_interrupted_start_goes_on_inside_systemd(manager: FakeManager, tmp_path: Path) -> None:
