@@ -303,7 +303,7 @@ def first_line(text: str | None) -> str:
 
 def unit() -> Outcome:
     """Unit tests: no root, no network."""
-    return pytest("unit", "tests/unit", "--numprocesses=3", timeout=5 * MINUTE)
+    return pytest("unit", "tests/unit", "--numprocesses=3", timeout=15 * MINUTE)
 
 
 # --- ocr ---
@@ -323,7 +323,7 @@ def ocr() -> Outcome:
         packages.ensure(config.from_environment(), OCR_SERVERS | plates.PACKAGES | others)
     except LabError as error:
         print(error, file=sys.stderr)
-    return pytest("ocr", "tests/ocr", "-m", "not long", timeout=10 * MINUTE)
+    return pytest("ocr", "tests/ocr", "-m", "not long", timeout=20 * MINUTE)
 
 
 # --- lab ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -303,7 +304,11 @@ def test_a_library_from_the_build_directory_is_refused(spec: tool.Spec, tmp_path
 def test_an_error_is_the_last_line_and_the_exit_code_is_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool.main(["llama-build", str(tmp_path / "nothing.json")]) == 1
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert tool.main(["llama-build", str(tmp_path / "nothing.json")]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert capsys.readouterr().out.splitlines()[-1].startswith("llama-build: error: ")
 
 

@@ -476,10 +476,14 @@ def test_the_probe_tells_who_holds_a_port() -> None:
         ports = [one.getsockname()[1], two.getsockname()[1]]
         own = _probe.control_group(Path("/proc/self"))
         found = {entry["address"]: entry["groups"] for entry in _probe.holders(ports)}
-        assert found.keys() == {f"127.0.0.1:{ports[0]}", f"[::1]:{ports[1]}"}
-        assert all(own in groups for groups in found.values())
-        assert set(found) <= set(_probe.listeners(Path("/proc/self")))
-    assert _probe.holders(ports) == []
+        ours = {
+            f"127.0.0.1:{ports[0]}",
+            f"[::1]:{ports[1]}",
+        }  # another may hold one in the other family
+        assert ours <= found.keys() and all(own in found[address] for address in ours)
+        assert all(int(address.rpartition(":")[2]) in ports for address in found)
+        assert ours <= set(_probe.listeners(Path("/proc/self")))
+    assert not ours & {entry["address"] for entry in _probe.holders(ports)}
 
 
 def test_the_probe_never_waits_for_a_program_that_hangs() -> None:
