@@ -206,23 +206,55 @@ def test_a_failure_must_come_before_its_patch() -> None:
     assert "no failing run" in results(replace(good, runs=passed))["failure_patched"].detail
 
 
+def with_other(was: str, becomes: str) -> Recorded:
+    """The good run, in whose stream this text is another one."""
+    good = recordings()["good"]
+    stream = json.dumps(good.events)
+    assert was in stream
+    return replace(good, events=tuple(json.loads(stream.replace(was, becomes))))
+
+
 def without(name: str) -> Recorded:
     """The good run, in which this tool is another one that neither reads nor writes."""
-    good = recordings()["good"]
-    named, other = f'"name": "{name}"', '"name": "Glob"'
-    return replace(good, events=tuple(json.loads(json.dumps(good.events).replace(named, other))))
+    return with_other(f'"name": "{name}"', '"name": "Glob"')
+
+
+def assert_falls_short(recorded: Recorded, name: str, detail: str) -> None:
+    """In this one alone, for this reason."""
+    (one,) = (one for one in judge(recorded) if not one.ok)
+    assert one.name == name and detail in one.detail, one
 
 
 def test_each_step_is_asked_for_by_itself() -> None:
     assert results(without("Read"))["files"].detail == "no file was read"
     unpatched = results(without("Edit"))["failure_patched"].detail
     assert unpatched == "pytest failed and no file was changed after it"
+    good = recordings()["good"]
+    unproven = replace(good, runs=good.runs[:-1])
+    assert_falls_short(unproven, "failure_patched", "no run passed after the change")
+
+
+def test_an_answer_that_is_cut_off_is_found_in_a_run_that_comes_to_its_end() -> None:
+    cut = with_other('"stop_reason": "end_turn"', '"stop_reason": "max_tokens"')
+    assert_falls_short(cut, "not_truncated", "cut off (stop_reason max_tokens)")
+
+
+def test_a_call_in_bare_text_is_found() -> None:
+    call = json.dumps({"name": "Bash", "arguments": {"command": "ls"}})
+    told = with_other("The service is there", json.dumps(call)[1:-1])
+    assert_falls_short(told, "template_tokens", "a call as text in turn 7")
 
 
 def test_a_token_in_the_arguments_alone_is_found() -> None:
     bad = recordings()["leaked"]
     clean = {name: text.replace("<|im_end|>", "") for name, text in bad.files.items()}
     assert results(replace(bad, files=clean))["template_tokens"].detail.startswith("<|im_end|> in turn 2")
+
+
+def test_a_token_on_disk_alone_is_found() -> None:
+    good = recordings()["good"]
+    files = {**good.files, "main.py": good.files["main.py"] + "# <|im_end|>\n"}
+    assert_falls_short(replace(good, files=files), "template_tokens", "<|im_end|> in main.py")
 
 
 def test_a_file_that_is_not_there_or_not_whole() -> None:
