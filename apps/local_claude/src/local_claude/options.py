@@ -18,7 +18,8 @@ NEED_NO_SERVER = frozenset(
     [
         *("--version", "-v", "--help", "-h", "doctor", "install", "update", "upgrade"),
         *("mcp", "plugin", "plugins", "auth", "setup-token", "project", "purge"),
-        *("logs", "stop", "kill", "rm"),  # of sessions in the background
+        # Sessions in the background have their settings already.
+        *("attach", "logs", "respawn", "stop", "kill", "rm"),
     ]
 )
 
