@@ -56,7 +56,7 @@ KINDS = {
             messages=True,
             forces_tools=True,
             caches=True,
-            context_fix="start it with --ctx-size 65536 --parallel 1 and --fit off",
+            context_fix="start it with --ctx-size 65536 --parallel 1 and --fit off, or by --context 65536",
             tools_fix="start it with --jinja, and with a template that knows tools (--chat-template-file)",
         ),
         Kind(
