@@ -60,7 +60,8 @@ def test_windows_that_starts_before_the_system_that_runs_is_told(
 def test_a_partition_is_found_at_a_path_with_a_space(tmp_path: Path) -> None:
     """The kernel writes it as an octal number."""
     (tmp_path / "my esp/EFI").mkdir(parents=True)
-    mounts = f"/dev/vda1 {tmp_path}/my\\040esp vfat rw 0 0\n"
+    (tmp_path / "root/EFI").mkdir(parents=True)
+    mounts = f"/dev/vda1 {tmp_path}/my\\040esp vfat rw 0 0\n/dev/vda2 {tmp_path}/root ext4 rw 0 0\n"
     assert boot_state.partitions(mounts) == [tmp_path / "my esp"]
 
 
@@ -85,6 +86,10 @@ def test_files_of_the_system_that_runs_are_left_out(tmp_path: Path) -> None:
         "EFI/BOOT/BOOTX64.EFI",
         "System/debian/x",
     }
+    bcd = partition / "EFI/Microsoft/Boot/BCD"
+    bcd.write_text(bcd.read_text()[::-1])  # as long as before
+    changed = boot_state.files([partition], ["debian"])
+    assert [name for name in found if changed[name] != found[name]] == [str(bcd)]
 
 
 @pytest.mark.parametrize(

@@ -349,7 +349,7 @@ menuentry 'Windows Boot Manager' {
 def grub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A host's GRUB in a folder; grub-script-check finds a fault where the text has BROKEN."""
     library = importlib.import_module("roles.gpu_host.library.gpu_host_kernel_parameters")
-    for name in ("SETTINGS", "FOLDER", "OWN", "BOOTS", "FRESH", "COMMAND_LINE", "REMOVED"):
+    for name in ("SETTINGS", "FOLDER", "OWN", "BOOTS", "FRESH", "COMMAND_LINE", "REMOVED", "ENVIRONMENT"):
         path = tmp_path / str(getattr(library, name)).lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
         monkeypatch.setattr(library, name, path)
@@ -468,6 +468,91 @@ def test_no_reboot_into_what_does_not_parse(module: Any, grub: Path) -> None:
             module.before_reboot(["pcie_aspm=off"])
     module.SETTINGS.unlink()
     assert module.before_reboot([]) == {"changed": False, "diff": [], "pending": []}, "another boot loader"
+
+
+MENU = """
+if [ -s $prefix/grubenv ]; then
+  load_env
+fi
+if [ "${next_entry}" ] ; then
+   set default="${next_entry}"
+   set next_entry=
+   save_env next_entry
+   set boot_once=true
+else
+   set default="%s"
+fi
+function load_video {
+  if [ x$feature_all_video_module = xy ]; then
+    insmod all_video
+  fi
+}
+menuentry 'Ubuntu' --class ubuntu --class os $menuentry_id_option 'gnulinux-simple-1' {
+	linux	/vmlinuz root=UUID=1 ro quiet
+}
+submenu 'Advanced options for Ubuntu' $menuentry_id_option 'gnulinux-advanced-1' {
+	menuentry 'Ubuntu, with Linux 6.8' --class ubuntu $menuentry_id_option 'gnulinux-6.8-1' {
+		linux	/vmlinuz-6.8 root=UUID=1 ro quiet
+	}
+}
+menuentry 'Windows Boot Manager (on /dev/nvme0n1p1)' --class windows $menuentry_id_option 'osprober-efi-1' {
+	chainloader /efi/Microsoft/Boot/bootmgfw.efi
+}
+if [ "$grub_platform" = "efi" ]; then
+	menuentry 'UEFI Firmware Settings' $menuentry_id_option 'uefi-firmware' {
+		fwsetup
+	}
+fi
+"""
+WINDOWS = "Windows Boot Manager (on /dev/nvme0n1p1)"
+
+
+@of("kernel_parameters")
+@pytest.mark.parametrize(
+    ("default", "saved", "fix"),
+    [
+        ("0", "", None),
+        ("1>2", "", None),
+        ("3", "", None),
+        ("Ubuntu", "", None),
+        ("gnulinux-advanced-1>gnulinux-6.8-1", "", None),
+        ("9", "", None),  # GRUB takes the first one
+        ("${saved_entry}", "", None),
+        ("${saved_entry}", "saved_entry=0", None),
+        ("2", "saved_entry=0", "GRUB_DEFAULT in "),
+        (WINDOWS, "", "GRUB_DEFAULT in "),
+        ("osprober-efi-1", "", "GRUB_DEFAULT in "),
+        ("${saved_entry}", f"saved_entry={WINDOWS}", "grub-set-default 0"),
+        ("0", f"saved_entry={WINDOWS}", None),
+        ("0", "next_entry=2", "unset next_entry"),
+        ("2", "next_entry=0", None),
+        ("0", "next_entry=", None),
+    ],
+)
+def test_no_reboot_where_grub_s_menu_starts_windows(
+    module: Any, grub: Path, default: str, saved: str, fix: str | None
+) -> None:
+    """The menu as grub-mkconfig writes it."""
+    module.BOOTS.write_text(MENU % default)
+    module.ENVIRONMENT.write_text(f"# GRUB Environment Block\n{saved}\n" + "#" * 99)
+    if fix is None:
+        assert module.before_reboot([])["changed"] is False
+    else:
+        with pytest.raises(tools.Refused, match=f"no reboot: .*Windows, by itself; fix: .*{re.escape(fix)}"):
+            module.before_reboot([])
+
+
+@of("kernel_parameters")
+def test_windows_as_the_first_entry_starts_where_nothing_else_is_named(module: Any) -> None:
+    for windows in (
+        "menuentry 'W' {\n\tchainloader /EFI/Microsoft/Boot/bootmgfw.efi\n}\n",
+        "menuentry 'W' --class windows {\n\tchainloader +1\n}\n",
+    ):
+        for default, starts in {"": True, 'set default="9"\n': True, 'set default="1>0"\n': False}.items():
+            found = module.windows_by_itself(default + windows + CONFIGURATION, "")
+            assert ("'W', Windows" in found) if starts else found is None
+        assert module.windows_by_itself(CONFIGURATION + windows, "") is None
+    assert module.windows_by_itself("", "") is None
 
 
 @of("kernel_parameters")

@@ -28,7 +28,8 @@ description:
     parameter, or does not parse.
   - C(phase=generate), for a handler, has a new configuration made beside the one that boots, and puts it in
     its place only when it parses, boots something and gives the parameters.
-  - C(phase=check) refuses to go on, before a reboot, with a configuration that does not parse.
+  - C(phase=check) refuses to go on, before a reboot, with a configuration that does not parse, or whose menu
+    starts Windows by itself.
   - What was taken out stands in a file until a reboot, so that a later run still knows that one is due.
 options:
   phase: {description: What to do., type: str, choices: [file, generate, check], required: true}
@@ -52,11 +53,18 @@ FOLDER = Path("/etc/default/grub.d")
 OWN = FOLDER / "99-llmbox.cfg"
 BOOTS = Path("/boot/grub/grub.cfg")
 FRESH = Path("/boot/grub/llmbox-new.cfg")
+ENVIRONMENT = Path("/boot/grub/grubenv")
 COMMAND_LINE = Path("/proc/cmdline")
 # What was taken out of the data and was given to the kernel that runs. In memory: a boot forgets it.
 REMOVED = Path("/run/llmbox-kernel-parameters-removed")
 HANDOFF = "vt.handoff="  # what Ubuntu's $vt_handoff becomes where there is a splash screen
 REPEATED = ("console", "earlycon", "acpi_osi")  # each of these words counts
+# What the menu starts by itself comes from one of these, or from GRUB_DEFAULT; and what changes it.
+CHOSEN_BY = {
+    "${next_entry}": "let that start first, or sudo grub-editenv - unset next_entry",
+    "${saved_entry}": "sudo grub-set-default 0",
+}
+ENTRY = re.compile(r"""(?:menuentry|submenu) (['"])(.*?)\1(?:.*(?:\$menuentry_id_option|--id) '?([^' ]+))?""")
 # os-prober looks at every partition.
 GENERATE_TIMEOUT_S = 600
 
@@ -86,6 +94,39 @@ def command_line(configuration: str) -> list[str] | None:
                 words = shlex.split(line)
             return words[2:]
     return None
+
+
+def entries(configuration: str) -> list[tuple[str, str, str]]:
+    """Title, ID and text of each entry of GRUB's menu; a submenu is one."""
+    found: list[tuple[str, str, str]] = []
+    depth = 0
+    for line in map(str.strip, configuration.splitlines()):
+        if depth == 0 and (start := ENTRY.match(line)):
+            found.append((start[2], start[3] or "", ""))
+        if found:
+            title, name, text = found.pop()
+            found.append((title, name, f"{text}{line}\n"))
+        depth += line.endswith("{") - (line == "}")
+    return found
+
+
+def windows_by_itself(configuration: str, environment: str) -> str | None:
+    """That GRUB's menu starts Windows unless somebody chooses, and the fix; None where it does not."""
+    saved = dict(re.findall(r"^(\w+)=(.*)$", environment, re.MULTILINE))
+    for setting in re.findall(r'^\s*set default="(.*)"$', configuration, re.MULTILINE):
+        if chosen := saved.get(setting[2:-1], "") if setting in CHOSEN_BY else setting:
+            break
+    else:
+        chosen, setting = "0", ""
+    place = chosen.partition(">")[0]
+    menu = entries(configuration)
+    named = (entry for at, entry in enumerate(menu) if place in (str(at), *entry[:2]))
+    title, _, text = next(named, menu[0] if menu else ("", "", ""))
+    # By its program or os-prober's class: a title is a person's.
+    if "/efi/microsoft/" not in text.lower() and "--class windows" not in text:
+        return None
+    fix = CHOSEN_BY.get(setting, f"GRUB_DEFAULT in {SETTINGS}, then sudo update-grub")
+    return f"GRUB's menu starts '{title}', Windows, by itself; fix: {fix}"
 
 
 def lacking(parameters: Sequence[str], configuration: str) -> list[str]:
@@ -247,7 +288,7 @@ def generate(parameters: Sequence[str]) -> dict[str, Any]:
 
 
 def before_reboot(parameters: Sequence[str]) -> dict[str, Any]:
-    """Refuses a reboot into a configuration that does not parse. Raises Refused.
+    """Refuses a reboot into a configuration that does not parse, or that starts Windows. Raises Refused.
 
     A host that does not boot with GRUB has none.
     """
@@ -259,6 +300,8 @@ def before_reboot(parameters: Sequence[str]) -> dict[str, Any]:
         fault = f"{BOOTS} has no entry that boots Linux"
     if fault:
         raise Refused(f"no reboot: {fault}; fix: that line, then run this again")
+    if windows := windows_by_itself(booting, read(ENVIRONMENT)):
+        raise Refused(f"no reboot: {windows}, then run this again")
     return {"changed": False, "diff": [], "pending": pending(parameters, booting, read(COMMAND_LINE))}
 
 
