@@ -35,6 +35,17 @@ class StubBox:
     left: list[str] = field(default_factory=list)  # what somebody asked for and did not wait for
     place: ThreadingHTTPServer | None = None
 
+    def fall_silent(self) -> list[socket.socket]:
+        """As with its power cut: no connection is taken or refused, while what is returned stays open."""
+        assert self.place is not None
+        self.place.shutdown()
+        waiting: list[socket.socket] = []
+        while not waiting or select.select([], [waiting[-1]], [], 0.2)[1]:
+            waiting.append(socket.socket())
+            waiting[-1].setblocking(False)
+            waiting[-1].connect_ex(self.place.server_address)
+        return waiting
+
     def die(self) -> None:
         """Close the port; connections that are open break."""
         assert self.place is not None

@@ -281,6 +281,24 @@ def test_a_client_that_leaves_while_a_box_reads_its_prompt_keeps_none_busy(route
             )
 
 
+def test_a_box_that_falls_silent_keeps_no_request(router: Router) -> None:
+    """They were sent before the router's next look."""
+    for _ in range(3):  # both are known to live and to serve
+        assert router.ask("hi").status_code == 200
+        time.sleep(1)
+    silent = router.one.fall_silent()
+    asked = len(router.two.asked)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda n: router.ask(f"hi {n}", PATHS[n % 2], timeout=120), range(8)))
+    finally:
+        for one in silent:
+            one.close()
+    assert {answer.status_code for answer in answers} == {200} and len(router.two.asked) - asked == 8
+    took = max(line["seconds"] for line in router.lines()[-8:])
+    assert took > 20, "none was sent to the silent box"
+
+
 def test_local_claude_knows_what_the_router_knows(router: Router) -> None:
     """The inventory's context and the boxes' build, past the router: no model call to find out."""
     where = Server("http", "127.0.0.1", int(router.url.rpartition(":")[2]), "me")

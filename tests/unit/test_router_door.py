@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from llm_router.health import State, Watch
 from llm_router.ledger import Settings
-from llm_router.serve import PATHS, Door
+from llm_router.serve import PATHS, SILENT_MS, Door, impatient
 
 from tests.stub_boxes import stub_box
 
@@ -209,3 +210,9 @@ def test_an_error_of_litellm_s_is_still_one(tmp_path: Path) -> None:
 def test_health_is_for_everybody(tmp_path: Path) -> None:
     inside, (head, body) = sent(tmp_path, {"type": "http", "path": "/health"})
     assert (inside, head["status"], json.loads(body["body"])) == ({}, 200, {"status": "ok"})
+
+
+def test_a_box_that_acknowledges_nothing_is_given_up() -> None:
+    make = impatient(lambda: lambda address: socket.socket(*address[:2]))()
+    with make((socket.AF_INET, socket.SOCK_STREAM)) as made:
+        assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == SILENT_MS == 25_000

@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -44,12 +45,16 @@ QUIET = {
 
 
 # A box whose power is cut says nothing: what waits there is lost after 25 s, and sent to another box.
+# Keepalive sees it where all that was sent has been acknowledged. For the rest, and for a connection that
+# is only begun, LiteLLM has no setting.
 KEEPALIVE = {
     "AIOHTTP_SO_KEEPALIVE": "True",
     "AIOHTTP_TCP_KEEPIDLE": "10",
     "AIOHTTP_TCP_KEEPINTVL": "5",
     "AIOHTTP_TCP_KEEPCNT": "3",
 }
+SILENT_MS = 25_000
+MakeSocket = Callable[[Any], socket.socket]
 
 
 class Door:
@@ -166,6 +171,17 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+def impatient(build: Callable[[], MakeSocket]) -> Callable[[], MakeSocket]:
+    """What makes LiteLLM's sockets, so that they give up a peer that acknowledges nothing for SILENT_MS."""
+
+    def make(address: Any) -> socket.socket:
+        made = build()(address)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_MS)
+        return made
+
+    return lambda: make
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description="Route requests to the LLM boxes of an inventory.")
@@ -188,10 +204,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # LiteLLM wants one; it opens nothing here, and is another one at each start.
     os.environ["LITELLM_MASTER_KEY"] = f"sk-{secrets.token_hex(32)}"
     import uvicorn
+    from litellm.llms.custom_httpx import http_handler  # type: ignore[import-not-found]
     from litellm.proxy.proxy_server import app  # type: ignore[import-not-found]
 
     from llm_router.hook import router_hook  # the same that LiteLLM finds by its name
 
+    http_handler.build_aiohttp_keepalive_socket_factory = impatient(
+        http_handler.build_aiohttp_keepalive_socket_factory
+    )
     uvicorn.run(
         Door(app, settings, router_hook.watch, router_hook.left),
         host=host.strip("[]"),
