@@ -165,19 +165,51 @@ def test_local_claude_starts_what_the_role_wrote(
     facts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = llama.PRESETS[0].replace("~", facts["user_dir"])
-    (tmp_path / "presets.json").write_text(files(facts)[place]["text"])
-    monkeypatch.setattr(llama, "PRESETS", (str(tmp_path / "presets.json"),))
+    for words in ("--preset qwen36", "--model qwen36", "--model m"):
+        plan = planned(files(facts)[place]["text"], words, tmp_path, monkeypatch)
+        name = "coder" if words.endswith(" m") else "qwen36"  # several presets of one file: the first
+        assert (plan.alias, plan.model) == (name, "/m/m.gguf")
+        assert plan.preset == box().presets[name].model_copy(update=NOT_ITS)
+
+
+NOT_ITS = {"build": "local", "model": "local", "aliases": []}
+
+
+def planned(written: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> llama.Plan:
+    """What `local-claude --backend llama` starts, from the presets that the role wrote."""
+    (folder / "presets.json").write_text(written)
+    monkeypatch.setattr(llama, "PRESETS", (str(folder / "presets.json"),))
     header = {"general.architecture": "llama", "llama.context_length": 262144}
     there = [{"path": f"/m/{name}.gguf", "size": 1, "values": header, "lengths": {}} for name in ("m", "n")]
     found = {"program": "/bin/llama-server", "help": "", "files": there}
+    return llama.plan(found, options.parse(["--backend", "llama", *words.split()]), lambda _: None)
 
-    for words in ("--preset qwen36", "--model qwen36", "--model m"):
-        wanted = options.parse(["--backend", "llama", *words.split()])
-        plan = llama.plan(found, wanted, lambda _: None)
-        name = "coder" if words.endswith(" m") else "qwen36"  # several presets of one file: the first
-        assert (plan.alias, plan.model) == (name, "/m/m.gguf")
-        not_its = {"build": "local", "model": "local", "aliases": []}
-        assert plan.preset == box().presets[name].model_copy(update=not_its)
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"description": "two"},
+        {"context": 65536},
+        {"kv_cache_type": "q4_0"},
+        {"n_gpu_layers": 20},
+        {"n_cpu_moe": 16},
+        {"threads": 4},
+        {"flash_attention": False, "kv_cache_type": "f16"},
+        {"parallel": 2},
+        {"agent": False},
+        {"jinja": False, "agent": False},
+        {"extra_args": ["--mlock"]},
+    ],
+    ids=" ".join,
+)
+def test_every_word_of_a_preset_about_its_server_reaches_local_claude(
+    said: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = box(llama_presets={"own": preset(**said)})
+    written = json.dumps(clients.local_presets([own]))
+    plan = planned(written, "--preset own", tmp_path, monkeypatch)
+    assert plan.preset == own.presets["own"].model_copy(update=NOT_ITS)
+    assert all(getattr(plan.preset, name) == value for name, value in said.items())
 
 
 def test_of_two_boxes_with_one_preset_the_first_counts() -> None:

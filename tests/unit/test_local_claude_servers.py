@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_claude import choose, cli, environment, launch, lmstudio, machine, servers, translator
+from local_claude import choose, cli, environment, launch, lmstudio, machine, servers, survey, translator
 from local_claude.checks import Result
 from local_claude.errors import EXIT_CONTEXT, EXIT_TOOLS, LocalClaudeError, one_line, shown
 from local_claude.keeping import Kept, Order
@@ -461,6 +461,22 @@ def test_the_doctor_of_a_careless_model(world: Path, capsys: pytest.CaptureFixtu
     assert "tokens are left" in told
 
 
+def test_the_doctor_of_a_model_whose_file_breaks_off(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where a server ends a call without saying so."""
+
+    def half(body: Any) -> Answer:
+        answer = json.loads(json.dumps(working(body)))
+        for call in answer[1]["content"]:
+            if call.get("name") == "Write":
+                call["input"]["content"] = call["input"]["content"][:50]
+        return answer[0], answer[1]
+
+    with ScriptedLlm(scripted_llm.gateway() | {"/v1/messages": half}) as server:
+        code, lines = doctor(capsys, "--port", str(server.port))
+    (warned,) = (line for line in lines if line.startswith("warn"))
+    assert code == 0 and "stops in mid-edit: a file of 40 lines came as " in warned
+
+
 def test_a_model_that_is_not_loaded_is_judged_by_what_it_has_once_it_is(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -632,6 +648,7 @@ def test_claude_is_found_where_homebrew_and_its_own_installer_put_it(
     assert launch.find_claude() == own
     assert "/opt/homebrew/bin/claude" in launch.PLACES
     assert any(place.startswith("/Library/Application Support/ClaudeCode/") for place in environment.MANAGED)
+    assert "/opt/homebrew/bin/llama-server" in survey.SERVERS and "~/.lmstudio/models" in survey.FOLDERS
 
 
 @pytest.mark.parametrize("breaks", ["\n", "\x1b[2J", "\u2028", "\u202e", "\u0085"])
