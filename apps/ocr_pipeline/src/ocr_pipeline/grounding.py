@@ -70,6 +70,8 @@ def grounded(name: str, value: Any, lines: Sequence[Line], raw: str = "") -> boo
                 for text in texts
             ) or any(normal.secondary(text) == value for text in texts)
         case "data_fabricacao":
+            if _of_two_labels(str(value), texts):
+                return True
             if not raw:
                 return any(str(value) == date for text in texts for date in _dates(text))
             shown = [*texts, raw]
@@ -126,6 +128,16 @@ def _dates(text: str) -> Iterator[str | None]:
             digits = normal.ones(re.sub("[OQ]", "0", shown))
             if DATE.fullmatch(digits) or normal.NAMED_MONTH.fullmatch(shown):
                 yield normal.date(shown)
+
+
+def _of_two_labels(value: str, texts: Sequence[str]) -> bool:
+    """Whether a month's label shows a date's month, and the text its year: `MÊS: 04 ANO: 2015`."""
+    year, _, month = value.partition("-")
+    found = [label for text in texts for label in _labels(text)]
+    if len(month) != 2 or not any(label.unit.endswith(normal.ONLY_MONTH) for label in found):
+        return False
+    shown = [*texts, *(label.rest for label in found)]
+    return f"--{month}" in map(normal.month, shown) and year in map(normal.date, shown)
 
 
 def _neighbours(words: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -18,17 +18,17 @@ from itertools import product
 import yaml
 
 from ocr_pipeline.geometry import Box
-from ocr_pipeline.normal import WEEK_YEAR, YEAR_WEEK, month_of
+from ocr_pipeline.normal import ONLY_MONTH, WEEK_YEAR, YEAR_WEEK, month_of
 from ocr_pipeline.stages import Line
 from ocr_pipeline.templates import Template
 from ocr_pipeline.words import distance, fold, squeezed
 
 OTHER = "_other"
-BOTH_VOLTAGES, SIDES, WORDS, WEEKS = "_both_voltages", "_sides", "_words", "_weeks"
+BOTH_VOLTAGES, SIDES, WORDS, WEEKS, MONTHS = "_both_voltages", "_sides", "_words", "_weeks", "_months"
 ANOTHER = "_another"
 VOLTAGES = ("tensao_primaria", "tensao_secundaria")
 DATE, MAKER = "data_fabricacao", "fabricante"
-FIELDS_OF = {BOTH_VOLTAGES: VOLTAGES, WEEKS: (DATE,), OTHER: (), ANOTHER: ()}
+FIELDS_OF = {BOTH_VOLTAGES: VOLTAGES, WEEKS: (DATE,), MONTHS: (DATE,), OTHER: (), ANOTHER: ()}
 UNIT = r"KVA|KV|V|VOLTS?|A|HZ|KG|L|%"
 BARE = re.compile(rf"^[\s\W]*(?:\(?\s*(?:{UNIT})\s*\)?)?[\s\W]*$")  # nothing, or only a unit
 ANSWERS = ("SIM", "NAO", "YES")  # values, never a label's words: `AUTOPROT. NÃO   FASES: 3`
@@ -37,6 +37,9 @@ NUMBER_BEFORE = re.compile(r"[0-9][OIl|]{0,2}\s*\W?\s*$")  # `75 kVA`: a unit, n
 VALUE_BEFORE = re.compile(r"[0-9]\s*[kK]?VA?$")  # `300 kVASÉRIE`
 # `(kV)`, `(MÊS/ANO)`: the label's; `( )` and `(X)` are boxes of its values.
 MONTH = re.compile(r"(?<![A-Z0-9])([A-Z0-9]{3}[A-Z]*?)\.?\s*[/\-. ]?\s*(?:DE\s*)?[0-9]{2}")
+NAMED = re.compile(
+    r"(?<![A-Z])(?:MES|MONTH)\W*([A-Z0-9]{3,})"
+)  # `MÊS ABR ANO 2015` has no misread `FABR. ANO`
 IN_BRACKETS = re.compile(r"[\s.:]*[(\[](?!\s*[Xx]?\s*[)\]])[^()\[\]0-9]{0,14}(?:[)\]]|$)")
 # `-2010`: the month is covered; ` ,5 kVA`: what stood before the comma is.
 TO_THE_VALUE = re.compile(r"(?:[\s:;=_)\]·•…*|]|[.,](?![0-9])|(?<![\s:])[.,]|-(?![0-9]))*")
@@ -58,7 +61,7 @@ class Label:
     """A label in a line: from `start` to `end` of its text; `rest` is what follows up to the next label.
 
     `fields` are those that it may name, none for `OTHER`; `unit` what stands behind it in brackets, and
-    `SEM/ANO` where its value is a week and year.
+    `SEM/ANO` where its value is a week and year, `--MM` where it is a month alone.
     """
 
     fields: tuple[str, ...]
@@ -195,17 +198,16 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
         if sign.isalnum() and sign.isascii()
     ]
     flat = "".join(sign for _, sign in signs)
-    months = [
-        found.start()
-        for found in MONTH.finditer("".join(fold(sign)[:1] or " " for sign in text))
-        if month_of(found[1])
-    ]
+    folded = "".join(fold(sign)[:1] or " " for sign in text)
+    named = [found.start(1) for found in NAMED.finditer(folded) if month_of(found[1])]
+    months = [found.start() for found in MONTH.finditer(folded) if month_of(found[1])] + named
     ends = [_least(text, signs, end) for end in range(len(signs) + 1)]
     values = sorted(number for number, (place, _) in enumerate(signs) if place in months)
     answers = [
         number
         for number, (place, _) in enumerate(signs)
-        if _begins(text, place) and fold(re.split(r"[\W\d_]", text[place:], maxsplit=1)[0]) in ANSWERS
+        if _begins(text, place)
+        and (place in named or fold(re.split(r"[\W\d_]", text[place:], maxsplit=1)[0]) in ANSWERS)
     ]
     spans: list[_Span] = []
     start = 0
@@ -227,6 +229,8 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
             end, told = bracket.end(), bracket.group(0).strip(" ()[]")
         if phrase in known()[WEEKS]:
             told += f" {YEAR_WEEK if phrase.startswith(YEAR) else WEEK_YEAR}"
+        elif phrase in known()[MONTHS]:
+            told += f" {ONLY_MONTH}"
         elif phrase in YEAR and OF_A_YEAR.search(text[:place]) and not (spans and DATE in spans[-1].fields):
             told += f" {WEEK_YEAR}"
         begin = 0 if JOINING.fullmatch(text[:place].strip()) else place
@@ -273,6 +277,8 @@ def _in_common(one: _Span, other: _Span, sides: frozenset[str]) -> tuple[str, ..
     """
     if one.fields == other.fields:
         return one.fields
+    if DATE in one.fields and DATE in other.fields and {one.phrase, other.phrase} & {*known()[MONTHS]}:
+        return (DATE,)  # `MÊS FABR.`
     another = known()[ANOTHER]
     if other.phrase in another or (one.phrase in another and other.fields == (DATE,)):
         return ()

@@ -53,6 +53,8 @@ WEEK = re.compile(
     r"|(?<![A-Z0-9])WW? ?[0-5]?[0-9](?![0-9])|(?<![A-Z0-9/.\-])S ?[0-5]?[0-9](?![0-9])"
 )
 WEEK_YEAR, YEAR_WEEK = "SEM/ANO", "ANO/SEM"
+ONLY_MONTH = "--MM"  # what a label of a month alone names, as ISO 8601 writes it
+DAY = re.compile(r"(?<![A-Z])DIA\W*[0-9]")
 YEAR_FIRST = re.compile(r"(?:ANO|YEAR)\W*(?:E )?(?:SEM|WEEK|TRIM)")
 _LETTERS_FOR = str.maketrans({"0": "O", "1": "I", "2": "Z", "5": "S", "8": "B"})
 NUMBER_SIGN = re.compile(r"^\s*[Nn](?:[º°ª]|[oO0]?[.:]|[oODQ0]\s)[\s.:]*")  # `PATRIM. Nº 12345`
@@ -213,9 +215,23 @@ def date(text: str) -> str | None:
         return _month(int(found.group(1)), int(found.group(2)))
     if found := re.search(r"(?<![0-9])([0-9]{1,2})[/.\-]((?:19|20)[0-9]{2}|[0-9]{2})(?![0-9])", digits):
         return _month(_year(found.group(2)), int(found.group(1)))
+    if found := re.fullmatch(r"\W*(0?[1-9]|1[0-2])\s+((?:19|20)[0-9]{2})\W*", digits):
+        return _month(int(found.group(2)), int(found.group(1)))  # `04 2015`, of `MÊS ANO`
     if found := re.search(r"(?<![0-9A-Z/\-])((?:19|20)[0-9]{2})(?![0-9A-Z/])", digits):
         return found.group(1)
     return None
+
+
+def month(text: str) -> str | None:
+    """`--04`, from `04`, `ABR`: a month whose year stands elsewhere; a date where one stands with it."""
+    whole = date(text)
+    if whole and len(whole) > 4:
+        return whole
+    word = re.sub(r"^\W+|\W+$", "", ones(fold(text)))
+    if re.fullmatch(r"0?[1-9]|1[0-2]", word):
+        return f"--{int(word):02d}"
+    found = month_of(word) if re.fullmatch(r"[0-9A-Z]{3,}", word) else None
+    return f"--{found:02d}" if found else None
 
 
 @lru_cache(maxsize=1024)

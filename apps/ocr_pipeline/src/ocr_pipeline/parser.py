@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import median
 from typing import Any
@@ -159,6 +159,8 @@ class Parser:
             """How many lines stand with a candidate's: a label beside the plate is a small group."""
             return len(groups[candidate.line]) if candidate.line is not None else 0
 
+        if _join_month(sheet):
+            extraction.reasons.append(f"{Reason.AMBIGUOUS}:{DATE}")
         for name, values in sheet.found.items():
             _choose(name, values, beside, template, extraction)
         free = set(range(len(lines))) - sheet.labelled - sheet.taken
@@ -617,6 +619,31 @@ def _position(at: int, sheet: _Sheet) -> str:
 # --- choosing ---
 
 
+def _join_month(sheet: _Sheet) -> bool:
+    """Put the month of `MÊS: 04` to the year of `ANO: 2015`; whether a date may still lack month or day."""
+    if not any(label.fields == (DATE,) and label.unit.endswith(normal.ONLY_MONTH) for label in sheet.labels):
+        return False
+    found = [value.candidate for value in sheet.found.get(DATE, ())]
+    months = {one.value[2:]: one for one in found if one.value.startswith("--")}
+    dates = [value for value in sheet.found.pop(DATE, ()) if not value.candidate.value.startswith("--")]
+    if not dates:
+        return False  # the label stays without a value
+    number, month = next(iter(months.items()), ("", None))
+    for at, value in enumerate(dates):
+        year = value.candidate
+        if month and len(months) == 1 and len(year.value) == 4:
+            sure = min(year.confidence, month.confidence)
+            joined = replace(year, value=f"{year.value}-{number}", confidence=sure)
+            dates[at] = replace(value, candidate=joined)
+    sheet.found[DATE] = dates
+    read = {value.candidate.value for value in dates}
+    if any(len(one) == 4 or (months and one[5:7] not in months) for one in read) or len(months) > 1:
+        return True
+    return any(len(one) == 7 for one in read) and any(
+        normal.DAY.search(fold(line.text)) for line in sheet.lines
+    )
+
+
 def _choose(
     name: str,
     values: list[_Found],
@@ -753,6 +780,8 @@ def _value(name: str, text: str, unit: str = "") -> Any:
     text = LEADERS.sub("", text)
     if name == DATE and normal.WEEK.search(fold(unit)):
         return PARSERS[name](f"{unit} {text}")
+    if name == DATE and unit.endswith(normal.ONLY_MONTH):
+        return normal.month(text)
     kilovolts = name in VOLTAGES and re.search(r"KV(?!A)", fold(unit)) is not None
     return PARSERS[name](f"{text} kV" if kilovolts else text)
 
