@@ -442,3 +442,39 @@ def test_a_value_whose_beginning_or_end_was_covered_is_none_or_for_a_person(
     assert values[name] == value
     covered = any(text.endswith(end) for end in ("/03/2015", "-456", "6-", " .234.567", "/123456"))
     assert bool(reasons) is (covered or value is None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NBR 5440 ANO 2014",
+        "NBR 5440-1 ANO: 2014",
+        "NORMA 5440 ANO 2014",
+        "ABNT NBR 5440 ANO 2014",
+        "NORMA/ANO NBR5440/2014",
+        "NORMA/ANO|NBR5440/2014",
+        "FABRICADO CONFORME NBR 5440 ANO 2014",
+        "IEC 60076 DATA 2011",
+    ],
+)
+def test_a_standard_s_year_is_no_date(text: str) -> None:
+    told = text.split("|")
+    values, reasons = parsed(*column("POTÊNCIA: 75 kVA", *told, "FASES: 3"))
+    assert (values["data_fabricacao"], {*reasons}) == (None, {"label_without_value:data_fabricacao"})
+    values, reasons = parsed(*column("POTÊNCIA: 75 kVA", *told, "DATA FABR.: 03/2019", "FASES: 3"))
+    assert (values["data_fabricacao"], reasons) == ("2019-03", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("NBR 5440 ANO DE FABRICAÇÃO 2014", "2014"),
+        ("NBR 5440 FABR. 2014", "2014"),
+        ("NBR 5440 DATA 03/2019", "2019-03"),
+        ("NORMA NBR 5440 MASSA 480 kg ANO 2014", "2014"),
+        ("NBR 5440/2014|ANO 2019", "2019"),
+    ],
+)
+def test_a_date_beside_a_standard_is_still_the_date(text: str, value: str) -> None:
+    values, reasons = parsed(*column("POTÊNCIA: 75 kVA", *text.split("|"), "FASES: 3"))
+    assert (values["data_fabricacao"], reasons) == (value, [])

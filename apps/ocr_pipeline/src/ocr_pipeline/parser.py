@@ -51,6 +51,11 @@ NUMBERS = frozenset(PARSERS) - {"fases", "autoprotegido"}  # a word alone is no 
 LEADERS = re.compile(r"^[\s.]{2,}")  # dots up to a value
 WORDED = (*CODES, DATE, "potencia_kva")  # what other things have too
 GROUP = re.compile(r"[\s./\\,\-]*[0-9]+(?:[\s./\\,\-]+[0-9]+)*\s?(?:[A-Z]|K?VA?)?[.\s]*")
+# `NBR 5440 ANO 2014`, `NORMA/ANO`: what stands before the label of a standard's year.
+STANDARD = re.compile(
+    r"(?<![A-Z])(?:NORMAS?|ABNT|NBR|IEC|ANSI|IEEE|STANDARDS?)(?:[\W0-9]|NBR|IEC|VERSAO|REV(?:ISAO)?|ED(?:ICAO)?|D[EOA])*$"
+)
+BARE_DATE = re.compile(r"\W*(?:ANO|DATA|DATE|FECHA|YR|YEAR)\W*")  # it does not say of what
 BROKEN = (*WORDED, "tensao_secundaria")  # of several taps the first is right all the same
 CODE_ALONE = re.compile(r"[A-Z]{0,3}[0-9]{5,9}(?:-[0-9])?")
 BARE_NUMBER = re.compile(
@@ -121,7 +126,16 @@ class _Sheet:
         if set(fields) & set(VOLTAGES) and BOTH.search(normal.ones(fold(text))):
             fields = VOLTAGES  # whatever is left of `AT/BT`
         found = {name: _candidate(name, self.lines, at, text, start, label.unit) for name in fields}
-        return {name: candidate for name, candidate in found.items() if candidate is not None}
+        values = {name: candidate for name, candidate in found.items() if candidate is not None}
+        if DATE in values and len(values[DATE].value) == 4 and self._of_a_standard(label):
+            del values[DATE]
+        return values
+
+    def _of_a_standard(self, label: Label) -> bool:
+        """Whether a label of a year may be that of the standard before it."""
+        text = self.lines[label.line].text
+        bare = BARE_DATE.fullmatch(fold(text[label.start : label.end]))
+        return bare is not None and STANDARD.search(fold(text[: label.start])) is not None
 
     def add(self, values: dict[str, Candidate], cost: float) -> None:
         """Note values."""
