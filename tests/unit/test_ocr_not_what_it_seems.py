@@ -478,3 +478,44 @@ def test_a_standard_s_year_is_no_date(text: str) -> None:
 def test_a_date_beside_a_standard_is_still_the_date(text: str, value: str) -> None:
     values, reasons = parsed(*column("POTÊNCIA: 75 kVA", *text.split("|"), "FASES: 3"))
     assert (values["data_fabricacao"], reasons) == (value, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CLASSE TENSÃO AT 24,2 kV",
+        "CLASSE DE TENSÃO AT 24,2 kV",
+        "U MÁX AT 24,2 kV",
+        "Um AT 24,2 kV",
+        "U MÁX. DE OPERAÇÃO 24,2 kV",
+        "TENSÃO MÁX. AT 24,2 kV",
+        "TENSÃO MÁX. OPERAÇÃO AT 24,2 kV",
+        "TENSÃO MÁXIMA DO SISTEMA AT 24,2 kV",
+        "TENSÃO MÁXIMA DO EQUIPAMENTO 24,2 kV",
+        "MÁX. TENSÃO AT 24,2 kV",
+        "TENSÃO AT MÁX. 24,2 kV",
+        "MAXIMUM VOLTAGE HV 24,2 kV",
+    ],
+)
+def test_the_highest_voltage_and_the_class_are_no_rated_voltage(text: str) -> None:
+    values, reasons = parsed(*column("POTÊNCIA: 75 kVA", text, "FASES: 3"))
+    assert (values["tensao_primaria"], reasons) == (None, [])
+    values, reasons = parsed(*column("POTÊNCIA: 75 kVA", text, "TENSÃO AT: 23100 V", "FASES: 3"))
+    assert (values["tensao_primaria"], reasons) == (23100.0, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CLASSE TENSÃO 15 kV AT 13800 V",
+        "TENSÃO MÁX. 15 kV TENSÃO AT 13,8 kV",
+        "TENSÃO PRIMAR. 13,8 kV",
+        "PRIMAR: 13800 V",
+        "ALTA TENSÃO 13,8 kV",
+        "MÉDIA TENSÃO 13,8 kV",
+        "TENSÃO DE OPERAÇÃO AT 13,8 kV",
+    ],
+)
+def test_the_rated_voltage_is_read_beside_words_like_the_highest_one_s(text: str) -> None:
+    values, reasons = parsed(*column("POTÊNCIA: 75 kVA", text, "FASES: 3"))
+    assert (values["tensao_primaria"], reasons) == (13800.0, [])
