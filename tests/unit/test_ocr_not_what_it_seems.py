@@ -519,3 +519,20 @@ def test_the_highest_voltage_and_the_class_are_no_rated_voltage(text: str) -> No
 def test_the_rated_voltage_is_read_beside_words_like_the_highest_one_s(text: str) -> None:
     values, reasons = parsed(*column("POTÊNCIA: 75 kVA", text, "FASES: 3"))
     assert (values["tensao_primaria"], reasons) == (13800.0, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("ORDEM: 4567", None),
+        ("ORDEM 2012/45", None),
+        ("ORDEM|4567", None),
+        ("ORDEM Nº 4567", None),
+        ("Nº DE ORDEM: 4567", "4567"),
+        ("Nº ORDEM 4567", "4567"),
+        ("N. ORDEM|4567", "4567"),
+    ],
+)
+def test_an_order_is_the_serial_number_only_with_its_number_sign(text: str, value: str | None) -> None:
+    values, reasons = parsed(*column("POTÊNCIA: 75 kVA", *text.split("|"), "FASES: 3"))
+    assert (values["numero_serie"], reasons) == (value, [])
