@@ -118,15 +118,14 @@ def test_limits_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
         assert ended.value.code == 2 and f"--{name}" in capsys.readouterr().err
 
 
-def test_the_key_is_in_the_environment_only(
-    world: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """What is written into the throw-away directory, and every command line, is without it."""
-    monkeypatch.undo()
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """How the client is started: its command line, its environment, its settings, and the place it had."""
     seen: dict[str, Any] = {}
 
     def follow(command: list[str], place: _agent_run.Place, env: dict[str, str], *_: object) -> Any:
-        seen.update(command=command, env=env, settings=(place.root / "settings.json").read_text())
+        settings = (place.root / "settings.json").read_text()
+        seen.update(command=command, env=env, settings=settings, root=place.root)
         return [], 0, "", ""
 
     monkeypatch.setattr(_agent_run, "follow", follow)
@@ -134,7 +133,18 @@ def test_the_key_is_in_the_environment_only(
     monkeypatch.setenv("ANTHROPIC_API_KEY", "the-users-own")
     with _agent_run.throw_away() as place:
         _agent_run.record(place, Path("claude"), "http://h:1", "m", 32768, "secret-key", _agent_run.Limits())
-    assert seen["env"]["ANTHROPIC_AUTH_TOKEN"] == "secret-key"
-    assert "the-users-own" not in seen["env"].values()
-    assert not any("secret-key" in word for word in seen["command"]) and "secret-key" not in seen["settings"]
-    assert seen["env"]["CLAUDE_CONFIG_DIR"] == str(place.root / "config") and not place.root.exists()
+    return seen
+
+
+def test_the_key_is_in_the_environment_only(started: dict[str, Any]) -> None:
+    """What is written into the throw-away directory, and every command line, is without it."""
+    env, command = started["env"], started["command"]
+    assert env["ANTHROPIC_AUTH_TOKEN"] == "secret-key"
+    assert "the-users-own" not in env.values()
+    assert not any("secret-key" in word for word in command) and "secret-key" not in started["settings"]
+    assert env["CLAUDE_CONFIG_DIR"] == str(started["root"] / "config") and not started["root"].exists()
+
+
+def test_the_client_has_no_tools_but_its_own(started: dict[str, Any]) -> None:
+    """MCP servers that the machine's settings name would be started, and judged with the model."""
+    assert "--strict-mcp-config" in started["command"] and "--mcp-config" not in started["command"]
