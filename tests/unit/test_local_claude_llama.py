@@ -187,6 +187,13 @@ def test_the_survey_reads_headers(models: Path) -> None:
     assert GgufFile.of(found["files"][0]).context == 4096
 
 
+def test_the_survey_leaves_out_the_chat_template(tmp_path: Path) -> None:
+    """Nobody asks for it, it is long, and all of this may come over SSH."""
+    gguf(tmp_path / "one.gguf", general__architecture="llama", tokenizer__chat_template="{{ messages }}")
+    found = survey.describe(tmp_path / "one.gguf")
+    assert found is not None and found["values"] == {"general.architecture": "llama"}
+
+
 def test_a_split_model_is_as_large_as_all_its_parts(tmp_path: Path) -> None:
     """Else the largest model of all, whose first part is a header, is the smallest draft."""
     for number in (1, 2, 3):

@@ -647,7 +647,7 @@ def test_claude_is_found_where_homebrew_and_its_own_installer_put_it(
     own.chmod(0o755)
     assert launch.find_claude() == own
     assert "/opt/homebrew/bin/claude" in launch.PLACES
-    assert any(place.startswith("/Library/Application Support/ClaudeCode/") for place in environment.MANAGED)
+    assert "/Library/Application Support/ClaudeCode/managed-settings.json" in environment.MANAGED
     assert "/opt/homebrew/bin/llama-server" in survey.SERVERS and "~/.lmstudio/models" in survey.FOLDERS
 
 
