@@ -69,6 +69,15 @@ def test_a_number_sign_alone_is_the_serial_number_s(text: str) -> None:
     assert reasons == []
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("Nº CIA 123456", "123456"), ("Nº DA CIA.: 123456", "123456"), ("N. CIA 123456", None)],
+)
+def test_a_utility_s_number_is_no_serial_number(text: str, value: str | None) -> None:
+    values, reasons = parsed(*column(text, *USUAL))
+    assert (values["numero_serie"], values["matricula"], reasons) == (None, value, [])
+
+
 def test_a_number_sign_is_no_serial_number_below_another_label_or_beside_a_serial_number() -> None:
     for texts in (("PATRIMÔNIO", "Nº 445566"), ("Nº DE SÉRIE: 998877", "Nº 445566")):
         values, _ = parsed(*column(*USUAL, *texts))
