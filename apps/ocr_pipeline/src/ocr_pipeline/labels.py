@@ -37,9 +37,7 @@ NUMBER_BEFORE = re.compile(r"[0-9][OIl|]{0,2}\s*\W?\s*$")  # `75 kVA`: a unit, n
 VALUE_BEFORE = re.compile(r"[0-9]\s*[kK]?VA?$")  # `300 kVASÉRIE`
 # `(kV)`, `(MÊS/ANO)`: the label's; `( )` and `(X)` are boxes of its values.
 MONTH = re.compile(r"(?<![A-Z0-9])([A-Z0-9]{3}[A-Z]*?)\.?\s*[/\-. ]?\s*(?:DE\s*)?[0-9]{2}")
-NAMED = re.compile(
-    r"(?<![A-Z])(?:MES|MONTH)\W*([A-Z0-9]{3,})"
-)  # `MÊS ABR ANO 2015` has no misread `FABR. ANO`
+NAMED = re.compile(r"(?<![A-Z])(?:MES|MONTH)\W*([A-Z0-9]{3,})")  # `MÊS ABR ANO 2015`: no misread `FABR. ANO`
 IN_BRACKETS = re.compile(r"[\s.:]*[(\[](?!\s*[Xx]?\s*[)\]])[^()\[\]0-9]{0,14}(?:[)\]]|$)")
 # `-2010`: the month is covered; ` ,5 kVA`: what stood before the comma is.
 TO_THE_VALUE = re.compile(r"(?:[\s:;=_)\]·•…*|]|[.,](?![0-9])|(?<![\s:])[.,]|-(?![0-9]))*")
