@@ -38,6 +38,7 @@ VALUE_BEFORE = re.compile(r"[0-9]\s*[kK]?VA?$")  # `300 kVASÉRIE`
 # `(kV)`, `(MÊS/ANO)`: the label's; `( )` and `(X)` are boxes of its values.
 MONTH = re.compile(r"(?<![A-Z0-9])([A-Z0-9]{3}[A-Z]*?)\.?\s*[/\-. ]?\s*(?:DE\s*)?[0-9]{2}")
 NAMED = re.compile(r"(?<![A-Z])(?:MES|MONTH)\W*([A-Z0-9]{3,})")  # `MÊS ABR ANO 2015`: no misread `FABR. ANO`
+MISREAD_YEAR = re.compile(r"\s*/\s*([A-Z][A-Z0-9]{1,2})(?![A-Z0-9/])")  # `MÊS/AMO`
 IN_BRACKETS = re.compile(r"[\s.:]*[(\[](?!\s*[Xx]?\s*[)\]])[^()\[\]0-9]{0,14}(?:[)\]]|$)")
 # `-2010`: the month is covered; ` ,5 kVA`: what stood before the comma is.
 TO_THE_VALUE = re.compile(r"(?:[\s:;=_)\]·•…*|]|[.,](?![0-9])|(?<![\s:])[.,]|-(?![0-9]))*")
@@ -227,6 +228,8 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
             end, told = bracket.end(), bracket.group(0).strip(" ()[]")
         if phrase in known()[WEEKS]:
             told += f" {YEAR_WEEK if phrase.startswith(YEAR) else WEEK_YEAR}"
+        elif phrase in known()[MONTHS] and (year := MISREAD_YEAR.match(folded, end)):
+            end = end if month_of(year[1]) else year.end()
         elif phrase in known()[MONTHS]:
             told += f" {ONLY_MONTH}"
         elif phrase in YEAR and OF_A_YEAR.search(text[:place]) and not (spans and DATE in spans[-1].fields):

@@ -215,8 +215,10 @@ def date(text: str) -> str | None:
         return _month(int(found.group(1)), int(found.group(2)))
     if found := re.search(r"(?<![0-9])([0-9]{1,2})[/.\-]((?:19|20)[0-9]{2}|[0-9]{2})(?![0-9])", digits):
         return _month(_year(found.group(2)), int(found.group(1)))
-    if found := re.fullmatch(r"\W*(0?[1-9]|1[0-2])\s+((?:19|20)[0-9]{2})\W*", digits):
-        return _month(int(found.group(2)), int(found.group(1)))  # `04 2015`, of `MÊS ANO`
+    # `04 2015`, of `MÊS ANO`; `15 04 2015`, of `DIA MÊS ANO`.
+    if found := re.fullmatch(r"\W*(?:([0-3]?[0-9])\s+)?(0?[1-9]|1[0-2])\s+((?:19|20)[0-9]{2})\W*", digits):
+        month, year = int(found.group(2)), int(found.group(3))
+        return _day(year, month, int(found.group(1))) if found.group(1) else _month(year, month)
     if found := re.search(r"(?<![0-9A-Z/\-])((?:19|20)[0-9]{2})(?![0-9A-Z/])", digits):
         return found.group(1)
     return None
