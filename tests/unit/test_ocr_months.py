@@ -25,6 +25,7 @@ from tests.unit.test_ocr_fields import column, parsed
         ("MÊS ANO|04 2015", "2015-04", False),
         ("DIA MÊS ANO|15 04 2015", "2015-04-15", False),
         ("MÊS/AMO: 04/2015", "2015-04", False),  # `ANO` was misread
+        ("MÊS/ABR ANO 2015", "2015-04", False),
         ("MÊS: 04/2015", "2015-04", False),
         ("MÊS: 04|DATA FABR.: 15/04/2015", "2015-04-15", False),
         ("MÊS REVISÃO 04|ANO 2015", "2015", False),

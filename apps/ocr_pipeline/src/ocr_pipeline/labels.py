@@ -228,10 +228,12 @@ def find_labels(at: int, line: Line, template: Template) -> list[Label]:
             end, told = bracket.end(), bracket.group(0).strip(" ()[]")
         if phrase in known()[WEEKS]:
             told += f" {YEAR_WEEK if phrase.startswith(YEAR) else WEEK_YEAR}"
-        elif phrase in known()[MONTHS] and (year := MISREAD_YEAR.match(folded, end)):
-            end = end if month_of(year[1]) else year.end()
         elif phrase in known()[MONTHS]:
-            told += f" {ONLY_MONTH}"
+            year = MISREAD_YEAR.match(folded, end)
+            if year and not month_of(year[1]):
+                end = year.end()
+            else:
+                told += f" {ONLY_MONTH}"
         elif phrase in YEAR and OF_A_YEAR.search(text[:place]) and not (spans and DATE in spans[-1].fields):
             told += f" {WEEK_YEAR}"
         begin = 0 if JOINING.fullmatch(text[:place].strip()) else place
