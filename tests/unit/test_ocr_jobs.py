@@ -610,29 +610,75 @@ def test_a_share_that_is_away_is_tried_again_and_one_that_refuses_is_not(
     assert (found.state.value, found.error_code, found.error_status) == expected
 
 
-def test_a_share_is_tried_again_after_5_10_and_20_seconds_and_asked_for_no_more_than_a_photo_may_have(
-    store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store.limits = replace(store.limits, attempts=4)
-    tried: list[tuple[float, int]] = []
+SHARES = {"field": ShareSettings("server", "share", "user", "word")}
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What was asked of a share that is away: a path, and how much a photo may have."""
+    asked: list[tuple[str, int]] = []
 
     class Away:
         def __init__(self, settings: ShareSettings) -> None: ...
 
         def read(self, path: str, limit: int) -> bytes:
-            tried.append((clock.now, limit))
+            asked.append((path, limit))
             raise ShareUnreachableError("gone")
 
     monkeypatch.setattr("ocr_pipeline.jobs.worker.Share", Away)
-    store.submit(Kind.TRA, "me", [NewItem("P1", "F/P1/a.jpg", "h")], share="field")
-    share = ShareSettings("server", "share", "user", "word")
-    settings = WorkerSettings(max_image_bytes=1000)
-    made = worker(store, FakeReader(), shares={"field": share}, settings=settings)
-    began = clock.now
-    for _ in range(60):
+    return asked
+
+
+def test_a_share_that_is_away_costs_no_attempt_and_is_given_up_after_hours(
+    store: JobStore, clock: Clock, tried: list[tuple[str, int]]
+) -> None:
+    store.limits = replace(store.limits, attempts=1)
+    job = store.submit(Kind.TRA, "me", [NewItem("P1", "F/P1/a.jpg", "h")], share="field")
+    settings = WorkerSettings(max_image_bytes=1000, retry_delay_s=0)
+    made = worker(store, FakeReader(), shares=SHARES, settings=settings)
+    for _ in range(6 * 12):
         made.work_once()
-        clock.now += 1
-    assert tried == [(began + after, 1000) for after in (0, 5, 15, 35)]
+        clock.now += 300
+    assert (store.results(job.job_id)[0].state.value, set(tried)) == ("queued", {("F/P1/a.jpg", 1000)})
+    assert len(tried) == 6 * 12, "every 5 min at the latest"
+    made.work_once()
+    found = store.results(job.job_id)[0]
+    assert (found.state.value, found.error_code) == ("failed", "SMB_UNREACHABLE")
+    assert "given up" in str(found.error)
+
+
+def test_one_photo_finds_out_that_a_share_is_away_and_the_others_wait_for_it_untried(
+    store: JobStore, tried: list[tuple[str, int]]
+) -> None:
+    items = [NewItem("P1", f"F/P1/{name}.jpg", name) for name in "abc"]
+    job = store.submit(Kind.TRA, "me", items, share="field")
+    made = worker(store, FakeReader(), shares=SHARES, settings=WorkerSettings(retry_delay_s=60))
+    while made.work_once():
+        pass
+    found = store.results(job.job_id)
+    assert len(tried) == 1
+    assert {(one.state.value, one.error_code, one.attempts) for one in found} == {
+        ("queued", "SMB_UNREACHABLE", 0)
+    }
+
+
+def test_a_photo_that_takes_longer_than_its_lease_keeps_it(store: JobStore) -> None:
+    store.limits = replace(store.limits, lease_s=0.5)
+    job = store.submit(Kind.ALT, "me", photos(1))
+    reader = FakeReader()
+    real = reader.read
+
+    def slow(*args: Any, **more: Any) -> Read:
+        ends = time.monotonic() + 1.5
+        while time.monotonic() < ends:
+            time.sleep(0.1)
+            store.sweep()
+        return real(*args, **more)
+
+    reader.read = slow  # type: ignore[method-assign]
+    worker(store, reader, settings=WorkerSettings(heartbeat_s=0.05)).work_once()
+    found = store.results(job.job_id)[0]
+    assert (found.state.value, found.attempts) == ("done", 1)
 
 
 def test_a_photo_that_takes_too_long_ends_the_process_and_its_attempt_is_written_down(

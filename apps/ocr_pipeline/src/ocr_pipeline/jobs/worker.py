@@ -56,7 +56,9 @@ class WorkerSettings:
     max_image_bytes: int = 32 * 1024 * 1024
     nice: int = 10
     noting_s: float = ENDING_S
-    patience_s: float = 6 * 3600.0  # how long a photo of a job waits for backends and records that are away
+    patience_s: float = (
+        6 * 3600.0
+    )  # how long a photo of a job waits for backends, records and shares that are away
 
     @property
     def reading_s(self) -> float:
@@ -100,6 +102,7 @@ class Worker:
         self._exit = exit_process
         self._stop = threading.Event()
         self._open: dict[str, Share] = {}
+        self._gone: dict[str, tuple[float, ShareError]] = {}  # share: until when it is not tried, and why
         self._problem = ""
         self._problem_until = 0.0
         self._away = ""
@@ -164,8 +167,7 @@ class Worker:
             self._fail(claimed, error.reason, str(error), error.http_status)
         except ShareError as error:
             if error.temporary:
-                delay = settings.retry_delay_s * 2 ** (claimed.attempts - 1)
-                self._put_back(claimed, error.code, str(error), 503, delay)
+                self._put_off(claimed, error.code, str(error), settings.retry_delay_s)
             else:
                 self._fail(claimed, error.code, str(error), 400)
         except GpuHangError as error:
@@ -224,10 +226,11 @@ class Worker:
         if its_own or claimed.kind in SINGLE:
             self._put_back(claimed, error.reason, str(error), error.http_status, delay_s)
             return
+        self._put_off(claimed, error.reason, str(error), delay_s)
+
+    def _put_off(self, claimed: Claimed, code: str, message: str, delay_s: float) -> None:
         patience = self._settings.patience_s
-        self._store.put_off(
-            claimed, self.name, error.reason, str(error), delay_s=delay_s, patience_s=patience
-        )
+        self._store.put_off(claimed, self.name, code, message, delay_s=delay_s, patience_s=patience)
 
     def _bytes_of(self, claimed: Claimed) -> bytes:
         if claimed.kind is not Kind.TRA:
@@ -239,8 +242,16 @@ class Worker:
             raise ImageRefusedError(
                 "SMB_UNKNOWN_SHARE", f"share {claimed.share!r} is no longer set up on this box"
             )
+        until, gone = self._gone.get(claimed.share, (0.0, None))
+        if gone and time.monotonic() < until:
+            raise type(gone)(str(gone))  # one photo finds it out: other jobs do not wait for all of them
         share = self._open.setdefault(claimed.share, Share(self._shares[claimed.share]))
-        return share.read(claimed.name, self._settings.max_image_bytes)
+        try:
+            return share.read(claimed.name, self._settings.max_image_bytes)
+        except ShareError as error:
+            if error.temporary:
+                self._gone[claimed.share] = (time.monotonic() + self._settings.retry_delay_s, error)
+            raise
 
     def _sweep_on(self) -> None:
         """Beside the work: give back what dead workers held, retire old jobs, say that this one lives."""
