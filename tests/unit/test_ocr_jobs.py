@@ -662,21 +662,30 @@ def test_one_photo_finds_out_that_a_share_is_away_and_the_others_wait_for_it_unt
     }
 
 
-def test_a_photo_that_takes_longer_than_its_lease_keeps_it(store: JobStore) -> None:
-    store.limits = replace(store.limits, lease_s=0.5)
+def test_a_photo_that_takes_longer_than_its_lease_keeps_it(
+    store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.limits = replace(store.limits, lease_s=1.0)
     job = store.submit(Kind.ALT, "me", photos(1))
-    reader = FakeReader()
-    real = reader.read
+    reader, renewed = FakeReader(), threading.Event()
+    read, beat = reader.read, store.heartbeat
 
     def slow(*args: Any, **more: Any) -> Read:
-        ends = time.monotonic() + 1.5
-        while time.monotonic() < ends:
-            time.sleep(0.1)
+        for _ in range(3):
+            renewed.clear()
+            renewed.wait(5)
+            clock.now += 0.6
             store.sweep()
-        return real(*args, **more)
+        return read(*args, **more)
 
-    reader.read = slow  # type: ignore[method-assign]
-    worker(store, reader, settings=WorkerSettings(heartbeat_s=0.05)).work_once()
+    def beats(claimed: Claimed, name: str) -> bool:
+        found = beat(claimed, name)
+        renewed.set()
+        return found
+
+    monkeypatch.setattr(reader, "read", slow)
+    monkeypatch.setattr(store, "heartbeat", beats)
+    worker(store, reader, settings=WorkerSettings(heartbeat_s=0.02)).work_once()
     found = store.results(job.job_id)[0]
     assert (found.state.value, found.attempts) == ("done", 1)
 

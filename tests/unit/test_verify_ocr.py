@@ -107,6 +107,23 @@ def test_no_field_that_a_plate_lacks_may_be_filled_though_a_person_looks() -> No
     assert verify_ocr.missed_bars(found) == ["1 absent fields filled, bar 0"]
 
 
+def test_each_field_is_counted_by_what_became_of_it() -> None:
+    printed = {"fases": 3, "potencia_kva": 45.0, "numero_serie": "1"}
+    photo = verify_ocr.Labelled("a.jpg", "a", "all", printed)
+    answer = {"fases": 3, "potencia_kva": 75.0, "matricula": "9"}
+    found = verify_ocr.report([verify_ocr.judge(photo, answer, 0.1)])["by_field"]
+    counts = {
+        name: [found[name][what] for what in ("printed", "right", "wrong", "missed", "invented")]
+        for name in found
+    }
+    assert {name: count for name, count in counts.items() if any(count)} == {
+        "fases": [1, 1, 0, 0, 0],
+        "potencia_kva": [1, 0, 1, 0, 0],
+        "numero_serie": [1, 0, 0, 1, 0],
+        "matricula": [0, 0, 0, 0, 1],
+    }
+
+
 @pytest.mark.parametrize(
     ("reviewed", "told"), [(3, []), (4, ["4 of 20 correct plates sent to review, bar 15%"])]
 )
