@@ -70,8 +70,9 @@ def test_a_photo_is_read_by_the_embedded_pipeline(on_host: OnHost) -> None:
 
 def test_it_runs_as_a_user_without_rights(on_host: OnHost) -> None:
     show = "systemctl show -p User,NoNewPrivileges,ProtectSystem,Nice"
-    for unit in ("ocr-api.service", "ocr-worker@1.service"):
+    for unit, nice in (("ocr-api.service", 0), ("ocr-worker@1.service", 10)):
         text = on_host(OCR, f"{show} {unit}").check().stdout
+        assert f"Nice={nice}" in text.splitlines(), "who asks goes before who reads"
         assert "User=ocr" in text
         assert "NoNewPrivileges=yes" in text
         assert "ProtectSystem=strict" in text
