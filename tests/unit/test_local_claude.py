@@ -279,7 +279,10 @@ def test_specstory_asks_for_the_version_and_adds_a_session(
 
 @pytest.mark.parametrize(
     "word",
-    ["--version", "mcp", "--help", "doctor", "setup-token", "project", "upgrade", "logs", "attach"],
+    [
+        *("--version", "mcp", "--help", "doctor", "setup-token", "project", "purge", "upgrade"),
+        *("attach", "logs", "respawn", "stop"),
+    ],
 )
 def test_what_asks_no_model_needs_no_server(word: str, world: Path) -> None:
     """And asks nobody else by itself: the settings of a server are not there to keep it from that."""

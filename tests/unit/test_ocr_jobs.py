@@ -236,6 +236,19 @@ def test_a_former_claim_of_the_same_worker_is_no_claim(store: JobStore, clock: C
     assert not store.complete(late, "w1", "{}")
 
 
+def test_a_photo_that_lay_untried_for_hours_meets_another_trouble(store: JobStore, clock: Clock) -> None:
+    """A share that is away for seconds twice, and a queue of seven hours between: it is not given up."""
+    job = store.submit(Kind.ALT, "me", photos(1))
+    for after in (0.0, 7 * 3600.0):
+        clock.now += after
+        store.put_off(claim(store), "w1", "SMB_UNREACHABLE", "away", delay_s=5, patience_s=6 * 3600.0)
+        assert store.results(job.job_id)[0].state.value == "queued"
+    for _ in range(6 * 12):
+        clock.now += 300
+        store.put_off(claim(store), "w1", "SMB_UNREACHABLE", "away", delay_s=5, patience_s=6 * 3600.0)
+    assert store.results(job.job_id)[0].state.value == "failed", "this one lasts"
+
+
 def test_a_photo_that_was_put_off_is_its_next_worker_s(store: JobStore) -> None:
     """Being put off costs no attempt: both claims have the same number."""
     store.submit(Kind.ALT, "me", photos(1))

@@ -26,6 +26,7 @@ PRIORITY = {Kind.READ: 0, Kind.TEXT: 0, Kind.ALT: 10, Kind.TRA: 10}
 RECENT = 50  # photos that an estimate is taken from
 WORKER_GONE_S = 30.0
 LONGEST_DELAY_S = 300.0
+ANOTHER_TROUBLE_S = 3600.0  # untried for so long, a photo meets another trouble than it was put off for
 ABANDONED = "ABANDONED"
 CANCELLED = "CANCELLED"
 UNAVAILABLE = 503
@@ -535,8 +536,9 @@ class JobStore:
         """
         now = self._clock()
         with self._engine.begin() as connection:
-            since = connection.scalar(select(Item.trouble_since).where(_owned(claimed, worker)))
-            lasts = 0.0 if since is None else now - since
+            mine = select(Item.trouble_since, Item.not_before).where(_owned(claimed, worker))
+            since, due = connection.execute(mine).one_or_none() or (None, now)
+            lasts = 0.0 if since is None or now - due > ANOTHER_TROUBLE_S else now - since
             if lasts < patience_s:
                 done = connection.execute(
                     update(Item)
