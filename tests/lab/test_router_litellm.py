@@ -283,8 +283,8 @@ def test_a_client_that_leaves_while_a_box_reads_its_prompt_keeps_none_busy(route
 
 def test_a_box_that_falls_silent_keeps_no_request(router: Router) -> None:
     """They were sent before the router's next look."""
-    for _ in range(3):  # both are known to live and to serve
-        assert router.ask("hi").status_code == 200
+    for _ in range(3):  # both are known to live and to serve; a stream's connection is not kept
+        assert router.ask("hi", stream=True).status_code == 200
         time.sleep(1)
     silent = router.one.fall_silent()
     asked = len(router.two.asked)

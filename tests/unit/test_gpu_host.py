@@ -529,17 +529,16 @@ WINDOWS = "Windows Boot Manager (on /dev/nvme0n1p1)"
         ("0", "next_entry=", None),
     ],
 )
-def test_no_reboot_where_grub_s_menu_starts_windows(
+def test_it_is_told_where_grub_s_menu_starts_windows(
     module: Any, grub: Path, default: str, saved: str, fix: str | None
 ) -> None:
     """The menu as grub-mkconfig writes it."""
     module.BOOTS.write_text(MENU % default)
     module.ENVIRONMENT.write_text(f"# GRUB Environment Block\n{saved}\n" + "#" * 99)
-    if fix is None:
-        assert module.before_reboot([])["changed"] is False
-    else:
-        with pytest.raises(tools.Refused, match=f"no reboot: .*Windows, by itself; fix: .*{re.escape(fix)}"):
-            module.before_reboot([])
+    told = module.before_reboot([])["windows"]
+    assert (
+        re.search(f"^GRUB's menu .*Windows, by itself; fix: .*{re.escape(fix)}", told) if fix else told == ""
+    )
 
 
 @of("kernel_parameters")
@@ -550,9 +549,9 @@ def test_windows_as_the_first_entry_starts_where_nothing_else_is_named(module: A
     ):
         for default, starts in {"": True, 'set default="9"\n': True, 'set default="1>0"\n': False}.items():
             found = module.windows_by_itself(default + windows + CONFIGURATION, "")
-            assert ("'W', Windows" in found) if starts else found is None
-        assert module.windows_by_itself(CONFIGURATION + windows, "") is None
-    assert module.windows_by_itself("", "") is None
+            assert ("'W', Windows" in found) if starts else found == ""
+        assert module.windows_by_itself(CONFIGURATION + windows, "") == ""
+    assert module.windows_by_itself("", "") == ""
 
 
 @of("kernel_parameters")
@@ -1304,6 +1303,13 @@ def test_no_reboot_where_the_firmware_starts_windows_first(tmp_path: Path) -> No
     said = " ".join(done.stdout.split())
     assert "the firmware starts Boot0001, Windows, before this system; fix: sudo efibootmgr --boot" in said
     assert "where it is already, restart into it first" in said
+
+
+def test_no_reboot_where_grub_s_menu_starts_windows(tmp_path: Path) -> None:
+    told = {"windows": "GRUB's menu starts 'W', Windows, by itself; fix: sudo grub-set-default 0"}
+    done, calls = another_driver(tmp_path, answers={"kernel_parameters check": told})
+    assert done.rc != 0 and calls == [*LOOK, "kernel_parameters check (dry)"], done.tail()
+    assert f"not rebooted: {told['windows']}" in " ".join(done.stdout.split())
 
 
 def parameters_due(folder: Path, *words: str) -> tuple[PlaybookRun, list[str]]:

@@ -28,8 +28,8 @@ description:
     parameter, or does not parse.
   - C(phase=generate), for a handler, has a new configuration made beside the one that boots, and puts it in
     its place only when it parses, boots something and gives the parameters.
-  - C(phase=check) refuses to go on, before a reboot, with a configuration that does not parse, or whose menu
-    starts Windows by itself.
+  - C(phase=check) refuses to go on, before a reboot, with a configuration that does not parse, and says
+    whether its menu starts Windows by itself.
   - What was taken out stands in a file until a reboot, so that a later run still knows that one is due.
 options:
   phase: {description: What to do., type: str, choices: [file, generate, check], required: true}
@@ -46,6 +46,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 pending: {description: Words of the command line that a reboot would add (+) or take away (-)., type: list}
+windows: {description: That GRUB's menu starts Windows by itself and the fix; of C(phase=check)., type: str}
 """
 
 SETTINGS = Path("/etc/default/grub")
@@ -110,8 +111,8 @@ def entries(configuration: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def windows_by_itself(configuration: str, environment: str) -> str | None:
-    """That GRUB's menu starts Windows unless somebody chooses, and the fix; None where it does not."""
+def windows_by_itself(configuration: str, environment: str) -> str:
+    """That GRUB's menu starts Windows unless somebody chooses, and the fix; empty where it does not."""
     saved = dict(re.findall(r"^(\w+)=(.*)$", environment, re.MULTILINE))
     for setting in re.findall(r'^\s*set default="(.*)"$', configuration, re.MULTILINE):
         if chosen := saved.get(setting[2:-1], "") if setting in CHOSEN_BY else setting:
@@ -124,7 +125,7 @@ def windows_by_itself(configuration: str, environment: str) -> str | None:
     title, _, text = next(named, menu[0] if menu else ("", "", ""))
     # By its program or os-prober's class: a title is a person's.
     if "/efi/microsoft/" not in text.lower() and "--class windows" not in text:
-        return None
+        return ""
     fix = CHOSEN_BY.get(setting, f"GRUB_DEFAULT in {SETTINGS}, then sudo update-grub")
     return f"GRUB's menu starts '{title}', Windows, by itself; fix: {fix}"
 
@@ -288,7 +289,7 @@ def generate(parameters: Sequence[str]) -> dict[str, Any]:
 
 
 def before_reboot(parameters: Sequence[str]) -> dict[str, Any]:
-    """Refuses a reboot into a configuration that does not parse, or that starts Windows. Raises Refused.
+    """Refuses a reboot into a configuration that does not parse. Raises Refused.
 
     A host that does not boot with GRUB has none.
     """
@@ -300,9 +301,9 @@ def before_reboot(parameters: Sequence[str]) -> dict[str, Any]:
         fault = f"{BOOTS} has no entry that boots Linux"
     if fault:
         raise Refused(f"no reboot: {fault}; fix: that line, then run this again")
-    if windows := windows_by_itself(booting, read(ENVIRONMENT)):
-        raise Refused(f"no reboot: {windows}, then run this again")
-    return {"changed": False, "diff": [], "pending": pending(parameters, booting, read(COMMAND_LINE))}
+    due = pending(parameters, booting, read(COMMAND_LINE))
+    windows = windows_by_itself(booting, read(ENVIRONMENT))
+    return {"changed": False, "diff": [], "pending": due, "windows": windows}
 
 
 def main() -> None:

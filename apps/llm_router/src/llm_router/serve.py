@@ -172,7 +172,7 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
 
 
 def impatient(build: Callable[[], MakeSocket]) -> Callable[[], MakeSocket]:
-    """What makes LiteLLM's sockets, so that they give up a peer that acknowledges nothing for SILENT_MS."""
+    """What makes LiteLLM's sockets, so that they give up a peer that takes nothing for SILENT_MS."""
 
     def make(address: Any) -> socket.socket:
         made = build()(address)
