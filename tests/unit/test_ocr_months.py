@@ -20,6 +20,7 @@ from tests.unit.test_ocr_fields import column, parsed
         ("DATA DE FABRICAÇÃO MÊS: 04 ANO: 2015", "2015-04", False),
         ("MÊS DE FABRICAÇÃO 04|ANO DE FABRICAÇÃO 2015", "2015-04", False),
         ("MÊS FABR. 04|ANO FABR. 2015", "2015-04", False),
+        ("MÊS: 04 ANO DE FABRICAÇÃO: 2015", "2015-04", False),
         ("MÊS ABR ANO 2015", "2015-04", False),
         ("FABRICADO MÊS ABRIL ANO 2015", "2015-04", False),
         ("MÊS ANO|04 2015", "2015-04", False),
@@ -35,6 +36,11 @@ from tests.unit.test_ocr_fields import column, parsed
         ("MÊS: 05|DATA FABR.: 04/2015", "2015-04", True),
         ("MÊS: 04|MÊS: 05|ANO: 2015", "2015", True),
         ("DIA 15 MÊS 04 ANO 2015", "2015-04", True),
+        # The month of something else is for a person.
+        ("GARANTIA ATÉ MÊS 06|ANO DE FABRICAÇÃO: 2015", "2015-06", True),
+        ("GARANTIA ATÉ|MÊS: 06|ANO DE FABRICAÇÃO: 2015", "2015-06", True),
+        ("ANO DE FABRICAÇÃO: 2015|PRÓXIMA MANUTENÇÃO|MÊS: 06", "2015-06", True),
+        ("ÓLEO MÊS: 12|ANO: 2015", "2015-12", True),
     ],
 )
 def test_a_month_apart_from_its_year_is_the_date_s(text: str, value: str, told: bool) -> None:

@@ -56,6 +56,7 @@ STANDARD = re.compile(
     r"(?<![A-Z])(?:NORMAS?|ABNT|NBR|IEC|ANSI|IEEE|STANDARDS?)(?:[\W0-9]|NBR|IEC|VERSAO|REV(?:ISAO)?|ED(?:ICAO)?|D[EOA])*$"
 )
 BARE_DATE = re.compile(r"\W*(?:ANO|DATA|DATE|FECHA|YR|YEAR)\W*")  # it does not say of what
+BARE_MONTH = re.compile(r"\W*(?:MES|MONTH)\W*")
 BROKEN = (*WORDED, "tensao_secundaria")  # of several taps the first is right all the same
 CODE_ALONE = re.compile(r"[A-Z]{0,3}[0-9]{5,9}(?:-[0-9])?")
 BARE_NUMBER = re.compile(
@@ -634,8 +635,12 @@ def _position(at: int, sheet: _Sheet) -> str:
 
 
 def _join_month(sheet: _Sheet) -> bool:
-    """Put the month of `MÊS: 04` to the year of `ANO: 2015`; whether a date may still lack month or day."""
-    if not any(label.fields == (DATE,) and label.unit.endswith(normal.ONLY_MONTH) for label in sheet.labels):
+    """Put the month of `MÊS: 04` to the year of `ANO: 2015`; whether a date may still lack month or day, or
+    the month may be another thing's.
+    """
+    ours = [label for label in sheet.labels if DATE in label.fields]
+    named = [label for label in ours if label.fields == (DATE,) and label.unit.endswith(normal.ONLY_MONTH)]
+    if not named:
         return False
     found = [value.candidate for value in sheet.found.get(DATE, ())]
     months = {one.value[2:]: one for one in found if one.value.startswith("--")}
@@ -643,18 +648,41 @@ def _join_month(sheet: _Sheet) -> bool:
     if not dates:
         return False  # the label stays without a value
     number, month = next(iter(months.items()), ("", None))
+    joined = False
     for at, value in enumerate(dates):
         year = value.candidate
         if month and len(months) == 1 and len(year.value) == 4:
             sure = min(year.confidence, month.confidence)
-            joined = replace(year, value=f"{year.value}-{number}", confidence=sure)
-            dates[at] = replace(value, candidate=joined)
+            candidate = replace(year, value=f"{year.value}-{number}", confidence=sure)
+            dates[at], joined = replace(value, candidate=candidate), True
     sheet.found[DATE] = dates
     read = {value.candidate.value for value in dates}
     if any(len(one) == 4 or (months and one[5:7] not in months) for one in read) or len(months) > 1:
         return True
+    if joined and not any(_of_manufacture(label, sheet, ours) for label in named):
+        return True
     return any(len(one) == 7 for one in read) and any(
         normal.DAY.search(fold(line.text)) for line in sheet.lines
+    )
+
+
+def _of_manufacture(month: Label, sheet: _Sheet, ours: Sequence[Label]) -> bool:
+    """Whether a month's label is no other thing's, `ÓLEO MÊS: 12`, or `MÊS: 12` below GARANTIA: no word that
+    is not a date's stands before it, and it says of what it is, or the year does not either.
+    """
+    whole = text = sheet.lines[month.line].text
+    for label in ours:
+        if label.line == month.line:
+            text = text[: label.start] + " " * (label.end - label.start) + text[label.end :]
+    if re.search(r"[^\W\d_]", text[: month.start]):
+        return False
+    if not BARE_MONTH.fullmatch(fold(whole[month.start : month.end])):
+        return True
+    years = [label for label in ours if label is not month]
+    return any(
+        label.line == month.line
+        or BARE_DATE.fullmatch(fold(sheet.lines[label.line].text[label.start : label.end]))
+        for label in years
     )
 
 
