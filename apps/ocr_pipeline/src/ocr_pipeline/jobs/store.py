@@ -26,6 +26,7 @@ PRIORITY = {Kind.READ: 0, Kind.TEXT: 0, Kind.ALT: 10, Kind.TRA: 10}
 RECENT = 50  # photos that an estimate is taken from
 WORKER_GONE_S = 30.0
 LONGEST_DELAY_S = 300.0
+PAUSES_S = (0.1, 0.5)
 ANOTHER_TROUBLE_S = 3600.0  # untried for so long, a photo meets another trouble than it was put off for
 ABANDONED = "ABANDONED"
 CANCELLED = "CANCELLED"
@@ -387,7 +388,7 @@ class JobStore:
 
     def cancel(self, job_id: str, owner: str | None = None) -> bool:
         """End what of a job is not over. False: no such job."""
-        return _once_more(partial(self._cancel, job_id, owner))
+        return _again(partial(self._cancel, job_id, owner))
 
     def _cancel(self, job_id: str, owner: str | None) -> bool:
         now = self._clock()
@@ -420,7 +421,7 @@ class JobStore:
                 job_id = connection.scalar(self._ready(Item.job_id, single))
             if job_id is None:
                 return None
-            claimed = _once_more(partial(self._claim_of, job_id, worker, single))
+            claimed = _again(partial(self._claim_of, job_id, worker, single))
             if claimed:
                 return claimed
             # Others took what that job had, or it was cancelled: what else waits is looked for anew.
@@ -555,7 +556,7 @@ class JobStore:
         return self.fail(claimed, worker, code, last, status=UNAVAILABLE)
 
     def _finish(self, claimed: Claimed, worker: str, values: dict[str, Any]) -> bool:
-        return _once_more(partial(self._end, claimed, worker, values))
+        return _again(partial(self._end, claimed, worker, values))
 
     def _end(self, claimed: Claimed, worker: str, values: dict[str, Any]) -> bool:
         with self._engine.begin() as connection:
@@ -738,13 +739,18 @@ def _outcome(row: Any) -> Outcome:
     return Outcome(item_id, pole_id, name, image_hash, State(state), *rest)
 
 
-def _once_more(work: Callable[[], T]) -> T:
-    """A transaction, begun a second time where PostgreSQL ended it so that another one could go on."""
-    try:
-        return work()
-    except OperationalError as error:
-        if getattr(error.orig, "sqlstate", None) != DEADLOCK:
-            raise
+def _again(work: Callable[[], T]) -> T:
+    """A transaction, begun anew where PostgreSQL ended it so that another one could go on.
+
+    After a pause: begun at once, it might take the lock for which the other one waits.
+    """
+    for pause in PAUSES_S:
+        try:
+            return work()
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != DEADLOCK:
+                raise
+        time.sleep(pause)
     return work()
 
 
