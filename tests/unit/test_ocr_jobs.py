@@ -27,6 +27,7 @@ from ocr_pipeline.jobs.store import (
     Limits,
     NewItem,
     QueueFullError,
+    _again,
 )
 from ocr_pipeline.jobs.tables import JobState, Kind, Photo, State
 from ocr_pipeline.jobs.worker import EXIT_OVERRAN, Worker, WorkerSettings
@@ -234,6 +235,32 @@ def test_a_former_claim_of_the_same_worker_is_no_claim(store: JobStore, clock: C
     store.sweep()
     claim(store, "w1")
     assert not store.complete(late, "w1", "{}")
+
+
+@pytest.mark.parametrize(
+    ("code", "times", "pauses"), [("40P01", 2, [0.1, 0.5]), ("40P01", 3, [0.1, 0.5]), ("57P01", 1, [])]
+)
+def test_what_a_deadlock_ended_is_begun_anew_after_a_pause_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, code: str, times: int, pauses: list[float]
+) -> None:
+    class Ended(Exception):
+        sqlstate = code
+
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    troubles = [OperationalError("UPDATE", {}, Ended()) for _ in range(times)]
+
+    def work() -> str:
+        if troubles:
+            raise troubles.pop()
+        return "done"
+
+    if times == 2:
+        assert _again(work) == "done"
+    else:
+        with pytest.raises(OperationalError):
+            _again(work)
+    assert slept == pauses
 
 
 def test_a_photo_that_lay_untried_for_hours_meets_another_trouble(store: JobStore, clock: Clock) -> None:

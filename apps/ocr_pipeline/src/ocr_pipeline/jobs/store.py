@@ -26,7 +26,7 @@ PRIORITY = {Kind.READ: 0, Kind.TEXT: 0, Kind.ALT: 10, Kind.TRA: 10}
 RECENT = 50  # photos that an estimate is taken from
 WORKER_GONE_S = 30.0
 LONGEST_DELAY_S = 300.0
-PAUSES_S = (0.1, 0.5)
+DEADLOCK_PAUSES_S = (0.1, 0.5)  # before a transaction is begun a second, a third time
 ANOTHER_TROUBLE_S = 3600.0  # untried for so long, a photo meets another trouble than it was put off for
 ABANDONED = "ABANDONED"
 CANCELLED = "CANCELLED"
@@ -744,7 +744,7 @@ def _again(work: Callable[[], T]) -> T:
 
     After a pause: begun at once, it might take the lock for which the other one waits.
     """
-    for pause in PAUSES_S:
+    for pause in DEADLOCK_PAUSES_S:
         try:
             return work()
         except OperationalError as error:

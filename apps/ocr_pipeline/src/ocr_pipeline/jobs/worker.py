@@ -56,9 +56,8 @@ class WorkerSettings:
     max_image_bytes: int = 32 * 1024 * 1024
     nice: int = 10
     noting_s: float = ENDING_S
-    patience_s: float = (
-        6 * 3600.0
-    )  # how long a photo of a job waits for backends, records and shares that are away
+    # How long a photo of a job waits for backends, records and shares that are away.
+    patience_s: float = 6 * 3600.0
 
     @property
     def reading_s(self) -> float:
